@@ -1,0 +1,187 @@
+"""GoogLeNet (Inception v1), "Going Deeper with Convolutions", Szegedy et al., arXiv 1409.4842.
+
+The variant is the one whose weights are published (batch normalization after every convolution, 3x3 instead of 5x5
+convolutions): names and shapes of its state dict are those of torchvision's `googlenet`. `docs/notebook.md` lists where it
+differs from the notebook it came from, and from the paper.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "googlenet"]
+
+# Width of the linear layers' initial weights, as in torchvision's reference implementation.
+LINEAR_INIT_STD = 0.01
+
+
+class GoogLeNetOutputs(NamedTuple):
+    """What the model returns in training mode with auxiliary heads: three `(N, num_classes)` float tensors of logits."""
+
+    logits: Tensor
+    aux_logits2: Tensor
+    aux_logits1: Tensor
+
+
+class BasicConv2d(nn.Module):
+    """Convolution without bias, batch normalization, ReLU: `(N, in_channels, H, W)` to `(N, out_channels, H', W')`."""
+
+    def __init__(self, in_channels: int, out_channels: int, **conv_options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, bias=False, **conv_options)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class Inception(nn.Module):
+    """Four branches over the same input, concatenated: `(N, in_channels, H, W)` to `(N, C, H, W)`.
+
+    `C = ch1x1 + ch3x3 + ch5x5 + pool_proj`. The branch called 5x5 in the paper is a 3x3 convolution here, as in the
+    published weights; its parameters keep the paper's name.
+    """
+
+    def __init__(
+        self, in_channels: int, ch1x1: int, ch3x3red: int, ch3x3: int, ch5x5red: int, ch5x5: int, pool_proj: int
+    ) -> None:
+        super().__init__()
+        self.branch1 = BasicConv2d(in_channels, ch1x1, kernel_size=1)
+        self.branch2 = nn.Sequential(
+            BasicConv2d(in_channels, ch3x3red, kernel_size=1),
+            BasicConv2d(ch3x3red, ch3x3, kernel_size=3, padding=1),
+        )
+        self.branch3 = nn.Sequential(
+            BasicConv2d(in_channels, ch5x5red, kernel_size=1),
+            BasicConv2d(ch5x5red, ch5x5, kernel_size=3, padding=1),
+        )
+        self.branch4 = nn.Sequential(
+            nn.MaxPool2d(kernel_size=3, stride=1, padding=1),
+            BasicConv2d(in_channels, pool_proj, kernel_size=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], dim=1)
+
+
+class InceptionAux(nn.Module):
+    """Auxiliary classifier on an inner feature map: `(N, in_channels, H, W)` to logits `(N, num_classes)`."""
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.7) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d((4, 4))
+        self.conv = BasicConv2d(in_channels, 128, kernel_size=1)
+        self.fc1 = nn.Linear(128 * 4 * 4, 1024)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(self.conv(self.avgpool(x)), 1)
+        return self.fc2(self.dropout(self.relu(self.fc1(x))))
+
+
+class GoogLeNet(nn.Module):
+    """Images `(N, 3, H, W)`, H and W at least 32, normalized with ImageNet's mean and std, to logits `(N, num_classes)`.
+
+    In training mode with `aux_logits` the result is a `GoogLeNetOutputs`, otherwise the logits alone. In training mode an
+    input of 32 pixels needs at least two images, because batch normalization sees feature maps of 1x1.
+
+    Args:
+        num_classes: Length of the logits.
+        aux_logits: Build the two auxiliary heads, on inception 4a and 4d.
+        transform_input: Re-normalize the input from ImageNet's mean and std to the range that torchvision's published
+            weights (ported from TensorFlow) expect: mean 0.5, std 0.5.
+        dropout: Probability of dropping a feature before the last layer.
+        dropout_aux: The same inside the auxiliary heads; 0.7 in the paper.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        aux_logits: bool = True,
+        transform_input: bool = False,
+        dropout: float = 0.2,
+        dropout_aux: float = 0.7,
+    ) -> None:
+        super().__init__()
+        self.aux_logits = aux_logits
+        self.transform_input = transform_input
+
+        self.conv1 = BasicConv2d(3, 64, kernel_size=7, stride=2, padding=3)
+        self.maxpool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.conv2 = BasicConv2d(64, 64, kernel_size=1)
+        self.conv3 = BasicConv2d(64, 192, kernel_size=3, padding=1)
+        self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+
+        # Channels: table 1 of the paper.
+        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
+        self.inception3b = Inception(256, 128, 128, 192, 32, 96, 64)
+        self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+
+        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
+        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
+        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
+        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
+        self.inception4e = Inception(528, 256, 160, 320, 32, 128, 128)
+        # 3x3 in the paper, 2x2 in the published weights' network.
+        self.maxpool4 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+
+        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
+        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
+
+        self.aux1 = InceptionAux(512, num_classes, dropout_aux) if aux_logits else None
+        self.aux2 = InceptionAux(528, num_classes, dropout_aux) if aux_logits else None
+
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(1024, num_classes)
+
+        self._initialize_weights()
+
+    def forward(self, x: Tensor) -> GoogLeNetOutputs | Tensor:
+        if self.transform_input:
+            x = self._renormalize(x)
+        x = self.maxpool1(self.conv1(x))
+        x = self.maxpool2(self.conv3(self.conv2(x)))
+        x = self.maxpool3(self.inception3b(self.inception3a(x)))
+        after_4a = self.inception4a(x)
+        after_4d = self.inception4d(self.inception4c(self.inception4b(after_4a)))
+        x = self.maxpool4(self.inception4e(after_4d))
+        x = self.inception5b(self.inception5a(x))
+        logits = self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        if self.training and self.aux1 is not None and self.aux2 is not None:
+            return GoogLeNetOutputs(logits, self.aux2(after_4d), self.aux1(after_4a))
+        return logits
+
+    @staticmethod
+    def _renormalize(x: Tensor) -> Tensor:
+        """From `(value - mean) / std` with ImageNet's statistics to `(value - 0.5) / 0.5`, `value` being in [0, 1]."""
+        mean = x.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        std = x.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        return x * (std / 0.5) + (mean - 0.5) / 0.5
+
+    def _initialize_weights(self) -> None:
+        # He initialization (arXiv 1502.01852): docs/notebook.md has the comparison with the truncated normal of width 0.01.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=LINEAR_INIT_STD, a=-2 * LINEAR_INIT_STD, b=2 * LINEAR_INIT_STD)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def googlenet(
+    num_classes: int = 1000,
+    aux_logits: bool = True,
+    transform_input: bool = False,
+    dropout: float = 0.2,
+    dropout_aux: float = 0.7,
+) -> GoogLeNet:
+    """A freshly initialized `GoogLeNet`; see there for the arguments."""
+    return GoogLeNet(num_classes, aux_logits, transform_input, dropout, dropout_aux)

@@ -1,0 +1,24 @@
+"""The training loss of a network with auxiliary heads."""
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from model.googlenet import GoogLeNetOutputs
+
+
+def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_smoothing: float, aux_weight: float) -> Tensor:
+    """Cross-entropy of the main head plus that of each auxiliary head by weight ("Going Deeper with Convolutions", section 5).
+
+    Args:
+        outputs: What the model returned: logits `(N, num_classes)`, or those of three heads.
+        target: `(N,)` int64 class numbers.
+        label_smoothing: Part of the target's probability that is spread over all classes.
+        aux_weight: Weight of each auxiliary head; 0.3 in the paper.
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
+    if isinstance(outputs, Tensor):
+        return cross_entropy(outputs, target, label_smoothing=label_smoothing)
+    main, aux2, aux1 = (cross_entropy(logits, target, label_smoothing=label_smoothing) for logits in outputs)
+    return main + aux_weight * (aux1 + aux2)

@@ -1,0 +1,65 @@
+"""The optimizer and the learning rate over the steps."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, LRScheduler, SequentialLR
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Stochastic gradient descent, and its learning rate: a linear warm-up, then cosines that restart."""
+
+    lr: float = 0.05
+    """Learning rate at the top of each cosine."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-5
+    """L2 penalty on the weights of convolutions and linear layers; biases and normalization have none."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises linearly; 0 for none."""
+    cycle_epochs: int | None = None
+    """Epochs from the top of the first cosine to its restart. Without it one cosine fills the run after the warm-up."""
+    cycle_mult: int = 1
+    """How many times longer each cosine is than the one before."""
+    min_lr: float = 0.0
+    """Learning rate at the bottom of each cosine."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"--optim.lr {self.lr}: a positive number is needed")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"--optim.warmup-epochs {self.warmup_epochs}: a number from 0 on is needed")
+        if self.cycle_epochs is not None and self.cycle_epochs < 1:
+            raise ValueError(f"--optim.cycle-epochs {self.cycle_epochs}: at least 1 is needed")
+        if self.cycle_mult < 1:
+            raise ValueError(f"--optim.cycle-mult {self.cycle_mult}: at least 1 is needed")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
+    """SGD with Nesterov momentum; weight decay on matrices and kernels only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
+    """The learning rate of each step; call `step()` after each of the optimizer's.
+
+    Raises:
+        ValueError: The warm-up is as long as the run.
+    """
+    total = epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise ValueError(f"--optim.warmup-epochs {config.warmup_epochs} leaves nothing of {epochs} epochs; lower it")
+    first_cycle = config.cycle_epochs * steps_per_epoch if config.cycle_epochs else total - warmup
+    cosine = CosineAnnealingWarmRestarts(optimizer, first_cycle, config.cycle_mult, config.min_lr)
+    if not warmup:
+        return cosine
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])

@@ -1,0 +1,141 @@
+"""Which shards: from what the user typed to tars, their indices, sample counts and class names."""
+
+import glob
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from pipelines.index import count_samples, ensure_index, read_index
+
+INFO_FILE = "_info.json"
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one split.
+
+    Attributes:
+        tars: Tar files, in reading order.
+        indices: The index file of each.
+        num_samples: Over all shards.
+        classes: Class names by label, or None where the shards come without an `_info.json` that lists them.
+    """
+
+    tars: tuple[Path, ...]
+    indices: tuple[Path, ...]
+    num_samples: int
+    classes: tuple[str, ...] | None
+
+    def num_classes(self) -> int:
+        """The number of classes: that of the class names, or else one more than the largest label in the shards."""
+        return len(self.classes) if self.classes is not None else max(self.labels()) + 1
+
+    def labels(self) -> list[int]:
+        """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
+
+        Raises:
+            ValueError: A sample has no `.cls`, or one that is not a number; says which.
+        """
+        labels = []
+        for tar, index in zip(self.tars, self.indices, strict=True):
+            with open(tar, "rb") as file:
+                for sample in read_index(index):
+                    label = next((c for c in sample if c.extension.lower() == "cls"), None)
+                    if label is None:
+                        raise ValueError(f"{tar}: sample {sample[0].name} has no .cls member with its class number")
+                    file.seek(label.offset)
+                    labels.append(parse_label(file.read(label.size), f"{tar}: {label.name}"))
+        return labels
+
+
+def parse_label(text: bytes, place: str) -> int:
+    """The class number in the bytes of a `.cls` member: ASCII digits, blanks around them allowed.
+
+    Raises:
+        ValueError: Anything else; names `place`.
+    """
+    digits = text.strip()
+    if not digits.isdigit():
+        raise ValueError(f"{place}: the label is {text[:40]!r}; a class number in ASCII digits is needed")
+    return int(digits)
+
+
+def open_shards(pattern: str, split: str) -> ShardSet:
+    """The shards that a glob, a brace pattern or a folder names.
+
+    Args:
+        pattern: `shards/train-*.tar`, `shards/train-{000000..000007}.tar`, one tar, or a folder. A folder written by
+            `shards convert` holds several splits; the one called like `split` is meant.
+        split: "train" or "valid".
+
+    Raises:
+        ValueError: Nothing matches, or the folder has no such split, or it has no samples.
+    """
+    tars = _tars_in_folder(Path(pattern), split) if os.path.isdir(pattern) else _expand(pattern)
+    indices = tuple(ensure_index(tar) for tar in tars)
+    num_samples = sum(count_samples(index) for index in indices)
+    if not num_samples:
+        raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
+    classes = read_info(tars[0].parent).get("classes")
+    return ShardSet(tuple(tars), indices, num_samples, tuple(classes) if classes else None)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The `_info.json` of a folder of shards, or an empty dict where there is none.
+
+    Raises:
+        ValueError: The file is not a JSON object.
+    """
+    path = folder / INFO_FILE
+    if not path.exists():
+        return {}
+    try:
+        info = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path}: a JSON object is needed, not {type(info).__name__}")
+    return info
+
+
+def _tars_in_folder(folder: Path, split: str) -> list[Path]:
+    splits = read_info(folder).get("splits")
+    if splits is None:
+        tars = sorted(folder.glob("*.tar"))
+        if not tars:
+            raise ValueError(f"no .tar files in folder {folder}")
+        return tars
+    if split not in splits and len(splits) > 1:
+        raise ValueError(
+            f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "
+            f"name the shards themselves, for example '{folder}/{min(splits)}-*.tar'"
+        )
+    chosen = splits[split] if split in splits else next(iter(splits.values()))
+    tars = [folder / name for name in chosen["filenames"]]
+    missing = [tar.name for tar in tars if not tar.exists()]
+    if missing:
+        raise ValueError(f"{folder / INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+    return tars
+
+
+def _expand(pattern: str) -> list[Path]:
+    if re.match(r"[a-z0-9]+://", pattern):
+        raise ValueError(f"{pattern!r}: shards on remote storage are not supported; copy them to a local folder")
+    try:
+        parts = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{pattern!r}: the braces do not match ({error})") from error
+    tars: list[Path] = []
+    for part in parts:
+        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+        missing = not found or not os.path.isfile(found[0])
+        if missing:
+            of = f" (part of {pattern!r})" if part != pattern else ""
+            raise ValueError(f"no such shard: {part!r}{of}; looked from {Path.cwd()}")
+        tars += [Path(tar) for tar in found]
+    return tars

@@ -1,0 +1,51 @@
+"""Small data sets that the tests share, made as a user makes them: images in class folders, converted with the real command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools.shards.convert import convert
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (90, 70), **options: object) -> None:
+    """An image with structure at every scale, `size` being (width, height); the format follows the name."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((size[1], size[0], 3), np.float32)
+    for cells in (2, 5, 13, 40):
+        grid = Image.fromarray(rng.uniform(0, 255 / 4, (cells, cells, 3)).astype(np.uint8))
+        pixels += np.asarray(grid.resize(size, Image.Resampling.BICUBIC))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, **options)
+
+
+def write_tree(folder: Path, num_images: int, seed: int = 0) -> Path:
+    """A folder of class folders with `num_images` JPEGs of many sizes."""
+    for i in range(num_images):
+        size = (64 + 7 * i % 90, 64 + 11 * i % 70)
+        write_image(folder / CLASSES[i % 3] / f"{i:03d}.jpg", seed * 1000 + i, size, quality=90)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("images") / "valid", 25)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A data set of 61 training samples in 4 shards and 25 validation samples in 3."""
+    destination = tmp_path_factory.mktemp("shards")
+    convert(write_tree(image_folder.parent / "train", 61, seed=1), destination, name="train", shard_samples=16, seed=0)
+    convert(image_folder, destination, name="valid", shard_samples=10, seed=0)
+    return destination
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    # The tests' tensors are small, and torch's threads would only wait for each other and for DALI's.
+    torch.set_num_threads(1)

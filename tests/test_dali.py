@@ -1,0 +1,151 @@
+"""What the DALI pipeline makes of images and labels."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import DataConfig, Loader, build_loader
+from pipelines.loader import STD
+from tests.conftest import write_image
+from tests.loader_contract import make_loader
+from tools.shards.convert import convert
+
+CPU = torch.device("cpu")
+
+
+def valid_loader(shards: Path | str, backend: str = "dali", image_size: int = 224, batch_size: int = 4) -> Loader:
+    config = DataConfig(train="", valid=str(shards), backend=backend)  # type: ignore[arg-type]
+    return build_loader(
+        config, "valid", batch_size=batch_size, image_size=image_size, device=CPU, dtype=torch.float32, num_threads=1
+    )
+
+
+def mean_differences(shards: Path, image_size: int) -> list[float]:
+    """Mean absolute difference to Pillow's pixels, of 255, for each image."""
+    differences: list[float] = []
+    with valid_loader(shards, "dali", image_size) as dali, valid_loader(shards, "pillow", image_size) as pillow:
+        for ours, reference in zip(dali, pillow, strict=True):
+            assert torch.equal(ours["target"], reference["target"])
+            difference = (ours["image"] - reference["image"]).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
+            differences += difference.mean(dim=(1, 2, 3)).tolist()
+    return differences
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 224])
+def test_valid_pixels_are_pillows(tmp_path: Path, image_size: int) -> None:
+    """Sizes are chosen so that every rounding of the resized length and of the crop's corner occurs."""
+    sizes = [(500, 375), (375, 500), (256, 256), (301, 256), (256, 259), (1000, 777), (640, 427), (83, 120), (224, 91)]
+    for i, size in enumerate(sizes):
+        write_image(tmp_path / "images" / "a" / f"{i}.png", i, size)
+        write_image(tmp_path / "images" / "b" / f"{i}.jpg", 100 + i, size, quality=92)
+    convert(tmp_path / "images", tmp_path / "shards", name="valid", shard_samples=100, seed=0)
+    differences = mean_differences(tmp_path / "shards", image_size)
+    assert len(differences) == 2 * len(sizes)
+    assert max(differences) < 0.3
+
+
+def test_formats_and_colour_modes(tmp_path: Path) -> None:
+    """Whatever the converter lets pass becomes RGB of the right orientation, as with Pillow."""
+    folder = tmp_path / "images" / "a"
+    for name in ("1.jpg", "2.png", "3.webp", "4.bmp", "5.tif", "6.ppm", "7.JPEG"):
+        write_image(folder / name, 7)
+    source = Image.open(folder / "2.png")
+    source.convert("L").save(folder / "gray.jpg")
+    source.convert("P").save(folder / "palette.png")
+    source.convert("RGBA").save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by a quarter turn
+    source.save(folder / "rotated.jpg", exif=exif)
+    summary = convert(tmp_path / "images", tmp_path / "shards", name="valid", shard_samples=100, seed=0)
+    assert summary.rejected == {}
+    differences = mean_differences(tmp_path / "shards", 48)
+    assert len(differences) == 11
+    assert max(differences) < 1.5  # lossy formats' decoders differ by a little; a wrong orientation by some 40
+
+
+def test_training_crops_and_flips(tmp_path: Path) -> None:
+    """An image that is dark left and bright right: random crops keep a gradient, flips turn half of them round."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (96, 128, 3))
+    for i in range(200):
+        path = tmp_path / "images" / "ramp" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(ramp)).save(path)
+    convert(tmp_path / "images", tmp_path / "shards", name="train", shard_samples=100, seed=0)
+    config = DataConfig(train=str(tmp_path / "shards"), crop_scale=(0.25, 0.5))
+    with build_loader(config, "train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1) as loader:
+        columns = torch.cat([batch["image"][:, 0].mean(dim=1) for batch in loader]) * STD[0]
+    span = columns[:, -1] - columns[:, 0]
+    assert 60 < (span < 0).sum() < 140
+    # A crop of area 0.25 to 0.5 and aspect 3/4 to 4/3 is between 0.375 and 0.71 of this image's width.
+    assert span.abs().min() > 0.3
+    assert span.abs().max() < 0.75
+    assert span.abs().std() > 0.05
+
+
+def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> None:
+    """Each image is of one gray value, so that pixels tell which sample they come from; whole batches divide the set."""
+    for i in range(48):
+        path = tmp_path / "images" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (5 * i, 5 * i, 5 * i)).save(path)
+    convert(tmp_path / "images", tmp_path / "shards", name="train", shard_samples=10, seed=0)
+    orders = []
+    with make_loader(tmp_path / "shards", "dali", "train", CPU) as loader:
+        for _ in range(3):
+            images = torch.cat([batch["image"][:, 0, 0, 0] for batch in loader]) * STD[0] + 0.485
+            order = (images * 255 / 5).round().int().tolist()
+            assert sorted(order) == list(range(48))
+            orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != list(range(48))
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_foreign_tar(path: Path, labels: list[bytes]) -> None:
+    """A tar as other tools write it: label first, an upper-case extension, a folder in the key, a component of no interest."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (50, 40), (200, 100, 50)).save(encoded, "JPEG")
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            add_member(tar, f"some/folder/{i:04d}.cls", label)
+            add_member(tar, f"some/folder/{i:04d}.json", b"{}")
+            add_member(tar, f"some/folder/{i:04d}.JPG", encoded.getvalue())
+
+
+def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_foreign_tar(tmp_path / "a.tar", [b"0", b"12\n", b" 3 "])
+    write_foreign_tar(tmp_path / "b.tar", [b"999"])
+    for _ in range(2):  # the second time from the cached index
+        with valid_loader(f"{tmp_path}/*.tar", image_size=32) as loader:
+            assert [batch["target"].tolist() for batch in loader] == [[0, 12, 3, 999]]
+    assert len(list((tmp_path / "cache").rglob("*.idx"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (b"cat", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b'cat'"),
+        (b"", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b''"),
+        (b"5", r"bad\.tar:\d+:some/folder/0001\.JPG: class 5 is out of range; there are 5 classes"),
+    ],
+)
+def test_bad_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: bytes, message: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_foreign_tar(tmp_path / "bad.tar", [b"4", label, b"0"])
+    config = DataConfig(valid=str(tmp_path / "bad.tar"))
+    loader = build_loader(
+        config, "valid", batch_size=3, image_size=32, device=CPU, dtype=torch.float32, num_threads=1, num_classes=5
+    )
+    with loader, pytest.raises(ValueError, match=message):
+        loader.next()

@@ -1,0 +1,134 @@
+"""EMA, loss, optimizer, learning rate, checkpoints."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from model import GoogLeNetOutputs, googlenet
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.ema import EMA
+from model.loss import googlenet_loss
+from model.optim import OptimConfig, build_optimizer, build_scheduler
+
+
+def test_ema_follows_the_formula_and_averages_buffers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = EMA(model, decay=0.9)
+    expected = {}
+    for step in range(30):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(2, 2))
+        model(torch.randn(8, 2) + step)
+        ema.update_parameters(model)
+        decay = 0.0 if step == 0 else min(0.9, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            old = expected.get(name, value)
+            expected[name] = decay * old + (1 - decay) * value if value.is_floating_point() else value.clone()
+    for name, value in ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert (ema.module[1].running_mean - model[1].running_mean).abs().max() > 0.1
+
+
+def test_ema_keeps_most_of_the_old_weights() -> None:
+    """The notebook had the two weights of the sum exchanged."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.99)
+    for _ in range(2000):
+        ema.update_parameters(model)
+    nn.init.ones_(model.weight)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(0.01)
+
+
+def test_ema_refuses_a_decay_that_never_learns() -> None:
+    with pytest.raises(ValueError, match=r"--model\.ema-decay 1\.0"):
+        EMA(nn.Linear(1, 1), decay=1.0)
+
+
+def test_loss_is_smoothed_cross_entropy_of_three_heads() -> None:
+    heads = GoogLeNetOutputs(*torch.randn(3, 4, 5).unbind())
+    target = torch.tensor([0, 4, 2, 2])
+
+    def smoothed(logits: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.full((4, 5), 0.1 / 5)
+        probabilities[torch.arange(4), target] += 0.9
+        return -(probabilities * log_softmax(logits, 1)).sum(1).mean()
+
+    expected = smoothed(heads.logits) + 0.3 * (smoothed(heads.aux_logits1) + smoothed(heads.aux_logits2))
+    torch.testing.assert_close(googlenet_loss(heads, target, label_smoothing=0.1, aux_weight=0.3), expected)
+    alone = googlenet_loss(heads.logits, target, label_smoothing=0.1, aux_weight=0.3)
+    torch.testing.assert_close(alone, smoothed(heads.logits))
+
+
+def test_weight_decay_spares_normalization_and_biases() -> None:
+    model = googlenet(num_classes=3)
+    decayed, spared = build_optimizer(model, OptimConfig()).param_groups
+    assert decayed["weight_decay"] == 5e-5
+    assert spared["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2][:2] for p in decayed["params"]} == {"co", "fc"}
+    assert all("bn." in names[id(p)] or names[id(p)].endswith("bias") for p in spared["params"])
+
+
+def learning_rates(config: OptimConfig, epochs: int, steps_per_epoch: int) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    scheduler = build_scheduler(optimizer, config, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    rates = []
+    for _ in range(epochs * steps_per_epoch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_learning_rate_warms_up_and_follows_one_cosine() -> None:
+    rates = learning_rates(OptimConfig(lr=0.4, warmup_epochs=1), epochs=5, steps_per_epoch=10)
+    for step in range(10):
+        assert rates[step] == pytest.approx(0.4 * (step + 1) / 11 + 0 * step, rel=0.11)
+    assert rates[:10] == sorted(rates[:10])
+    for step in range(40):
+        assert rates[10 + step] == pytest.approx(0.4 * (1 + math.cos(math.pi * step / 40)) / 2)
+
+
+def test_learning_rate_restarts_warmly() -> None:
+    config = OptimConfig(lr=0.4, warmup_epochs=0, cycle_epochs=1, cycle_mult=2, min_lr=0.1)
+    rates = learning_rates(config, epochs=7, steps_per_epoch=10)
+    tops = [step for step, rate in enumerate(rates) if rate == pytest.approx(0.4)]
+    assert tops == [0, 10, 30]
+    assert rates[20] == pytest.approx(0.25)
+    assert min(rates) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"lr": 0.0}, "--optim.lr 0.0"),
+        ({"warmup_epochs": -1.0}, "--optim.warmup-epochs -1.0"),
+        ({"cycle_epochs": 0}, "--optim.cycle-epochs 0"),
+        ({"cycle_mult": 0}, "--optim.cycle-mult 0"),
+    ],
+)
+def test_wrong_settings_name_their_flag(options: dict[str, float], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        OptimConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_warmup_as_long_as_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--optim\.warmup-epochs 3 leaves nothing of 3 epochs"):
+        learning_rates(OptimConfig(warmup_epochs=3), epochs=3, steps_per_epoch=10)
+
+
+def test_checkpoint_survives_a_failed_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"weight": torch.arange(3), "step": 7, "classes": ("a", "b")})
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        save_checkpoint(path, {"unpicklable": lambda: None})
+    state = load_checkpoint(path)
+    assert state["weight"].tolist() == [0, 1, 2]
+    assert state["step"] == 7
+    assert state["classes"] == ("a", "b")

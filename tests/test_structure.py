@@ -1,0 +1,63 @@
+"""Who may import whom, and what stays quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or anywhere else."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def importers(module: str, *folders: str) -> set[str]:
+    files = [path for folder in folders for path in ROOT.glob(folder)]
+    assert files
+    return {
+        str(path.relative_to(ROOT))
+        for path in files
+        if any(name == module or name.startswith(f"{module}.") for name in imported(path))
+    }
+
+
+CODE = ("*.py", "model/**/*.py", "pipelines/**/*.py", "tools/**/*.py")
+
+
+def test_pipelines_and_model_do_not_meet() -> None:
+    assert importers("model", "pipelines/**/*.py") == set()
+    assert importers("pipelines", "model/**/*.py") == set()
+
+
+def test_nothing_imports_the_tools() -> None:
+    assert importers("tools", "*.py", "model/**/*.py", "pipelines/**/*.py") == set()
+    assert importers("train", "model/**/*.py", "pipelines/**/*.py", "tools/**/*.py") == set()
+
+
+def test_dali_and_pillow_are_where_they_belong() -> None:
+    assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py"}
+    assert importers("PIL", *CODE) == {"pipelines/pillow.py", "tools/shards/check.py", "tools/shards/drawing.py"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["info", "--help"], ["demo", "--help"]])
+def test_help_of_the_tools_needs_neither_torch_nor_dali(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from tools.shards.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as done:\n    assert done.code == 0\n"
+        "assert not {'torch', 'nvidia', 'PIL', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: shards" in done.stdout

@@ -1,0 +1,181 @@
+"""`python train.py`, run as a user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model import googlenet
+from model.checkpoint import load_checkpoint
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+
+
+def train_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(TRAIN), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run on the tests' shards: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train_command(
+        *("--data.train", f"{shards}/train-{{000000..000003}}.tar", "--data.valid", f"{shards}/valid-*.tar"),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 32, "--log-every", 3, "--device", "cpu", "--seed", 3),
+        *("--run-dir", folder / "run"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no warnings, and no progress bar where there is no terminal
+    return folder / "run", done.stdout
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics(finished: tuple[Path, str]) -> None:
+    lines = metrics(finished[0])
+    train = [line for line in lines if line["split"] == "train"]
+    valid = [line for line in lines if line["split"] == "valid"]
+    assert [(line["epoch"], line["step"]) for line in train] == [(1, 3), (1, 6), (1, 7), (2, 10), (2, 13), (2, 14)]
+    for line in train:
+        assert set(line) == {"split", "epoch", "step", "loss", "lr", "images_per_second", "data_wait_percent"}
+        assert line["loss"] > 0
+        assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait_percent"] <= 100
+    assert [line["epoch"] for line in valid] == [1, 2]
+    for line in valid:
+        assert set(line) == {"split", "epoch", "top1", "top5", "ema_top1", "ema_top5", "loss"}
+        assert 0 <= line["top1"] <= line["top5"] == 100  # three classes
+        assert (line["top1"] * 25 / 100) % 1 == pytest.approx(0, abs=1e-9)  # of 25 images
+
+
+def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path) -> None:
+    run, printed = finished
+    config = json.loads((run / "config.json").read_text())
+    assert config["epochs"] == 2
+    assert config["optim"]["lr"] == 0.05
+    assert config["data"]["valid"] == f"{shards}/valid-*.tar"
+    last = load_checkpoint(run / "last.pt")
+    assert (last["epoch"], last["step"]) == (2, 14)
+    assert last["config"] == config
+    assert last["classes"] == ("ant", "bee", "cat")
+    googlenet(num_classes=3).load_state_dict(last["model"])
+    assert set(last) >= {"model", "ema", "optimizer", "scheduler", "scaler", "best"}
+    valid = [line for line in metrics(run) if line["split"] == "valid"]
+    assert last["best"] == max(max(line["top1"], line["ema_top1"]) for line in valid)
+    assert load_checkpoint(run / "best.pt")["best"] == last["best"]
+    assert re.search(r"epoch 1/2  step 3/7  loss \S+  lr \S+  \S+ images/s  data wait \S+ %  \d+m\d\ds left", printed)
+    assert re.search(r"top-1 +\d+\.\d % +\d+\.\d %\n", printed)
+    assert re.search(r"training: \d+\.\d images/s, \d+\.\d % of the time spent waiting for data", printed)
+    assert str(run) in printed
+    assert "tensorboard --logdir" in printed
+
+
+def test_tensorboard(finished: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(finished[0]))
+    events.Reload()
+    lines = metrics(finished[0])
+    for split, name in (("train", "loss"), ("train", "lr"), ("valid", "ema_top1"), ("train", "data_wait_percent")):
+        logged = [event.value for event in events.Scalars(f"{split}/{name}")]
+        assert logged == pytest.approx([line[name] for line in lines if line["split"] == split], rel=1e-6)
+    (picture,) = events.Images("train/batch")
+    assert picture.width > 64  # a grid of images of 32 pixels
+
+
+def test_scores_are_those_of_the_saved_weights(finished: tuple[Path, str], shards: Path) -> None:
+    from pipelines import DataConfig, build_loader
+
+    last = load_checkpoint(finished[0] / "last.pt")
+    raw, ema = googlenet(num_classes=3).eval(), googlenet(num_classes=3).eval()
+    raw.load_state_dict(last["model"])
+    ema.load_state_dict({k.removeprefix("module."): v for k, v in last["ema"].items() if k != "n_averaged"})
+    with build_loader(
+        DataConfig(valid=str(shards), backend="pillow"),
+        "valid",
+        batch_size=25,
+        image_size=32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        num_threads=0,
+    ) as loader:
+        batch = loader.next()
+    assert batch is not None
+    scores = metrics(finished[0])[-1]
+    for model, name in ((raw, "top1"), (ema, "ema_top1")):
+        with torch.no_grad():
+            hits = (model(batch["image"]).argmax(1) == batch["target"]).float().mean().item()
+        assert 100 * hits == pytest.approx(scores[name], abs=4.1)  # one image of 25 may tip over: other decoder, other pixels
+
+
+def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
+    done = train_command(
+        *("--data.train", shards, "--data.valid", shards, "--data.backend", "pillow", "--data.threads", 1),
+        *("--epochs", 2, "--batch-size", 20, "--image-size", 32, "--model.no-aux-logits", "--precision", "bf16"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run) if line["split"] == "train"] == [3, 6]
+
+
+SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
+        (["--data.train", "x-*.tar", "--data.valid", "SHARDS"], "no such shard: 'x-*.tar'"),
+        ([*SHARDS, "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
+        ([*SHARDS, "--image-size", "16"], "--image-size 16: at least 32 is needed"),
+        ([*SHARDS, "--epochs", "many"], "--epochs"),
+        ([*SHARDS, "--epoch", "3"], "--epochs"),
+        ([*SHARDS, "--data.crop-scale", "0.9", "0.1"], "--data.crop-scale 0.9 0.1"),
+        ([*SHARDS, "--optim.lr", "-1"], "--optim.lr -1.0: a positive number"),
+        ([*SHARDS, "--device", "tpu"], "--device"),
+        ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
+        ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
+        ([*SHARDS, "--batch-size", "8", "--epochs", "1"], "--optim.warmup-epochs 1.0 leaves nothing of 1 epochs"),
+        ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, shards: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    words = {"SHARDS": str(shards), "RUN": str(finished[0])}
+    before = (finished[0] / "metrics.jsonl").read_bytes()
+    done = train_command(*[words.get(word, word) for word in arguments], cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
+    from tests.conftest import write_image
+    from tools.shards.convert import convert
+
+    write_image(tmp_path / "images" / "dog" / "1.jpg", 1)
+    convert(tmp_path / "images", tmp_path / "other", name="valid", shard_samples=10, seed=0)
+    done = train_command("--data.train", shards, "--data.valid", tmp_path / "other", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: training and validation shards have different classes: ant, bee, cat, dog" in done.stderr
+
+
+def test_demo_from_nothing(tmp_path: Path) -> None:
+    """The command of the README, whole: draws, converts, trains, and recognizes nine of ten images it has not seen."""
+    done = train_command("--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = metrics(tmp_path / "run")[-1]
+    assert scores["split"] == "valid"
+    assert max(scores["top1"], scores["ema_top1"]) >= 90

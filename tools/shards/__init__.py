@@ -1,0 +1,1 @@
+"""The `shards` command: image collections in, WebDataset shards out. Its command line is `cli.py`."""
