@@ -32,6 +32,7 @@ from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
+from pipelines.shards import read_info
 
 log = logging.getLogger("train")
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.data.train == str(DEMO_DATA):
             make_demo_data()
         train(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -120,10 +121,12 @@ def parse(arguments: Sequence[str] | None) -> Config:
 
 def make_demo_data() -> None:
     """Draws and converts the demo's images with the `shards` command, unless an earlier run has."""
-    if not (DEMO_DATA / "_info.json").exists():
-        log.info("drawing the demo's images into %s", DEMO_DATA)
-        command = [sys.executable, "-m", "tools.shards", "demo", str(DEMO_DATA)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent)
+    if {"train", "valid"} <= set(read_info(DEMO_DATA).get("splits", {})):
+        return
+    log.info("drawing the demo's images into %s", DEMO_DATA)
+    command = [sys.executable, "-m", "tools.shards", "demo", str(DEMO_DATA), "--overwrite"]
+    if subprocess.run(command, check=False, cwd=Path(__file__).parent).returncode:
+        raise ValueError("the demo's images could not be made; the line above says why")
 
 
 def train(config: Config) -> None:
@@ -185,7 +188,7 @@ def train(config: Config) -> None:
     run.close()
     train_loader.close()
     valid_loader.close()
-    print(report(config, scores, meter.total, run.path, time.perf_counter() - started))
+    print(report(scores, meter.total, run.path, time.perf_counter() - started))
 
 
 def choose_device(name: str) -> torch.device:
@@ -203,8 +206,10 @@ def share_threads(config: Config, device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch_threads, loader_threads = torch.get_num_threads(), min(cores, 16)
     else:
-        # Training needs far more arithmetic than decoding, and threads beyond the cores stall torch's barriers.
-        torch_threads, loader_threads = cores, max(1, cores // 4)
+        # Arithmetic is far more work than decoding, and torch's threads wait for each other: a second loader thread stalls them
+        # all. The table in docs/performance.md is for 2 cores; where there are more, torch leaves the loader its own.
+        loader_threads = max(1, cores // 8)
+        torch_threads = cores if cores <= 2 else cores - loader_threads
     return config.torch_threads or torch_threads, config.data.threads or loader_threads
 
 
@@ -415,7 +420,7 @@ class RunFolder:
         self._tensorboard.close()
 
 
-def report(config: Config, scores: dict[str, float], rates: Rates, run_path: Path, seconds: float) -> str:
+def report(scores: dict[str, float], rates: Rates, run_path: Path, seconds: float) -> str:
     """What a person wants to know at the end."""
     return f"""
         raw     EMA
@@ -426,7 +431,8 @@ in all:   {seconds:.0f} s
 the run:  {run_path} (config.json, metrics.jsonl, TensorBoard events, last.pt, best.pt)
 next:     tensorboard --logdir {run_path.parent}
           shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train
-          python train.py --data.train shards/mine --data.valid shards/mine --image-size {config.image_size}"""
+          shards convert THE_SAME_FOR_VALIDATION shards/mine --name valid
+          python train.py --data.train shards/mine --data.valid shards/mine"""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class OptimConfig:
     weight_decay: float = 5e-5
     """L2 penalty on the weights of convolutions and linear layers; biases and normalization have none."""
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises linearly; 0 for none."""
+    """Epochs over which the learning rate rises linearly, but no more than half of the run; 0 for none."""
     cycle_epochs: int | None = None
     """Epochs from the top of the first cosine to its restart. Without it one cosine fills the run after the warm-up."""
     cycle_mult: int = 1
@@ -48,15 +48,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
-    """The learning rate of each step; call `step()` after each of the optimizer's.
-
-    Raises:
-        ValueError: The warm-up is as long as the run.
-    """
+    """The learning rate of each step; call `step()` after each of the optimizer's."""
     total = epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if warmup >= total:
-        raise ValueError(f"--optim.warmup-epochs {config.warmup_epochs} leaves nothing of {epochs} epochs; lower it")
+    warmup = round(min(config.warmup_epochs, epochs / 2) * steps_per_epoch)
     first_cycle = config.cycle_epochs * steps_per_epoch if config.cycle_epochs else total - warmup
     cosine = CosineAnnealingWarmRestarts(optimizer, first_cycle, config.cycle_mult, config.min_lr)
     if not warmup:

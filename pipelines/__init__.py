@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pipelines.loader import Batch, Loader
 from pipelines.shards import ShardSet, open_shards
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where it is used: torch takes seconds, and a tool's --help needs none of it
     import torch
 
 __all__ = ["Batch", "DataConfig", "Loader", "ShardSet", "build_loader", "open_shards"]
@@ -52,8 +52,8 @@ def build_loader(
     batch_size: int,
     image_size: int,
     device: "torch.device",
-    dtype: "torch.dtype",
-    num_threads: int,
+    dtype: "torch.dtype | None" = None,
+    num_threads: int = 4,
     shards: ShardSet | None = None,
     num_classes: int | None = None,
     seed: int = 0,
@@ -68,7 +68,7 @@ def build_loader(
         batch_size: Samples a batch, on this rank.
         image_size: Side of the images, pixels.
         device: Where the batches lie; a CUDA device needs its index.
-        dtype: Of the images; float32, or float16 on a GPU.
+        dtype: Of the images; float32 (the default), or float16 on a GPU.
         num_threads: CPU threads or worker processes.
         shards: What `open_shards` gave for the split, where the caller has it already.
         num_classes: Labels must be below it; by default what the shards say.
@@ -94,6 +94,8 @@ def build_loader(
             rank=rank,
             world_size=world_size,
         )
+    import torch
+
     from pipelines.dali import DALILoader
 
     return DALILoader(
@@ -102,7 +104,7 @@ def build_loader(
         batch_size=batch_size,
         image_size=image_size,
         device=device,
-        dtype=dtype,
+        dtype=dtype or torch.float32,
         num_classes=num_classes or shards.num_classes(),
         num_threads=num_threads,
         crop_scale=config.crop_scale,

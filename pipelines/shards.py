@@ -105,18 +105,17 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def _tars_in_folder(folder: Path, split: str) -> list[Path]:
     splits = read_info(folder).get("splits")
-    if splits is None:
+    if not splits:
         tars = sorted(folder.glob("*.tar"))
         if not tars:
             raise ValueError(f"no .tar files in folder {folder}")
         return tars
-    if split not in splits and len(splits) > 1:
+    if split not in splits:
         raise ValueError(
             f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "
             f"name the shards themselves, for example '{folder}/{min(splits)}-*.tar'"
         )
-    chosen = splits[split] if split in splits else next(iter(splits.values()))
-    tars = [folder / name for name in chosen["filenames"]]
+    tars = [folder / name for name in splits[split]["filenames"]]
     missing = [tar.name for tar in tars if not tar.exists()]
     if missing:
         raise ValueError(f"{folder / INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")

@@ -1,15 +1,22 @@
-"""What every loader has to do, on whatever device; imported by the tests of each kind of machine."""
+"""What every loader has to do, on whatever device: a base class, to be given the fixtures `backend`, `device` and `dtype`."""
 
 import gc
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+import pytest
 import torch
 
-from pipelines import Batch, DataConfig, Loader, build_loader
+from pipelines import Batch, DataConfig, Loader, build_loader, open_shards
 
 NUM_TRAIN, NUM_VALID, BATCH_SIZE, IMAGE_SIZE = 61, 25, 8, 48
+
+
+class Make(Protocol):
+    """Makes a loader of the tests' shards; options as for `build_loader`."""
+
+    def __call__(self, split: str, **options: int) -> Loader: ...
 
 
 def make_loader(
@@ -20,108 +27,124 @@ def make_loader(
     return build_loader(config, split, device=device, dtype=dtype, **settings)  # type: ignore[arg-type]
 
 
-def check_batches(make: Callable[[str], Loader], device: torch.device, dtype: torch.dtype) -> None:
-    """Keys, shapes, dtypes, strides, device, and that images are normalized pixels."""
-    with make("train") as loader:
-        for batch in loader:
-            assert set(batch) == {"image", "target"}
-            assert batch["image"].shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
-            assert batch["image"].dtype == dtype
-            assert batch["image"].device == device
-            assert batch["image"].is_contiguous(memory_format=torch.channels_last)
-            assert batch["target"].shape == (BATCH_SIZE,)
-            assert batch["target"].dtype == torch.int64
-            assert batch["target"].device == device
-            assert set(batch["target"].tolist()) <= {0, 1, 2}
-            assert -2.2 < batch["image"].min().item() < batch["image"].max().item() < 2.7
-            assert batch["image"].float().std().item() > 0.2
+class LoaderContract:
+    @pytest.fixture
+    def make(self, shards: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Make:
+        def make(split: str, **options: int) -> Loader:
+            torch.manual_seed(options.get("seed", 0))  # Pillow's augmentation draws from torch's generator
+            return make_loader(shards, backend, split, device, dtype, **options)
 
+        return make
 
-def check_epochs(make: Callable[[str], Loader]) -> None:
-    """Length, the end of an epoch, reset, leaving early and beginning again."""
-    with make("train") as loader:
-        assert len(loader) == NUM_TRAIN // BATCH_SIZE
-        for _ in range(3):
-            assert sum(len(batch["target"]) for batch in loader) == len(loader) * BATCH_SIZE
-        assert loader.next() is None
-        assert loader.next() is None
-        loader.reset()
-        loader.reset()
-        assert loader.next() is not None
-    with make("valid") as loader:
-        assert len(loader) == -(-NUM_VALID // BATCH_SIZE)
-        whole = [batch["target"].tolist() for batch in loader]
-        assert [len(targets) for targets in whole] == [8, 8, 8, 1]
-        for count, batch in enumerate(loader):
-            assert batch["target"].tolist() == whole[count]
-            if count == 1:
-                break
-        assert [batch["target"].tolist() for batch in loader] == whole
+    def test_batches(self, make: Make, device: torch.device, dtype: torch.dtype) -> None:
+        """Keys, shapes, dtypes, strides, device, and that images are normalized pixels."""
+        with make("train") as loader:
+            for batch in loader:
+                assert set(batch) == {"image", "target"}
+                assert batch["image"].shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
+                assert batch["image"].dtype == dtype
+                assert batch["image"].device == device
+                assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+                assert batch["target"].shape == (BATCH_SIZE,)
+                assert batch["target"].dtype == torch.int64
+                assert batch["target"].device == device
+                assert set(batch["target"].tolist()) <= {0, 1, 2}
+                assert -2.2 < batch["image"].min().item() < batch["image"].max().item() < 2.7
+                assert batch["image"].float().std().item() > 0.2
 
+    def test_epochs(self, make: Make) -> None:
+        """Length, the end of an epoch, reset, leaving early and beginning again."""
+        with make("train") as loader:
+            assert len(loader) == NUM_TRAIN // BATCH_SIZE
+            for _ in range(3):
+                assert sum(len(batch["target"]) for batch in loader) == len(loader) * BATCH_SIZE
+            assert loader.next() is None
+            assert loader.next() is None
+            loader.reset()
+            loader.reset()
+            assert loader.next() is not None
+        with make("valid") as loader:
+            assert len(loader) == -(-NUM_VALID // BATCH_SIZE)
+            whole = [batch["target"].tolist() for batch in loader]
+            assert [len(targets) for targets in whole] == [8, 8, 8, 1]
+            for count, batch in enumerate(loader):
+                assert batch["target"].tolist() == whole[count]
+                if count == 1:
+                    break
+            assert [batch["target"].tolist() for batch in loader] == whole
 
-def check_ancestors_loop(make: Callable[[str], Loader]) -> None:
-    """The training loop of the notebook's ancestor, not a line of it changed, over two epochs."""
-    train_prefetcher = make("train")
-    for _ in range(2):
-        batch_index = 0
-        train_prefetcher.reset()
-        batch = train_prefetcher.next()
-        while batch is not None:
-            images = batch["image"]
-            target = batch["target"]
-            assert len(images) == len(target) == BATCH_SIZE
+    def test_ancestors_loop(self, make: Make) -> None:
+        """The training loop of the notebook's ancestor, not a line of it changed, over two epochs."""
+        train_prefetcher = make("train")
+        for _ in range(2):
+            batch_index = 0
+            train_prefetcher.reset()
             batch = train_prefetcher.next()
-            batch_index += 1
-        assert batch_index == len(train_prefetcher)
-    train_prefetcher.close()
+            while batch is not None:
+                images = batch["image"]
+                target = batch["target"]
+                assert len(images) == len(target) == BATCH_SIZE
+                batch = train_prefetcher.next()
+                batch_index += 1
+            assert batch_index == len(train_prefetcher)
+        train_prefetcher.close()
 
+    def test_batches_stay(self, make: Make) -> None:
+        """A batch that the caller keeps is not overwritten by later ones."""
+        with make("valid") as loader:
+            kept: list[Batch] = list(loader)
+            copies = [batch["image"].clone() for batch in kept]
+            for _ in range(3):
+                list(loader)
+            assert all(torch.equal(batch["image"], copy) for batch, copy in zip(kept, copies, strict=True))
 
-def check_batches_stay(make: Callable[[str], Loader]) -> None:
-    """A batch that the caller keeps is not overwritten by later ones."""
-    with make("valid") as loader:
-        kept: list[Batch] = list(loader)
-        copies = [batch["image"].clone() for batch in kept]
-        for _ in range(3):
-            list(loader)
-        assert all(torch.equal(batch["image"], copy) for batch, copy in zip(kept, copies, strict=True))
+    def test_reproducible(self, make: Make) -> None:
+        """One seed gives the same batches again, another gives others, and epochs differ."""
 
+        def first_epochs(seed: int) -> list[torch.Tensor]:
+            with make("train", seed=seed) as loader:
+                return [torch.cat([batch["image"] for batch in loader]) for _ in range(2)]
 
-def check_reproducible(make_seeded: Callable[[int], Loader]) -> None:
-    """One seed gives the same batches again, another gives others, and epochs differ."""
+        first, again, other = first_epochs(0), first_epochs(0), first_epochs(1)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[0], other[0])
 
-    def first_epochs(seed: int) -> list[torch.Tensor]:
-        with make_seeded(seed) as loader:
-            return [torch.cat([batch["image"] for batch in loader]) for _ in range(2)]
+    def test_every_valid_sample_exactly_once(self, make: Make, shards: Path) -> None:
+        """Over all ranks validation gives each sample once, in order, whatever the batch size; no batch is empty."""
+        targets = open_shards(str(shards), "valid").labels()
+        for world_size in (1, 2, 3, 7, 30):
+            for batch_size in (1, 4, 25, 64):
+                seen: list[int] = []
+                for rank in range(world_size):
+                    with make("valid", batch_size=batch_size, rank=rank, world_size=world_size) as loader:
+                        batches = [batch["target"].tolist() for batch in loader]
+                        assert len(batches) == len(loader)
+                        assert all(batches)
+                        for batch in batches:
+                            seen += batch
+                assert seen == targets, (world_size, batch_size)
 
-    first, again, other = first_epochs(0), first_epochs(0), first_epochs(1)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], other[0])
+    def test_two_at_once(self, make: Make) -> None:
+        """Training and validation loaders do not disturb each other, and closing them ends their threads."""
+        threads = threading.active_count()
+        with make("valid") as alone:
+            expected = [batch["target"].tolist() for batch in alone]
+        with make("train") as train, make("valid") as valid:
+            interleaved = [v["target"].tolist() for _, v in zip(train, valid, strict=False)]
+        assert interleaved == expected[: len(interleaved)]
+        gc.collect()
+        assert threading.active_count() <= threads
 
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+    def test_ranks_have_equally_many_training_batches(self, make: Make, world_size: int) -> None:
+        for rank in range(world_size):
+            with make("train", rank=rank, world_size=world_size) as loader:
+                assert len(loader) == NUM_TRAIN // world_size // BATCH_SIZE
+                for _ in range(3):
+                    assert len(list(loader)) == len(loader)
 
-def check_every_sample_once(make_ranked: Callable[[int, int, int], Loader], targets: list[int]) -> None:
-    """Over all ranks validation gives each sample once, in order, whatever the batch size; no batch is empty."""
-    for world_size in (1, 2, 3, 7, 30):
-        for batch_size in (1, 4, 25, 64):
-            seen: list[int] = []
-            for rank in range(world_size):
-                with make_ranked(batch_size, rank, world_size) as loader:
-                    batches = [batch["target"].tolist() for batch in loader]
-                    assert len(batches) == len(loader)
-                    assert all(batches)
-                    for batch in batches:
-                        seen += batch
-            assert seen == targets, (world_size, batch_size)
-
-
-def check_two_at_once(make: Callable[[str], Loader]) -> None:
-    """Training and validation loaders do not disturb each other, and closing them ends their threads."""
-    threads = threading.active_count()
-    with make("valid") as alone:
-        expected = [batch["target"].tolist() for batch in alone]
-    with make("train") as train, make("valid") as valid:
-        interleaved = [v["target"].tolist() for _, v in zip(train, valid, strict=False)]
-    assert interleaved == expected[: len(interleaved)]
-    gc.collect()
-    assert threading.active_count() <= threads
+    def test_too_few_training_samples(self, make: Make) -> None:
+        with pytest.raises(ValueError, match=r"61 training samples over 1 rank\(s\) do not fill one batch of 62"):
+            make("train", batch_size=62)

@@ -118,9 +118,10 @@ def test_wrong_settings_name_their_flag(options: dict[str, float], flag: str) ->
         OptimConfig(**options)  # type: ignore[arg-type]
 
 
-def test_a_warmup_as_long_as_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--optim\.warmup-epochs 3 leaves nothing of 3 epochs"):
-        learning_rates(OptimConfig(warmup_epochs=3), epochs=3, steps_per_epoch=10)
+def test_the_warmup_takes_half_of_the_run_at_most() -> None:
+    rates = learning_rates(OptimConfig(lr=0.4, warmup_epochs=3), epochs=1, steps_per_epoch=10)
+    assert rates.index(max(rates)) == 5
+    assert max(rates) == pytest.approx(0.4)
 
 
 def test_checkpoint_survives_a_failed_replacement(tmp_path: Path) -> None:

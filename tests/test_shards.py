@@ -44,6 +44,7 @@ def test_what_is_not_there_is_named(shards: Path, pattern: str, message: str) ->
 
 
 def test_a_folder_without_the_split(tmp_path: Path) -> None:
+    """Also where there is but one: training data is not taken for validation in silence."""
     splits = {name: {"filenames": [f"{name}-000000.tar"]} for name in ("val", "test")}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     with pytest.raises(ValueError, match=r"has the splits test, val and none called 'valid'; name the shards"):

@@ -145,7 +145,6 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         ([*SHARDS, "--device", "tpu"], "--device"),
         ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
-        ([*SHARDS, "--batch-size", "8", "--epochs", "1"], "--optim.warmup-epochs 1.0 leaves nothing of 1 epochs"),
         ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
     ],
 )
