@@ -32,7 +32,6 @@ from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
-from pipelines.shards import read_info
 
 log = logging.getLogger("train")
 
@@ -51,6 +50,12 @@ class ModelConfig:
     """Part of a target's probability that is spread over all classes."""
     ema_decay: float = 0.999
     """How much of the averaged weights stays at each step; the average looks back on about 1 / (1 - decay) steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,17 @@ class Config:
     seed: int = 0
     """Of the initial weights, the order of the samples, augmentation and dropout."""
     run_dir: Path | None = None
-    """Folder for what the run writes; by default runs/DATE-TIME."""
+    """Folder for what the run writes; by default runs/DATE-TIME-PROCESS."""
     log_every: int = 20
     """Steps between two log lines."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 32), ("log_every", 1), ("torch_threads", 1)):
+        # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
+        least = {"epochs": 1, "batch_size": 2, "image_size": 32, "log_every": 1, "torch_threads": 1, "seed": 0}
+        for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
 
 
 DEMO_DATA = Path(__file__).parent / "data" / "demo"
@@ -104,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.data.train == str(DEMO_DATA):
             make_demo_data()
         train(config)
+    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -121,8 +130,11 @@ def parse(arguments: Sequence[str] | None) -> Config:
 
 def make_demo_data() -> None:
     """Draws and converts the demo's images with the `shards` command, unless an earlier run has."""
-    if {"train", "valid"} <= set(read_info(DEMO_DATA).get("splits", {})):
+    try:
+        open_shards(str(DEMO_DATA), "train"), open_shards(str(DEMO_DATA), "valid")
         return
+    except ValueError:  # there are none, or not all of them
+        pass
     log.info("drawing the demo's images into %s", DEMO_DATA)
     command = [sys.executable, "-m", "tools.shards", "demo", str(DEMO_DATA), "--overwrite"]
     if subprocess.run(command, check=False, cwd=Path(__file__).parent).returncode:
@@ -388,7 +400,7 @@ class RunFolder:
     """What a run leaves on the disk: config.json, metrics.jsonl, TensorBoard's files, last.pt and best.pt."""
 
     def __init__(self, config: Config) -> None:
-        self.path = config.run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        self.path = config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         if (self.path / "metrics.jsonl").exists():
             raise ValueError(f"--run-dir {self.path} holds a run already; name another folder, or remove it")
         self.path.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Exponential moving average of a model's weights."""
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 class EMA(AveragedModel):
@@ -16,17 +16,24 @@ class EMA(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"--model.ema-decay {decay}: a number from 0 to below 1 is needed")
-        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        assert 0 <= decay < 1, decay
+        super().__init__(model, use_buffers=True)
         self.decay = decay
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def _average(self, averaged: PARAM_LIST, newest: PARAM_LIST, _: Tensor | int) -> None:
-        if not averaged[0].is_floating_point():
-            torch._foreach_copy_(averaged, newest)
-            return
-        updates = int(self.n_averaged)  # this buffer stays on the CPU, so reading it waits for no device
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(averaged, newest, 1 - decay)
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the model's present weights into the average.
+
+        Does what `AveragedModel` does, without its copies of the counter to the device, each of which would make the host wait
+        for a GPU: the counter stays on the CPU.
+        """
+        updates = int(self.n_averaged)
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
+        averaged = [*self.module.parameters(), *self.module.buffers()]
+        newest = [*model.parameters(), *model.buffers()]
+        floats = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]
+        torch._foreach_lerp_([averaged[i] for i in floats], [newest[i] for i in floats], 1 - decay)
+        if counters := [i for i, tensor in enumerate(averaged) if not tensor.is_floating_point()]:
+            torch._foreach_copy_([averaged[i] for i in counters], [newest[i] for i in counters])
+        self.n_averaged += 1

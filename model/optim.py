@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, LRScheduler, SequentialLR
@@ -29,6 +30,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"--optim.lr {self.lr}: a positive number is needed")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--optim.momentum {self.momentum}: a number from 0 to below 1 is needed")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--optim.min-lr {self.min_lr}: a number from 0 to --optim.lr {self.lr} is needed")
         if self.warmup_epochs < 0:
             raise ValueError(f"--optim.warmup-epochs {self.warmup_epochs}: a number from 0 on is needed")
         if self.cycle_epochs is not None and self.cycle_epochs < 1:
@@ -44,7 +49,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    if config.momentum:
+        # Where gradient scaling skips the first step for infinite gradients, the fused kernel leaves the buffers that it made
+        # uninitialized. A buffer of zeros gives the same first step.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> LRScheduler:

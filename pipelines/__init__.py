@@ -17,8 +17,7 @@ class DataConfig:
     """Where the images come from and how they are varied."""
 
     train: str = ""
-    """Training shards: a glob ('shards/train-*.tar'), a brace pattern ('shards/train-{000000..000007}.tar') or a folder that
-    `shards convert` wrote. Without it the embedded demo runs."""
+    """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder. Without it the embedded demo runs."""
     valid: str = ""
     """Validation shards, in the same notation."""
     backend: Literal["dali", "pillow"] = "dali"
@@ -30,8 +29,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a random training crop."""
     shuffle_buffer: int = 2048
-    """Samples held encoded in memory, among which the reader draws at random. The converter has shuffled the whole set before;
-    a larger buffer helps shards that are sorted by class."""
+    """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("crop-scale", self.crop_scale), ("crop-ratio", self.crop_ratio)):
@@ -80,6 +78,7 @@ def build_loader(
         ValueError: No such shards, or too few samples for a batch.
     """
     shards = shards or open_shards(config.train if split == "train" else config.valid, split)
+    num_classes = num_classes or shards.num_classes()
     train = split == "train"
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader
@@ -89,6 +88,7 @@ def build_loader(
             dataset,
             batch_size=batch_size,
             device=device,
+            num_classes=num_classes,
             num_workers=num_threads,
             seed=seed,
             rank=rank,
@@ -105,7 +105,7 @@ def build_loader(
         image_size=image_size,
         device=device,
         dtype=dtype or torch.float32,
-        num_classes=num_classes or shards.num_classes(),
+        num_classes=num_classes,
         num_threads=num_threads,
         crop_scale=config.crop_scale,
         crop_ratio=config.crop_ratio,

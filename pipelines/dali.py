@@ -1,5 +1,7 @@
 """The one DALI graph, for training and validation, CPU and GPU; and the loader around it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,14 +10,12 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
-from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from torch.utils.dlpack import from_dlpack
 
 from pipelines import augment
 from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
-from pipelines.shards import ShardSet, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, parse_label
 
-IMAGE_EXTENSIONS = "jpg;jpeg;png;webp;bmp;tif;tiff;jp2;pnm;ppm;pgm"
-LABEL_BYTES = 8  # labels are padded to this length, so that a batch of them is one tensor
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 
@@ -48,7 +48,7 @@ def image_pipeline(
     encoded, label = fn.readers.webdataset(
         paths=[str(tar) for tar in shards.tars],
         index_paths=[str(index) for index in shards.indices],
-        ext=[IMAGE_EXTENSIONS, "cls"],
+        ext=[";".join(IMAGE_EXTENSIONS), "cls"],
         case_sensitive_extensions=False,
         missing_component_behavior="error",
         shard_id=rank,
@@ -70,8 +70,8 @@ def image_pipeline(
         mean=[255 * value for value in MEAN],
         std=[255 * value for value in STD],
     )
-    source = fn.get_property(encoded, key="source_info")
-    return image, fn.pad(label, shape=[LABEL_BYTES]), fn.pad(source)
+    # Texts differ in length; padded with zeros a batch of them is one tensor.
+    return image, fn.pad(label), fn.pad(fn.get_property(encoded, key="source_info"))
 
 
 class DALILoader(Loader):
@@ -144,11 +144,13 @@ class DALILoader(Loader):
             first, _ = rank_extent(shards.num_samples, rank, world_size)
             self._pipeline_options.update(rank=first, world_size=shards.num_samples)
         self._shards = shards
-        self._iterator = self._start() if num_batches else None
+        self._pipeline = self._start() if num_batches else None
 
-    def _start(self) -> DALIGenericIterator:
+    def _start(self) -> Pipeline:
         pipeline: Pipeline = image_pipeline(self._shards, **self._pipeline_options)
-        return DALIGenericIterator(pipeline, ["image", "label", "source"])
+        with _errors_for_people():
+            pipeline.build()
+        return pipeline
 
     def __len__(self) -> int:
         return self._num_batches
@@ -156,27 +158,29 @@ class DALILoader(Loader):
     def next(self) -> Batch | None:
         if self._delivered == self._num_batches:
             return None
-        assert self._iterator is not None, "the loader is closed"
-        (outputs,) = next(self._iterator)
+        assert self._pipeline is not None, "the loader is closed"
+        with _errors_for_people():
+            image, label, source = (output.as_tensor() for output in self._pipeline.run())
         count = min(self._batch_size, self._num_samples - self._delivered * self._batch_size)
         self._delivered += 1
-        labels = parse_labels(outputs["label"][:count].numpy(), outputs["source"].numpy(), self._num_classes)
+        labels = parse_labels(np.asarray(label)[:count], np.asarray(source), self._num_classes)
         return {
-            "image": outputs["image"][:count].permute(0, 3, 1, 2),  # NHWC seen as NCHW is channels_last
+            # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
+            "image": from_dlpack(image)[:count].permute(0, 3, 1, 2),
             "target": torch.from_numpy(labels).to(self._device, non_blocking=True),
         }
 
     def reset(self) -> None:
         if not self._train and 0 < self._delivered < self._num_batches:
-            self._iterator = self._start()  # the reader only moves forwards
+            self._pipeline = self._start()  # the reader only moves forwards
         self._delivered = 0
 
     def close(self) -> None:
-        self._iterator = None
+        self._pipeline = None
 
 
 def parse_labels(text: np.ndarray, sources: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, LABEL_BYTES)` padded with zeros.
+    """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, longest)` padded with zeros.
 
     Raises:
         ValueError: A label is not a number or not below `num_classes`; names the sample from `sources`.
@@ -189,6 +193,21 @@ def parse_labels(text: np.ndarray, sources: np.ndarray, num_classes: int) -> np.
         if labels[i] >= num_classes:
             raise ValueError(f"{place}: class {labels[i]} is out of range; there are {num_classes} classes, from 0 on")
     return labels
+
+
+@contextlib.contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """DALI's errors, which are some twenty lines of graph and C++ around the one that names the sample, as that line."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, _, what = str(error).partition("encountered:")
+        lines = [line.strip() for line in what.splitlines()]
+        kept = [line for line in lines if line and not line.startswith(("C++ context", "Current pipeline", "Assert on"))]
+        hint = (
+            " (a sample in these shards is no image that it can read; it does not say which)" if "nvImageCodec" in what else ""
+        )
+        raise ValueError(f"the data pipeline stopped: {' '.join(kept) or error}{hint}") from error
 
 
 def _epoch(num_samples: int, batch_size: int, rank: int, world_size: int, train: bool) -> tuple[int, int]:

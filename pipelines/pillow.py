@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from pipelines.index import Sample, read_index
 from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
-from pipelines.shards import ShardSet, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, parse_label
 
 Mode = Literal["Train", "Valid"]
 
@@ -133,6 +133,7 @@ def pillow_loader(
     *,
     batch_size: int,
     device: torch.device,
+    num_classes: int,
     num_workers: int,
     seed: int,
     rank: int = 0,
@@ -140,6 +141,9 @@ def pillow_loader(
 ) -> CUDAPrefetcher:
     """The pair put together as the old training script did; arguments as for `DALILoader`."""
     train = dataset.mode == "Train"
+    for path, _, _, label in dataset.samples:
+        if label >= num_classes:
+            raise ValueError(f"{path}: class {label} is out of range; there are {num_classes} classes, from 0 on")
     if train and len(dataset) // world_size < batch_size:
         raise ValueError(
             f"{len(dataset)} training samples over {world_size} rank(s) do not fill one batch of {batch_size}; "
@@ -210,8 +214,8 @@ def _tar_samples(tar: Path, samples: list[Sample]) -> list[tuple[str, int, int, 
     located = []
     with open(tar, "rb") as file:
         for sample in samples:
-            label = next(c for c in sample if c.extension.lower() == "cls")
-            image = next(c for c in sample if c is not label)
+            label = find_component(sample, ("cls",), tar)
+            image = find_component(sample, IMAGE_EXTENSIONS, tar)
             file.seek(label.offset)
             located.append((str(tar), image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
     return located

@@ -4,15 +4,17 @@ import glob
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipelines.index import count_samples, ensure_index, read_index
+from pipelines.index import Component, Sample, count_samples, ensure_index, read_index
 
 INFO_FILE = "_info.json"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2", "pnm", "ppm", "pgm")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,22 @@ class ShardSet:
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
                 for sample in read_index(index):
-                    label = next((c for c in sample if c.extension.lower() == "cls"), None)
-                    if label is None:
-                        raise ValueError(f"{tar}: sample {sample[0].name} has no .cls member with its class number")
+                    label = find_component(sample, ("cls",), tar)
                     file.seek(label.offset)
                     labels.append(parse_label(file.read(label.size), f"{tar}: {label.name}"))
         return labels
+
+
+def find_component(sample: Sample, extensions: Sequence[str], tar: Path) -> Component:
+    """The component of a sample that has one of the extensions, in lower or upper case.
+
+    Raises:
+        ValueError: There is none; names the tar and the sample.
+    """
+    for component in sample:
+        if component.extension.lower() in extensions:
+            return component
+    raise ValueError(f"{tar}: the sample of {sample[0].name} has no member that ends in .{' .'.join(extensions)}")
 
 
 def parse_label(text: bytes, place: str) -> int:

@@ -101,7 +101,9 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
             order = (images * 255 / 5).round().int().tolist()
             assert sorted(order) == list(range(48))
             orders.append(order)
-    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != orders[1]
+    assert orders[1] != orders[2]
+    assert orders[0] != orders[2]
     assert orders[0] != list(range(48))
 
 
@@ -122,12 +124,13 @@ def write_foreign_tar(path: Path, labels: list[bytes]) -> None:
             add_member(tar, f"some/folder/{i:04d}.JPG", encoded.getvalue())
 
 
-def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["dali", "pillow"])
+def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_foreign_tar(tmp_path / "a.tar", [b"0", b"12\n", b" 3 "])
     write_foreign_tar(tmp_path / "b.tar", [b"999"])
     for _ in range(2):  # the second time from the cached index
-        with valid_loader(f"{tmp_path}/*.tar", image_size=32) as loader:
+        with valid_loader(f"{tmp_path}/*.tar", backend, image_size=32) as loader:
             assert [batch["target"].tolist() for batch in loader] == [[0, 12, 3, 999]]
     assert len(list((tmp_path / "cache").rglob("*.idx"))) == 2
 
@@ -137,6 +140,7 @@ def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (b"cat", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b'cat'"),
         (b"", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b''"),
+        (b"n01440764_tench", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b'n01440764_tench'"),
         (b"5", r"bad\.tar:\d+:some/folder/0001\.JPG: class 5 is out of range; there are 5 classes"),
     ],
 )
@@ -149,3 +153,38 @@ def test_bad_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     )
     with loader, pytest.raises(ValueError, match=message):
         loader.next()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", r"Failed to decode sample #1 : .*bad\.tar:\d+:1\.jpg"),
+        ("no image", r"it does not say which"),
+        ("image missing", r"bad-.*\.idx\" line 2"),
+        ("label missing", r"bad-.*\.idx\" line 2"),
+    ],
+)
+def test_samples_that_stop_the_pipeline_get_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, message: str
+) -> None:
+    """In shards that no converter has checked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_image(tmp_path / "good.jpg", 1)
+    good = (tmp_path / "good.jpg").read_bytes()
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for i in range(3):
+            image = {"truncated": good[:-300], "no image": b"no image"}.get(damage, good) if i == 1 else good
+            if not (i == 1 and damage == "image missing"):
+                add_member(tar, f"{i}.jpg", image)
+            if not (i == 1 and damage == "label missing"):
+                add_member(tar, f"{i}.cls", b"0")
+    config = DataConfig(valid=str(tmp_path / "bad.tar"))
+    with pytest.raises(ValueError, match=rf"^the data pipeline stopped: .*{message}") as raised:
+        build_loader(config, "valid", batch_size=3, image_size=32, device=CPU, num_threads=1, num_classes=1).next()
+    assert "\n" not in str(raised.value)
+
+
+def test_pillow_names_labels_out_of_range(shards: Path) -> None:
+    config = DataConfig(valid=str(shards), backend="pillow")
+    with pytest.raises(ValueError, match=r"\.tar: class 2 is out of range; there are 2 classes"):
+        build_loader(config, "valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=2)

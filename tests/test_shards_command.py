@@ -133,6 +133,10 @@ def test_an_existing_split_is_replaced_only_when_asked(tmp_path: Path, image_fol
     assert "has a split 'train' already; give another --name, or --overwrite" in refused.stderr
     assert shards_command("convert", image_folder, out, "--overwrite").returncode == 0
     assert sorted(digests(out)) == ["_info.json", "train-000000.idx", "train-000000.tar"]
+    (out / "_info.json").unlink()  # shards that somebody else has put there are not overwritten either
+    before = digests(out)
+    assert shards_command("convert", image_folder, out).returncode == 2
+    assert digests(out) == before
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,10 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
     [
         (["--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
         (["--data.train", "x-*.tar", "--data.valid", "SHARDS"], "no such shard: 'x-*.tar'"),
-        ([*SHARDS, "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
+        ([*SHARDS, "--batch-size", "1"], "--batch-size 1: at least 2 is needed"),
+        ([*SHARDS, "--seed", "-1"], "--seed -1: at least 0 is needed"),
+        ([*SHARDS, "--model.label-smoothing", "2"], "--model.label-smoothing 2.0"),
+        ([*SHARDS, "--model.ema-decay", "1"], "--model.ema-decay 1.0"),
         ([*SHARDS, "--image-size", "16"], "--image-size 16: at least 32 is needed"),
         ([*SHARDS, "--epochs", "many"], "--epochs"),
         ([*SHARDS, "--epoch", "3"], "--epochs"),

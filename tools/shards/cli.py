@@ -96,14 +96,16 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Exit status: 0 done; 1 failed on the way; 2 something that the user can mend, said in one line."""
-    command: Convert | Info | Demo = tyro.cli(
-        Command,
-        prog="shards",
-        description="Image collections in, WebDataset shards out.",
-        args=arguments,
-    )
     try:
+        command: Convert | Info | Demo = tyro.cli(
+            Command,
+            prog="shards",
+            description="Image collections in, WebDataset shards out.",
+            args=arguments,
+        )
         command.run()
+    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

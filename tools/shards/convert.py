@@ -103,10 +103,12 @@ def convert(
 def _agree_on_classes(source: ClassFolders, info: dict[str, Any], name: str, destination: Path, overwrite: bool) -> list[str]:
     """The class names of the data set: the first split's, which later ones have to share."""
     splits = info.get("splits", {})
-    if name in splits and not overwrite:
+    if (name in splits or any(destination.glob(f"{name}-*.tar"))) and not overwrite:
         raise ValueError(f"{destination} has a split {name!r} already; give another --name, or --overwrite")
     if set(splits) <= {name}:
         return list(source.classes)
+    if "classes" not in info:
+        raise ValueError(f"{destination}/{INFO_FILE} lists splits and no classes, so a new split cannot be numbered like them")
     unknown = [label for label in source.classes if label not in info["classes"]]
     if unknown:
         raise ValueError(
@@ -149,9 +151,10 @@ def _publish(
 ) -> None:
     """Gives the finished shards their names, and lists them: from here on the split is there."""
     splits = info.get("splits", {})
-    for old in splits.pop(name, {"filenames": []})["filenames"]:
-        (destination / old).unlink(missing_ok=True)
-        (destination / old).with_suffix(".idx").unlink(missing_ok=True)
+    if splits.pop(name, None):
+        _write_info(destination, {**info, "splits": splits})  # what is replaced is not listed while it is
+    for old in [*destination.glob(f"{name}-*.tar"), *destination.glob(f"{name}-*.idx")]:
+        old.unlink()
     for file in sorted(partial.iterdir()):
         file.replace(destination / file.name)
     partial.rmdir()
@@ -162,7 +165,11 @@ def _publish(
         "filenames": [shard_name(name, number) for number in range(len(shard_lengths))],
         "shard_lengths": shard_lengths,
     }
-    replace_text(destination / INFO_FILE, json.dumps({**info, "splits": splits, "classes": classes}, indent=1) + "\n")
+    _write_info(destination, {**info, "splits": splits, "classes": classes})
+
+
+def _write_info(destination: Path, info: dict[str, Any]) -> None:
+    replace_text(destination / INFO_FILE, json.dumps(info, indent=1) + "\n")
 
 
 def _write_rejected(path: Path, name: str, rejected: list[dict[str, str]]) -> None:

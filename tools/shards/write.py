@@ -59,6 +59,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, shard_samples: int) -> None:
         self._folder, self._split, self._shard_samples = folder, split, shard_samples
         self._shard: ShardWriter | None = None
+        self._num_samples = 0
         self.shard_lengths: list[int] = []
         self.image_bytes = 0
 
@@ -68,7 +69,8 @@ class SplitWriter:
             self._finish_shard()
             self._shard = ShardWriter(self._folder / shard_name(self._split, len(self.shard_lengths)))
             self.shard_lengths.append(0)
-        self._shard.add(_key(sum(self.shard_lengths), origin), components)
+        self._shard.add(_key(self._num_samples, origin), components)
+        self._num_samples += 1
         self.shard_lengths[-1] += 1
         self.image_bytes += len(next(iter(components.values())))
 

@@ -1,0 +1,44 @@
+"""`python train.py` on a GPU, in each precision, and a step that makes the host wait for nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint
+from tests.test_train import metrics, train_command
+from train import Config, build_job, train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
+def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
+    done = train_command(
+        *("--data.train", shards, "--data.valid", shards, "--device", "cuda", "--precision", precision),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 64, "--log-every", 3, "--run-dir", tmp_path / "run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["epoch"] for line in lines if line["split"] == "valid"] == [1, 2]
+    assert all(0 <= line["data_wait_percent"] <= 100 for line in lines if line["split"] == "train")
+    weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
+    """Not with float16, where the scaler has to read whether a step is to be skipped."""
+    device = torch.device("cuda", 0)
+    config = Config(epochs=2)
+    job = build_job(config, 10, None, device, dtype, steps_per_epoch=10)
+    image = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    train_step(config, job, image, target)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train_step(config, job, image, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
