@@ -8,6 +8,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
+from numpy.typing import NDArray
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch.utils.dlpack import from_dlpack
@@ -179,7 +180,7 @@ class DALILoader(Loader):
         self._pipeline = None
 
 
-def parse_labels(text: np.ndarray, sources: np.ndarray, num_classes: int) -> np.ndarray:
+def parse_labels(text: NDArray[np.uint8], sources: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
     """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, longest)` padded with zeros.
 
     Raises:
