@@ -144,6 +144,9 @@ class DALILoader(Loader):
             # The reader refuses more ranks than samples. Each rank has one sample or none then.
             first, _ = rank_extent(shards.num_samples, rank, world_size)
             self._pipeline_options.update(rank=first, world_size=shards.num_samples)
+        # The reader pads every rank's share of validation to as many batches as the largest one has.
+        largest_share = -(-shards.num_samples // world_size)
+        self._num_padding_batches = 0 if train else -(-largest_share // batch_size) - num_batches
         self._shards = shards
         self._pipeline = self._start() if num_batches else None
 
@@ -172,9 +175,18 @@ class DALILoader(Loader):
         }
 
     def reset(self) -> None:
-        if not self._train and 0 < self._delivered < self._num_batches:
-            self._pipeline = self._start()  # the reader only moves forwards
+        if self._delivered and not self._train:
+            self._rewind()
         self._delivered = 0
+
+    def _rewind(self) -> None:
+        """Brings validation back to its first sample."""
+        if self._delivered < self._num_batches:
+            self._pipeline = self._start()  # the reader only moves forwards
+            return
+        assert self._pipeline is not None, "the loader is closed"
+        for _ in range(self._num_padding_batches):
+            self._pipeline.run()
 
     def close(self) -> None:
         self._pipeline = None

@@ -115,6 +115,19 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def listed_tars(folder: Path, split_info: dict[str, Any]) -> list[Path]:
+    """The tars of one split of an `_info.json`.
+
+    Raises:
+        ValueError: Some of them are not there.
+    """
+    tars = [folder / name for name in split_info["filenames"]]
+    missing = [tar.name for tar in tars if not tar.exists()]
+    if missing:
+        raise ValueError(f"{folder / INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+    return tars
+
+
 def _tars_in_folder(folder: Path, split: str) -> list[Path]:
     splits = read_info(folder).get("splits")
     if not splits:
@@ -127,11 +140,7 @@ def _tars_in_folder(folder: Path, split: str) -> list[Path]:
             f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "
             f"name the shards themselves, for example '{folder}/{min(splits)}-*.tar'"
         )
-    tars = [folder / name for name in splits[split]["filenames"]]
-    missing = [tar.name for tar in tars if not tar.exists()]
-    if missing:
-        raise ValueError(f"{folder / INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
-    return tars
+    return listed_tars(folder, splits[split])
 
 
 def _expand(pattern: str) -> list[Path]:

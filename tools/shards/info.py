@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.shards import INFO_FILE, read_info
+from pipelines.shards import INFO_FILE, listed_tars, read_info
 
 
 def describe(folder: Path) -> str:
@@ -16,9 +16,7 @@ def describe(folder: Path) -> str:
         raise ValueError(f"{folder}: no {INFO_FILE} that lists splits; `shards convert` writes one")
     rows = [("split", "shards", "samples", "classes", "MB")]
     for name, split in sorted(info["splits"].items()):
-        tars = [folder / filename for filename in split["filenames"]]
-        if missing := [tar.name for tar in tars if not tar.exists()]:
-            raise ValueError(f"{folder}: {INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+        tars = listed_tars(folder, split)
         megabytes = sum(tar.stat().st_size for tar in tars) / 1e6
         classes = len(info["classes"]) if "classes" in info else "?"
         rows.append((name, f"{len(tars):,}", f"{split['num_samples']:,}", f"{classes}", f"{megabytes:,.1f}"))
