@@ -152,7 +152,8 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
 
-    train_shards, valid_shards = open_shards(config.data.train, "train"), open_shards(config.data.valid, "valid")
+    train_shards = open_shards(config.data.train, "train", config.data.index_dir)
+    valid_shards = open_shards(config.data.valid, "valid", config.data.index_dir)
     num_classes = agree_on_classes(train_shards, valid_shards)
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:

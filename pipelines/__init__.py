@@ -20,6 +20,8 @@ class DataConfig:
     """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder. Without it the embedded demo runs."""
     valid: str = ""
     """Validation shards, in the same notation."""
+    index_dir: str = ""
+    """Folder of index files that are taken before those beside the tars: `shards index` and `shards verify` write such."""
     backend: Literal["dali", "pillow"] = "dali"
     """dali: the pipeline. pillow: the DataLoader pair that it replaces, for comparison."""
     threads: int | None = None
@@ -77,9 +79,9 @@ def build_loader(
     Raises:
         ValueError: No such shards, or too few samples for a batch.
     """
-    shards = shards or open_shards(config.train if split == "train" else config.valid, split)
-    num_classes = num_classes or shards.num_classes()
     train = split == "train"
+    shards = shards or open_shards(config.train if train else config.valid, split, config.index_dir)
+    num_classes = num_classes or shards.num_classes()
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader
 

@@ -5,11 +5,13 @@ in the tar, size in bytes, name of the member. It is what DALI's `wds2idx` write
 """
 
 import hashlib
+import itertools
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.files import replace_text
 
@@ -37,36 +39,56 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def scan_tar(tar_path: Path) -> list[Sample]:
-    """The samples of a tar, in its order: neighbouring members with one key are a sample.
+    """The samples of a tar, in its order.
 
     Raises:
-        ValueError: The file is not a tar, or is cut short.
+        ValueError: The file is not a tar, or is damaged or cut short.
     """
-    samples: list[Sample] = []
-    last_key = None
+    with open(tar_path, "rb") as file:
+        return group_samples(iter_components(file, str(tar_path)))
+
+
+def iter_components(file: BinaryIO, place: str) -> Iterator[Component]:
+    """The members of a tar that can belong to samples, in order; seeks over their data.
+
+    Args:
+        file: The tar.
+        place: What to call it in messages.
+
+    Raises:
+        ValueError: The file is not a tar, or is damaged or cut short, once what lies before the damage has been given.
+    """
     try:
-        with tarfile.open(tar_path, "r:") as tar:
-            for member in tar:
+        # A name that is not UTF-8 has to become text that can be printed and written, and two such names two texts.
+        with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # where it keeps every member that it has seen
                 key, extension = split_name(member.name)
-                if not member.isreg() or not key or key.endswith("/"):
-                    continue
-                if key != last_key:
-                    samples.append([])
-                    last_key = key
-                samples[-1].append(Component(extension, member.offset_data, member.size, member.name))
-            end = max((member.offset_data + member.size for member in tar.getmembers()), default=0)
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar_path}: not a readable tar ({error})") from error
-    _check_end_mark(tar_path, -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-    return samples
+                if member.isreg() and key and not key.endswith("/"):
+                    yield Component(extension, member.offset_data, member.size, member.name)
+            end = tar.offset
+    # The others are what it lets through from inside a damaged header.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise ValueError(f"{place}: not a readable tar ({error})") from error
+    _check_end_mark(file, place, end)
+
+
+def group_samples(components: Iterable[Component]) -> list[Sample]:
+    """Neighbouring members with one key are a sample."""
+    return [list(sample) for _, sample in itertools.groupby(components, key=lambda component: split_name(component.name)[0])]
+
+
+def format_index(samples: list[Sample]) -> str:
+    """The text of the index of a tar's samples."""
+    lines = [f"{VERSION} {len(samples)}"]
+    for sample in samples:
+        lines.append(" ".join(f"{as_field(c.extension)} {c.offset} {c.size} {as_field(c.name)}" for c in sample))
+    return "\n".join(lines) + "\n"
 
 
 def write_index(index_path: Path, samples: list[Sample]) -> None:
     """Writes the index of a tar's samples; the file appears whole or not at all."""
-    lines = [f"{VERSION} {len(samples)}"]
-    for sample in samples:
-        lines.append(" ".join(f"{_field(c.extension)} {c.offset} {c.size} {_field(c.name)}" for c in sample))
-    replace_text(index_path, "\n".join(lines) + "\n")
+    replace_text(index_path, format_index(samples))
 
 
 def read_index(index_path: Path) -> list[Sample]:
@@ -75,7 +97,7 @@ def read_index(index_path: Path) -> list[Sample]:
     Raises:
         ValueError: The file is not an index of version 1.2, or is damaged.
     """
-    with open(index_path) as file:
+    with open(index_path, errors="replace") as file:
         num_samples = _parse_header(index_path, file.readline())
         samples = [list(_parse_line(index_path, line)) for line in file]
     if len(samples) != num_samples:
@@ -85,15 +107,21 @@ def read_index(index_path: Path) -> list[Sample]:
 
 def count_samples(index_path: Path) -> int:
     """The number of samples, from the first line alone."""
-    with open(index_path) as file:
+    with open(index_path, errors="replace") as file:
         return _parse_header(index_path, file.readline())
 
 
-def ensure_index(tar_path: Path) -> Path:
-    """The path of an index for the tar: the `.idx` beside it, or else one built once into the user's cache folder."""
-    beside = tar_path.with_suffix(".idx")
-    if beside.exists():
-        return beside
+def ensure_index(tar_path: Path, index_dir: str = "") -> Path:
+    """The path of an index for the tar: from `index_dir`, or beside the tar, or else built once into the user's cache folder.
+
+    Raises:
+        ValueError: The index found is not one of this tar.
+    """
+    folders = [Path(index_dir), tar_path.parent] if index_dir else [tar_path.parent]
+    for index_path in (folder / f"{tar_path.stem}.idx" for folder in folders):
+        if index_path.exists():
+            _check_belongs(index_path, tar_path)
+            return index_path
     status = tar_path.stat()
     identity = f"{tar_path.resolve()} {status.st_size} {status.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / "index"
@@ -104,17 +132,38 @@ def ensure_index(tar_path: Path) -> Path:
     return cached
 
 
-def _field(text: str) -> str:
-    """The format parts its fields by blanks and has no quoting; names in it serve messages only."""
+def as_field(text: str) -> str:
+    """A text as an index holds it: the format parts its fields by blanks and has no quoting. Names serve messages only."""
     return "_".join(text.split()) or "_"
 
 
-def _check_end_mark(tar_path: Path, end: int) -> None:
+def _check_end_mark(file: BinaryIO, place: str, end: int) -> None:
     """A tar ends with a block of zeros; `tarfile` takes one that was cut short between two members for complete."""
-    with open(tar_path, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"{tar_path}: cut short; there is no end mark behind its last whole member, at byte {end:,}")
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise ValueError(f"{place}: cut short; there is no end mark behind its last whole member, at byte {end:,}")
+    if any(block):
+        raise ValueError(f"{place}: damaged; at byte {end:,} there is neither a member nor an end mark")
+
+
+def _check_belongs(index_path: Path, tar_path: Path) -> None:
+    """Folders of indices are put together by hand, and tars replaced; DALI would read anything as an image then.
+
+    One sample tells: it is unlikely that another tar has members of the same sizes at the same places.
+    """
+    with open(index_path, errors="replace") as index, open(tar_path, "rb") as tar:
+        num_samples = _parse_header(index_path, index.readline())
+        for component in _parse_line(index_path, index.readline()) if num_samples else ():
+            tar.seek(max(0, component.offset - tarfile.BLOCKSIZE))
+            try:
+                size = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
+            except tarfile.TarError:
+                size = -1
+            if size != component.size:
+                raise ValueError(
+                    f"{index_path}: not an index of {tar_path}; remove it, or make it anew with `shards index --overwrite`"
+                )
 
 
 def _parse_header(index_path: Path, line: str) -> int:
@@ -129,4 +178,6 @@ def _parse_line(index_path: Path, line: str) -> Iterator[Component]:
     if not fields or len(fields) % 4:
         raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields a component")
     for extension, offset, size, name in zip(*[iter(fields)] * 4, strict=True):
+        if not (offset.isdecimal() and size.isdecimal()):
+            raise ValueError(f"{index_path}: damaged index; offset {offset!r} and size {size!r} of {name} are not both numbers")
         yield Component(extension, int(offset), int(size), name)

@@ -1,6 +1,8 @@
 """Which shards: from what the user typed to tars, their indices, sample counts and class names."""
 
+import collections
 import glob
+import itertools
 import json
 import os
 import re
@@ -77,24 +79,32 @@ def parse_label(text: bytes, place: str) -> int:
     return int(digits)
 
 
-def open_shards(pattern: str, split: str) -> ShardSet:
+def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
     """The shards that a glob, a brace pattern or a folder names.
 
     Args:
         pattern: `shards/train-*.tar`, `shards/train-{000000..000007}.tar`, one tar, or a folder. A folder written by
             `shards convert` holds several splits; the one called like `split` is meant.
         split: "train" or "valid".
+        index_dir: Folder whose index files are taken before those beside the tars.
 
     Raises:
-        ValueError: Nothing matches, or the folder has no such split, or it has no samples.
+        ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's.
     """
+    if index_dir and not os.path.isdir(index_dir):
+        raise ValueError(f"{index_dir}: no such folder of index files; `shards index SHARDS --index-dir {index_dir}` makes it")
     tars = _tars_in_folder(Path(pattern), split) if os.path.isdir(pattern) else _expand(pattern)
-    indices = tuple(ensure_index(tar) for tar in tars)
-    num_samples = sum(count_samples(index) for index in indices)
-    if not num_samples:
+    indices = [ensure_index(tar, index_dir) for tar in tars]
+    lengths = [count_samples(index) for index in indices]
+    if not any(lengths):
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
     classes = read_info(tars[0].parent).get("classes")
-    return ShardSet(tuple(tars), indices, num_samples, tuple(classes) if classes else None)
+    return ShardSet(
+        tars=tuple(itertools.compress(tars, lengths)),  # DALI refuses an index without samples
+        indices=tuple(itertools.compress(indices, lengths)),
+        num_samples=sum(lengths),
+        classes=tuple(classes) if classes else None,
+    )
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -128,13 +138,49 @@ def listed_tars(folder: Path, split_info: dict[str, Any]) -> list[Path]:
     return tars
 
 
+def find_splits(pattern: str) -> dict[str, list[Path]]:
+    """The tars that a glob, a brace pattern or a folder names, by split.
+
+    A folder with an `_info.json` has its splits; anything else is one split, called as its first tar is up to its number.
+
+    Raises:
+        ValueError: Nothing matches.
+    """
+    if not os.path.isdir(pattern):
+        tars = _expand(pattern)
+        return {naming_scheme(tars[0].name)[0].rstrip("-_.") or "shards": tars}
+    splits = read_info(Path(pattern)).get("splits")
+    if splits:
+        return {name: listed_tars(Path(pattern), split) for name, split in sorted(splits.items())}
+    tars = _unlisted_tars(Path(pattern))
+    return {naming_scheme(tars[0].name)[0].rstrip("-_.") or "shards": tars}
+
+
+def naming_scheme(tar_name: str) -> tuple[str, int]:
+    """What the names of a set of shards share: the part before the number, and the number of its digits."""
+    stem = tar_name.removesuffix(".tar")
+    prefix = stem.rstrip("0123456789")
+    return prefix, len(stem) - len(prefix)
+
+
+def _unlisted_tars(folder: Path) -> list[Path]:
+    """The tars of a folder without an `_info.json`, which have to be one set: train must not be mixed with valid."""
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise ValueError(f"no .tar files in folder {folder}")
+    schemes = collections.Counter(naming_scheme(tar.name) for tar in tars)
+    if len(schemes) > 1:
+        found = ", ".join(f"{prefix}{'#' * digits}.tar ({count})" for (prefix, digits), count in sorted(schemes.items())[:5])
+        raise ValueError(
+            f"folder {folder} has shards of several naming schemes: {found}; name one, as in '{tars[0].parent}/PREFIX-*.tar'"
+        )
+    return tars
+
+
 def _tars_in_folder(folder: Path, split: str) -> list[Path]:
     splits = read_info(folder).get("splits")
     if not splits:
-        tars = sorted(folder.glob("*.tar"))
-        if not tars:
-            raise ValueError(f"no .tar files in folder {folder}")
-        return tars
+        return _unlisted_tars(folder)
     if split not in splits:
         raise ValueError(
             f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "

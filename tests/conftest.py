@@ -1,5 +1,7 @@
 """Small data sets that the tests share, made as a user makes them: images in class folders, converted with the real command."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from tools.shards.convert import convert
+from tools.shards.plan import Options
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -40,9 +43,34 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A data set of 61 training samples in 4 shards and 25 validation samples in 3."""
     destination = tmp_path_factory.mktemp("shards")
-    convert(write_tree(image_folder.parent / "train", 61, seed=1), destination, name="train", shard_samples=16, seed=0)
-    convert(image_folder, destination, name="valid", shard_samples=10, seed=0)
+    train = write_tree(image_folder.parent / "train", 61, seed=1)
+    convert(train, destination, Options(name="train", shard_samples=16), num_workers=1)
+    convert(image_folder, destination, Options(name="valid", shard_samples=10), num_workers=1)
     return destination
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """The URL of an empty bucket on an S3 server of this process, which processes that a test starts see as well."""
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs each request
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("shards")
+        yield "s3://shards"
+    server.stop()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,12 +2,14 @@
 
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import wds2idx
 
-from pipelines.index import Component, count_samples, ensure_index, read_index, scan_tar, write_index
+from pipelines import open_shards
+from pipelines.index import Component, count_samples, ensure_index, iter_components, read_index, scan_tar, write_index
 
 
 def make_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMAT) -> None:
@@ -21,9 +23,23 @@ def make_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMA
             tar.addfile(member, io.BytesIO(bytes([i]) * member.size))
 
 
-def test_equals_dalis_tool(tmp_path: Path) -> None:
-    names = ["a/1.jpg", "a/1.cls", "a/2.cls", "a/2.seg.png", "a/2.JPG", "b/.hidden", "b/2.jpg", "b/2.cls", "3.jpg"]
-    make_tar(tmp_path / "x.tar", names)
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_equals_dalis_tool(tmp_path: Path, tar_format: int) -> None:
+    """Where that is right, which it is not behind the headers of GNU's long names."""
+    names = [
+        "a/1.jpg",
+        "a/1.cls",
+        "a/2.cls",
+        "a/2.seg.png",
+        "a/2.JPG",
+        "b/.hidden",
+        "b/2.jpg",
+        "b/2.cls",
+        "3.jpg",
+        "./c/d.v2/4.CLS",
+    ]
+    names += ["größe.jpg", f"{'long/' * 40}2.jpg", f"{'long/' * 40}2.cls"] if tar_format == tarfile.PAX_FORMAT else []
+    make_tar(tmp_path / "x.tar", names, tar_format)
     write_index(tmp_path / "ours.idx", scan_tar(tmp_path / "x.tar"))
     with wds2idx.IndexCreator(str(tmp_path / "x.tar"), str(tmp_path / "dali.idx"), verbose=False) as creator:
         creator.create_index()
@@ -60,6 +76,7 @@ def test_reads_what_it_writes_and_blanks_cannot_break_it(tmp_path: Path) -> None
         ("hello\n", "not an index file; its first line is 'hello"),
         ("v1.2 2\njpg 512 1 a.jpg\n", "2 samples announced, 1 listed"),
         ("v1.2 1\njpg 512 1\n", "not made of four fields"),
+        ("v1.2 1\njpg x512 1 a.jpg\n", "offset 'x512' and size '1' of a.jpg are not both numbers"),
     ],
 )
 def test_damaged_indices_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -76,6 +93,33 @@ def test_tars_cut_short_and_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.tar").write_text("this is not a tar")
     with pytest.raises(ValueError, match=r"text\.tar: not a readable tar"):
         scan_tar(tmp_path / "text.tar")
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[1024] ^= 255  # in the name of the second member, so that the checksum of its header is wrong
+    (tmp_path / "broken.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"broken\.tar: damaged; at byte 1,024 there is neither a member nor an end mark"):
+        scan_tar(tmp_path / "broken.tar")
+
+
+def test_names_in_any_encoding_stay_apart(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("ö.jpg", "ü.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    samples = scan_tar(tmp_path / "x.tar")
+    assert [sample[0].name for sample in samples] == ["\\xf6.jpg", "\\xfc.jpg"]
+    write_index(tmp_path / "x.idx", samples)
+    assert read_index(tmp_path / "x.idx") == samples
+
+
+def test_memory_does_not_grow_with_the_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(5000):
+            tar.addfile(tarfile.TarInfo(f"{i}.jpg"))
+    with open(tmp_path / "x.tar", "rb") as file:
+        tracemalloc.start()
+        assert sum(1 for _ in iter_components(file, "x.tar")) == 5000
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 500_000  # five thousand members kept would be ten times that
 
 
 def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +129,36 @@ def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
     assert cached.is_relative_to(tmp_path / "cache")
     write_index(tmp_path / "x.idx", read_index(cached))
     assert ensure_index(tmp_path / "x.tar") == tmp_path / "x.idx"
+
+
+def test_a_folder_of_indices_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls", "2.jpg", "2.cls"])
+    write_index(tmp_path / "x.idx", scan_tar(tmp_path / "x.tar"))
+    folder = tmp_path / "indices"
+    folder.mkdir()
+    assert ensure_index(tmp_path / "x.tar", str(folder)) == tmp_path / "x.idx"
+    write_index(folder / "x.idx", scan_tar(tmp_path / "x.tar")[1:])
+    assert open_shards(str(tmp_path / "x.tar"), "train", str(folder)).num_samples == 1
+    assert open_shards(str(tmp_path / "x.tar"), "train").num_samples == 2
+    with pytest.raises(ValueError, match="nowhere: no such folder of index files"):
+        open_shards(str(tmp_path / "x.tar"), "train", str(tmp_path / "nowhere"))
+
+
+def test_the_index_of_another_tar_is_refused(tmp_path: Path) -> None:
+    """DALI would take whatever lies at the offsets for images."""
+    make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls"])
+    make_tar(tmp_path / "y.tar", ["0.txt", "1.jpg", "1.cls"])
+    write_index(tmp_path / "x.idx", scan_tar(tmp_path / "y.tar")[1:])
+    with pytest.raises(ValueError, match=r"x\.idx: not an index of .*x\.tar; remove it, or"):
+        ensure_index(tmp_path / "x.tar")
+
+
+def test_shards_of_which_no_sample_is_listed_are_passed_over(tmp_path: Path) -> None:
+    """DALI refuses an index without samples."""
+    for name in ("x", "y"):
+        make_tar(tmp_path / f"{name}.tar", ["1.jpg", "1.cls"])
+    write_index(tmp_path / "x.idx", [])
+    write_index(tmp_path / "y.idx", scan_tar(tmp_path / "y.tar"))
+    found = open_shards(str(tmp_path / "{x,y}.tar"), "train")
+    assert (found.tars, found.indices, found.num_samples) == ((tmp_path / "y.tar",), (tmp_path / "y.idx",), 1)

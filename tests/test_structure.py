@@ -46,18 +46,31 @@ def test_nothing_imports_the_tools() -> None:
 
 def test_dali_and_pillow_are_where_they_belong() -> None:
     assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py"}
-    assert importers("PIL", *CODE) == {"pipelines/pillow.py", "tools/shards/check.py", "tools/shards/drawing.py"}
+    in_tools = {f"tools/shards/{name}.py" for name in ("check", "drawing", "encode", "preview")}
+    in_tools.add("tools/throughput/peers.py")
+    assert importers("PIL", *CODE) == {"pipelines/pillow.py", *in_tools}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["info", "--help"], ["demo", "--help"]])
-def test_help_of_the_tools_needs_neither_torch_nor_dali(arguments: list[str]) -> None:
+SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("shards", ["--help"]),
+        *(("shards", [verb, "--help"]) for verb in SHARDS_VERBS),
+        ("throughput", ["--help"]),
+        ("throughput", ["convert", "--help"]),
+    ],
+)
+def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:
     script = (
         "import sys\n"
-        "from tools.shards.cli import main\n"
+        f"from tools.{tool}.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as done:\n    assert done.code == 0\n"
         "assert not {'torch', 'nvidia', 'PIL', 'numpy'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "usage: shards" in done.stdout
+    assert f"usage: {tool}" in done.stdout

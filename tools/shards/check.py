@@ -1,10 +1,16 @@
 """Whether an image can be decoded in training, tried with the very decoder that the pipeline uses."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 # nvImageCodec logs each image that it cannot decode to the standard error; here that is a result, not an accident.
@@ -22,54 +28,123 @@ EXTENSIONS = {
     "jpeg2k": "jp2",
     "pnm": "ppm",
 }
+# What the last bytes of a whole file hold. Behind it some cameras and editors leave bytes of their own.
+END_MARKS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
+END_MARK_WITHIN = 4096
+# What Pillow raises for bytes that are no image, or a damaged or an enormous one.
+PILLOW_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`extension` for the image's own format where it can be decoded; else None, and the `reason` why not."""
+    """What a check found out about the bytes of an image file.
+
+    Attributes:
+        extension: That of the image's own format, where it is one that training can decode; else None.
+        reason: Why not, for people; empty where it can be.
+        foreign_format: The format's name where it is one that Pillow knows and training does not, as GIF.
+        height: Pixels, before any rotation that its EXIF data asks for; 0 where unknown.
+        width: The same.
+        pixels: uint8 `(height, width, 3)` RGB, rotated as EXIF says, from a check that decodes.
+    """
 
     extension: str | None
     reason: str = ""
+    foreign_format: str = ""
+    height: int = 0
+    width: int = 0
+    pixels: NDArray[np.uint8] | None = None
 
 
-class DecodeCheck:
-    """Decodes images completely, on all CPU cores."""
+class ImageCheck:
+    """Tells images that training can decode from others.
 
-    def __init__(self) -> None:
+    Args:
+        level: "decode" decodes every image completely. "structure" reads the header and, for JPEG and PNG, looks for the
+            mark at the end: it finds what is no image or was cut short, and not what is damaged within.
+        num_threads: CPU threads to decode with.
+    """
+
+    def __init__(self, level: Literal["decode", "structure"] = "decode", num_threads: int = 1) -> None:
+        self._level = level
         # Without the list of backends the decoder asks for a CUDA device, also when told to do without.
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+            max_num_cpu_threads=num_threads,
         )
 
     def __call__(self, images: Sequence[bytes]) -> list[Verdict]:
         """A verdict for each image, given as the bytes of its file."""
-        verdicts = []
-        for encoded, decoded in zip(images, self._decoder.decode(list(images)), strict=True):
-            codec = _codec(encoded)
-            if decoded is not None and codec in EXTENSIONS:
-                verdicts.append(Verdict(EXTENSIONS[codec]))
-            elif codec in EXTENSIONS:
-                verdicts.append(Verdict(None, f"damaged {codec} image"))
-            else:
-                verdicts.append(Verdict(None, _unreadable(encoded)))
-        return verdicts
+        streams = [_parse_header(encoded) for encoded in images]
+        if self._level == "structure":
+            return [_check_structure(stream, encoded) for stream, encoded in zip(streams, images, strict=True)]
+        with _decoders_silenced():
+            decoded = iter(self._decoder.decode([stream for stream in streams if stream is not None]))
+        return [
+            _foreign(encoded) if stream is None else _decoded(stream, next(decoded))
+            for stream, encoded in zip(streams, images, strict=True)
+        ]
 
 
-def _codec(encoded: bytes) -> str | None:
+_silence = threading.Lock()
+_num_silencing = 0
+_stderr = -1
+
+
+@contextlib.contextmanager
+def _decoders_silenced() -> Iterator[None]:
+    """Without the lines that libjpeg and libpng write to the process's standard error; several threads may be inside."""
+    global _num_silencing, _stderr
+    with _silence:
+        if not _num_silencing:
+            sys.stderr.flush()
+            _stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 2)
+            os.close(null)
+        _num_silencing += 1
     try:
-        return str(nvimgcodec.CodeStream(encoded).codec_name)
+        yield
+    finally:
+        with _silence:
+            _num_silencing -= 1
+            if not _num_silencing:
+                os.dup2(_stderr, 2)
+                os.close(_stderr)
+
+
+def _parse_header(encoded: bytes) -> nvimgcodec.CodeStream | None:
+    """The image as nvImageCodec sees it, or None for bytes that training cannot make out."""
+    try:
+        stream = nvimgcodec.CodeStream(encoded)
+        return stream if stream.codec_name in EXTENSIONS else None
     except RuntimeError:  # what it raises for bytes that it cannot make out
         return None
 
 
-def _unreadable(encoded: bytes) -> str:
+def _check_structure(stream: nvimgcodec.CodeStream | None, encoded: bytes) -> Verdict:
+    if stream is None:
+        return _foreign(encoded)
+    if END_MARKS.get(stream.codec_name, b"") not in encoded[-END_MARK_WITHIN:]:
+        return Verdict(None, f"{stream.codec_name} image cut short")
+    return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width)
+
+
+def _decoded(stream: nvimgcodec.CodeStream, image: nvimgcodec.Image | None) -> Verdict:
+    if image is None:
+        return Verdict(None, f"damaged {stream.codec_name} image")
+    return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width, pixels=np.asarray(image))
+
+
+def _foreign(encoded: bytes) -> Verdict:
+    """Why training cannot make out these bytes, where Pillow may know more."""
     if not encoded:
-        return "empty file"
+        return Verdict(None, "empty file")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            known = image.format
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
-        return "not an image"
-    name = str(known).lower()
-    return f"damaged {name} image" if name in EXTENSIONS else f"{known} is a format that the training decoder cannot read"
+            known = str(image.format)
+    except PILLOW_ERRORS:
+        return Verdict(None, "not an image")
+    if known.lower() in EXTENSIONS:
+        return Verdict(None, f"damaged {known.lower()} image")
+    return Verdict(None, f"{known} is a format that the training decoder cannot read", foreign_format=known)

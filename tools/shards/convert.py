@@ -1,182 +1,225 @@
-"""`shards convert`: a folder of class folders becomes the shards of one split."""
+"""`shards convert`: an image collection becomes the shards of one split."""
 
 import collections
+import contextlib
 import json
-import random
-import re
-import shutil
 import time
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.files import replace_text
-from pipelines.shards import INFO_FILE, read_info
-from tools.shards.check import DecodeCheck
-from tools.shards.sources import ClassFolders, find_class_folders
-from tools.shards.write import SplitWriter, shard_name
-
-REJECTED_FILE = "rejected.jsonl"
-CHECKED_AT_ONCE = 64  # images held in memory and decoded together
+from pipelines.shards import INFO_FILE
+from tools.shards import parallel
+from tools.shards.build import ShardReport, ShardTask, build_shard
+from tools.shards.cluster import dask_results
+from tools.shards.manifest import REJECTED_FILE, publish, read_info, read_rejected
+from tools.shards.plan import Options, Plan, make_plan
+from tools.shards.resume import begin, clear, clear_temporary, find_complete, report_name
+from tools.shards.sources import Listing, SourceOptions, open_source
+from tools.shards.storage import LocalStorage, Storage, open_storage
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did; `rejected` counts images left out, by reason."""
+    """What a conversion did.
+
+    Attributes:
+        split: Its name.
+        num_classes: Classes of the data set.
+        shard_lengths: Samples in each shard.
+        image_bytes: Of all images as they are stored.
+        seconds: This run took.
+        num_built: Images that this run read; the others were there from an earlier one.
+        rejected: Images left out, by reason.
+        changes: Images that are not stored as they were, by what was done to them.
+        notes: What the user should know.
+    """
 
     split: str
     num_classes: int
     shard_lengths: tuple[int, ...]
     image_bytes: int
     seconds: float
+    num_built: int
     rejected: dict[str, int]
-    empty_classes: tuple[str, ...]
+    changes: dict[str, int]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """One JSON object with the fields of this class."""
+        return json.dumps(asdict(self))
 
     def __str__(self) -> str:
         count, megabytes = sum(self.shard_lengths), self.image_bytes / 1e6
         shards = f"{len(self.shard_lengths)} shard{'s' if len(self.shard_lengths) > 1 else ''}"
-        lines = [
-            f"{self.split}: {count:,} images of {self.num_classes} classes in {shards}, {megabytes:,.1f} MB, "
-            f"in {self.seconds:.1f} s ({count / self.seconds:,.0f} images/s, {megabytes / self.seconds:,.1f} MB/s)"
-        ]
+        lines = [f"{self.split}: {count:,} images of {self.num_classes} classes in {shards}, {megabytes:,.1f} MB"]
+        if not self.num_built:
+            lines[0] += "; complete already, nothing to do"
+        else:
+            rate = self.num_built / self.seconds
+            lines[0] += f", in {self.seconds:.1f} s ({rate:,.0f} images/s, {megabytes / max(count, 1) * rate:,.1f} MB/s)"
+        if self.changes:
+            lines.append(f"encoded: {_counts(self.changes)}")
         if self.rejected:
-            reasons = "; ".join(f"{number:,} {reason}" for reason, number in sorted(self.rejected.items()))
-            total = sum(self.rejected.values())
-            lines.append(f"left out: {total:,} files that training could not decode ({reasons}); see {REJECTED_FILE}")
-        if self.empty_classes:
-            lines.append(f"warning: class folders without files were passed over: {', '.join(self.empty_classes)}")
-        return "\n".join(lines)
+            lines.append(f"left out: {sum(self.rejected.values()):,} files ({_counts(self.rejected)}); see {REJECTED_FILE}")
+        return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return "; ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
 
 
 def convert(
-    source_folder: Path, destination: Path, *, name: str, shard_samples: int, seed: int, overwrite: bool = False
+    source: str | Path,
+    destination: str | Path,
+    options: Options | None = None,
+    *,
+    source_options: SourceOptions | None = None,
+    num_workers: int | None = None,
+    scheduler: str | None = None,
+    scratch: Path | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
 ) -> Summary:
     """Writes `destination/NAME-000000.tar`, its index, and so on, and enters the split in `destination/_info.json`.
 
-    Samples are shuffled over the whole set. Images are copied unchanged; those that the training pipeline could not decode are
-    left out and listed in `rejected.jsonl`. The shards appear under their names only once all of them are written.
+    Samples are shuffled over the whole set. A shard appears under its name once it is complete, and the split in `_info.json`
+    once all of its shards are. A conversion that was interrupted is taken up by the same call.
 
     Args:
-        source_folder: A folder of class folders.
-        destination: Folder of the data set; made where it is not there.
-        name: Of the split.
-        shard_samples: Samples in a shard; the last may have fewer.
-        seed: Of the shuffle.
+        source: See `tools.shards.sources.open_source`.
+        destination: Folder of the data set or URL of a prefix in an object store; made where it is not there.
+        options: What decides the bytes.
+        source_options: How to read the source.
+        num_workers: Processes of this machine; one a CPU by default.
+        scheduler: Address of a Dask scheduler whose workers build the shards instead.
+        scratch: Folder for what has to be unpacked; by default in the destination.
         overwrite: Replace a split of that name.
+        strict: Stop at the first image that is rejected.
 
     Raises:
         ValueError: The arguments, the source or the destination cannot be used as they are; says what to change.
+        RejectedError: With `strict`.
     """
     started = time.perf_counter()
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name):
-        raise ValueError(f"--name {name!r}: letters, digits and underscores are allowed")
-    if shard_samples < 1:
-        raise ValueError(f"--shard-samples {shard_samples}: at least 1 is needed")
-    if destination.resolve().is_relative_to(source_folder.resolve()):
-        raise ValueError(f"{destination} lies inside the source {source_folder}; name a folder outside of it")
-    source = find_class_folders(source_folder)
-    info = read_info(destination)
-    classes = _agree_on_classes(source, info, name, destination, overwrite)
-
-    partial = destination / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was interrupted
-    partial.mkdir(parents=True)
-    with SplitWriter(partial, name, shard_samples) as writer:
-        rejected = _copy_decodable(source, classes, seed, writer)
-    if not writer.shard_lengths:
-        shutil.rmtree(partial)
-        raise ValueError(f"{source_folder}: none of its {len(source.files)} files is an image that training could decode")
-    _publish(partial, destination, name, writer.shard_lengths, classes, info, rejected)
+    options, source_options = options or Options(), source_options or SourceOptions()
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"--workers {num_workers}: at least 1 is needed")
+    num_workers = num_workers or parallel.num_cpus()
+    _keep_apart(str(source), str(destination))
+    storage = open_storage(str(destination))
+    state = f".{options.name}.convert"
+    if scratch is None and isinstance(storage, LocalStorage):
+        scratch = storage.path / state / "unpacked"
+    with storage.lock(state):
+        listing = open_source(str(source), source_options, scratch, num_workers).listing()
+        plan = _plan(listing, read_info(storage), options, str(storage))
+        split = find_complete(storage, plan, overwrite)
+        pending: list[int] = []
+        if split is None:
+            reports, pending = begin(storage, plan, overwrite)
+            _check_space(storage, plan, pending)
+            try:
+                reports += _build(plan, storage, pending, num_workers, scheduler, strict)
+            except BaseException:
+                clear_temporary(storage, options.name)
+                raise
+            if not any(report.num_samples for report in reports):
+                clear(storage, options.name)
+                reasons = _counts(collections.Counter(reason for report in reports for _, reason in report.rejected))
+                raise ValueError(
+                    f"{source}: none of its {len(listing.extents)} files is an image that training could decode ({reasons})"
+                )
+            split = publish(storage, plan, sorted(reports, key=lambda report: report.name))
+        storage.delete_folder(state)
     return Summary(
-        split=name,
-        num_classes=len(classes),
-        shard_lengths=tuple(writer.shard_lengths),
-        image_bytes=writer.image_bytes,
+        split=options.name,
+        num_classes=len(plan.classes),
+        shard_lengths=tuple(split["shard_lengths"]),
+        image_bytes=split["image_bytes"],
         seconds=time.perf_counter() - started,
-        rejected=dict(collections.Counter(entry["reason"] for entry in rejected)),
-        empty_classes=source.empty,
+        num_built=sum(plan.bounds[number + 1] - plan.bounds[number] for number in pending),
+        rejected=dict(
+            collections.Counter(entry["reason"] for entry in read_rejected(storage) if entry["split"] == options.name)
+        ),
+        changes=split["changes"],
+        notes=tuple(listing.notes),
     )
 
 
-def _agree_on_classes(source: ClassFolders, info: dict[str, Any], name: str, destination: Path, overwrite: bool) -> list[str]:
-    """The class names of the data set: the first split's, which later ones have to share."""
-    splits = info.get("splits", {})
-    if (name in splits or any(destination.glob(f"{name}-*.tar"))) and not overwrite:
-        raise ValueError(f"{destination} has a split {name!r} already; give another --name, or --overwrite")
-    if set(splits) <= {name}:
-        return list(source.classes)
-    if "classes" not in info:
+def _keep_apart(source: str, destination: str) -> None:
+    """Raises ValueError where the shards would land among the images, or the other way round."""
+    inside, outside = Path(source).resolve(), Path(destination).resolve()
+    if not inside.exists():  # a pattern of files
+        nested = inside.parent == outside
+    elif inside.is_dir():
+        nested = outside.is_relative_to(inside) or inside.is_relative_to(outside)
+    else:
+        nested = inside.parent == outside
+    if nested:
+        raise ValueError(f"{destination} and the source {source} lie within one another; name a folder outside of it")
+
+
+def _plan(listing: Listing, info: dict[str, Any], options: Options, destination: str) -> Plan:
+    """The plan, with the class numbers of the data set: those of the first split, which later ones have to share."""
+    known = info.get("classes")
+    if set(info.get("splits", {})) <= {options.name}:
+        return make_plan(listing, listing.labels, listing.classes, options)
+    if known is None:
         raise ValueError(f"{destination}/{INFO_FILE} lists splits and no classes, so a new split cannot be numbered like them")
-    unknown = [label for label in source.classes if label not in info["classes"]]
+    if listing.numbered and len(listing.classes) <= len(known):
+        return make_plan(listing, listing.labels, tuple(known), options)
+    numbers = {name: number for number, name in enumerate(known)}
+    unknown = [name for name in listing.classes if name not in numbers]
     if unknown:
         raise ValueError(
-            f"{source.folder}: {len(unknown)} classes that the other splits in {destination} do not have: "
+            f"{listing.location}: {len(unknown)} classes that the other splits in {destination} do not have: "
             f"{', '.join(unknown[:20])}{', ...' if len(unknown) > 20 else ''}; all splits of a data set share their classes"
         )
-    return list(info["classes"])
+    labels = array("i", [numbers[listing.classes[label]] for label in listing.labels])
+    return make_plan(listing, labels, tuple(known), options)
 
 
-def _copy_decodable(source: ClassFolders, classes: list[str], seed: int, writer: SplitWriter) -> list[dict[str, str]]:
-    """Writes what can be decoded, in shuffled order; returns path and reason of what cannot."""
-    labels = {label: str(number).encode() for number, label in enumerate(classes)}
-    files = list(source.files)
-    random.Random(seed).shuffle(files)
-    check, rejected = DecodeCheck(), []
-    started, num_bytes = time.perf_counter(), 0
-    with tqdm(total=len(files), unit="img", disable=None) as progress:  # None: only where there is a terminal
-        for start in range(0, len(files), CHECKED_AT_ONCE):
-            chunk = files[start : start + CHECKED_AT_ONCE]
-            contents = [(source.folder / path).read_bytes() for path, _ in chunk]
-            for (path, label), encoded, verdict in zip(chunk, contents, check(contents), strict=True):
-                if verdict.extension is None:
-                    rejected.append({"path": str(source.folder / path), "reason": verdict.reason})
-                else:
-                    writer.add(path, {verdict.extension: encoded, "cls": labels[label]})
-            num_bytes += sum(map(len, contents))
+def _check_space(storage: Storage, plan: Plan, pending: Sequence[int]) -> None:
+    """Raises ValueError where there is too little space for what is still to be built, as far as that is known."""
+    shape, free = plan.options.shape, storage.free_bytes()
+    if free is None or shape.resize is not None or shape.format != "keep":
+        return
+    needed = sum(plan.planned_bytes(number) for number in pending)
+    if needed > free:
+        raise ValueError(f"{storage}: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+
+
+def _build(
+    plan: Plan, storage: Storage, pending: Sequence[int], num_workers: int, scheduler: str | None, strict: bool
+) -> list[ShardReport]:
+    tasks = (
+        ShardTask(
+            plan.shard_name(number),
+            tuple(plan.samples(number)),
+            plan.options.shape,
+            storage,
+            report_name(plan, number),
+            strict,
+        )
+        for number in pending
+    )
+    planned = {plan.shard_name(number): plan.bounds[number + 1] - plan.bounds[number] for number in pending}
+    reports, num_bytes, started = [], 0, time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if scheduler is not None:
+            done = stack.enter_context(dask_results(scheduler, build_shard, tasks))
+        else:
+            done = parallel.run(build_shard, tasks, max(1, min(num_workers, len(pending))))
+        # None: only where there is a terminal
+        progress = stack.enter_context(tqdm(total=sum(planned.values()), unit="img", disable=None))
+        for report in done:
+            reports.append(report)
+            num_bytes += report.image_bytes
             progress.set_postfix_str(f"{num_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s", refresh=False)
-            progress.update(len(chunk))
-    return rejected
-
-
-def _publish(
-    partial: Path,
-    destination: Path,
-    name: str,
-    shard_lengths: list[int],
-    classes: list[str],
-    info: dict[str, Any],
-    rejected: list[dict[str, str]],
-) -> None:
-    """Gives the finished shards their names, and lists them: from here on the split is there."""
-    splits = info.get("splits", {})
-    if splits.pop(name, None):
-        _write_info(destination, {**info, "splits": splits})  # what is replaced is not listed while it is
-    for old in [*destination.glob(f"{name}-*.tar"), *destination.glob(f"{name}-*.idx")]:
-        old.unlink()
-    for file in sorted(partial.iterdir()):
-        file.replace(destination / file.name)
-    partial.rmdir()
-    _write_rejected(destination / REJECTED_FILE, name, rejected)
-    splits[name] = {
-        "name": name,
-        "num_samples": sum(shard_lengths),
-        "filenames": [shard_name(name, number) for number in range(len(shard_lengths))],
-        "shard_lengths": shard_lengths,
-    }
-    _write_info(destination, {**info, "splits": splits, "classes": classes})
-
-
-def _write_info(destination: Path, info: dict[str, Any]) -> None:
-    replace_text(destination / INFO_FILE, json.dumps(info, indent=1) + "\n")
-
-
-def _write_rejected(path: Path, name: str, rejected: list[dict[str, str]]) -> None:
-    """Replaces the split's entries among those of all splits; no file where there are none."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    entries = [entry for entry in entries if entry["split"] != name] + [{"split": name, **entry} for entry in rejected]
-    if entries:
-        replace_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    else:
-        path.unlink(missing_ok=True)
+            progress.update(planned[report.name])
+    return reports

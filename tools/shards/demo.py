@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tools.shards.convert import Summary, convert
 from tools.shards.drawing import FIGURES, draw_jpeg
+from tools.shards.plan import Options
 
 
 def make_demo(
@@ -28,7 +29,7 @@ def make_demo(
         for number, (split, num_samples) in enumerate((("train", train_samples), ("valid", valid_samples))):
             folder = Path(images) / split
             _draw(folder, num_samples, (seed, number))
-            yield convert(folder, destination, name=split, shard_samples=1000, seed=seed, overwrite=overwrite)
+            yield convert(folder, destination, Options(name=split, seed=seed), overwrite=overwrite)
 
 
 def _draw(folder: Path, num_samples: int, seed: tuple[int, int]) -> None:

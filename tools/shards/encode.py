@@ -1,0 +1,97 @@
+"""Checks, resizes and encodes images."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from tools.shards.check import PILLOW_ERRORS, ImageCheck, Verdict
+from tools.shards.shape import Shape, Shaped
+
+ENCODERS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
+
+
+class Encoder:
+    """Checks, resizes and encodes."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._wanted = {"keep": None, "jpeg": "jpg", "webp": "webp"}[shape.format]
+        self._header = ImageCheck("structure")
+        self._decoder = ImageCheck("decode")
+        if shape.resize is not None:
+            import torch
+
+            torch.set_num_threads(1)  # there is a process for each core
+
+    def __call__(self, name: str, data: bytes) -> Shaped:
+        """The image in shape; its name does not matter."""
+        header = self._header([data])[0]
+        if header.extension is not None and self._to_encode(header):
+            return self._encode_anew(data, header)
+        verdict = self._decoder([data])[0] if self._shape.check == "decode" else header
+        return self._keep_or_rescue(data, verdict)
+
+    def _to_encode(self, header: Verdict) -> bool:
+        too_large = self._shape.resize is not None and min(header.height, header.width) > self._shape.resize
+        return too_large or (self._wanted or header.extension) != header.extension
+
+    def _keep_or_rescue(self, data: bytes, verdict: Verdict) -> Shaped:
+        """The bytes as they are; those that only Pillow can read are encoded anew."""
+        if verdict.extension is not None:
+            return Shaped(data, verdict.extension)
+        if not verdict.foreign_format:
+            return Shaped(b"", None, verdict.reason)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                upright = ImageOps.exif_transpose(image)
+                # A palette's transparency goes by way of RGBA: Pillow warns of losing it otherwise.
+                pixels = np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+        except PILLOW_ERRORS:
+            return Shaped(b"", None, f"damaged {verdict.foreign_format} image")
+        return self._encode(pixels, self._wanted or "jpg", f"{verdict.foreign_format} encoded as {{}}")
+
+    def _encode_anew(self, data: bytes, header: Verdict) -> Shaped:
+        verdict = self._decoder([data])[0]
+        if verdict.pixels is None:
+            return Shaped(b"", None, verdict.reason)
+        extension = self._wanted or header.extension
+        assert extension is not None
+        return self._encode(
+            verdict.pixels,
+            extension if extension in ENCODERS else "jpg",
+            "resized" if extension == header.extension else f"{header.extension} encoded as {{}}",
+        )
+
+    def _encode(self, pixels: NDArray[np.uint8], extension: str, change: str) -> Shaped:
+        if self._shape.resize is not None and min(pixels.shape[:2]) > self._shape.resize:
+            pixels = resize_shorter(pixels, self._shape.resize)
+        encoded = io.BytesIO()
+        try:
+            Image.fromarray(pixels).save(encoded, ENCODERS[extension], quality=self._shape.quality)
+        except (OSError, ValueError) as error:  # WebP ends at 16,383 pixels, JPEG at 65,535
+            return Shaped(b"", None, f"cannot be encoded as {ENCODERS[extension]}: {error}")
+        return Shaped(encoded.getvalue(), extension, change=change.format(extension))
+
+
+def resize_shorter(pixels: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
+    """The image with its shorter side of that length and the longer one truncated, as torchvision has it.
+
+    Bilinear with antialiasing, which is what the pipeline does. torch's kernel takes a third of the time of Pillow's,
+    and agrees with it within 2 of 255.
+
+    Args:
+        pixels: uint8 `(height, width, 3)`.
+        shorter: Pixels.
+
+    Returns:
+        uint8 `(new height, new width, 3)`.
+    """
+    import torch  # takes seconds to import, and most conversions do without
+
+    height, width = pixels.shape[:2]
+    size = (shorter * height // min(height, width), shorter * width // min(height, width))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # seen as channels_last: no copy
+    resized = torch.nn.functional.interpolate(image, size, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()

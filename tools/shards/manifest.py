@@ -1,0 +1,84 @@
+"""The files that list a data set: `_info.json` and `rejected.jsonl`."""
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.shards import INFO_FILE
+from tools.shards.build import ShardReport
+from tools.shards.plan import Plan
+from tools.shards.storage import Storage, write_text
+
+REJECTED_FILE = "rejected.jsonl"
+
+
+def read_info(storage: Storage) -> dict[str, Any]:
+    """The `_info.json` of a data set, or an empty dict.
+
+    Raises:
+        ValueError: It is not a JSON object.
+    """
+    text = storage.read(INFO_FILE)
+    try:
+        info = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{storage}/{INFO_FILE}: not valid JSON ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{storage}/{INFO_FILE}: a JSON object is needed, not {type(info).__name__}")
+    return info
+
+
+def read_rejected(storage: Storage) -> list[dict[str, str]]:
+    """Split, path and reason of each image that was left out, of all splits."""
+    return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").splitlines()]
+
+
+def publish(storage: Storage, plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
+    """Enters a split whose shards are all there; from here on it is part of the data set.
+
+    Raises:
+        ValueError: Another split was entered in the meantime, with other classes.
+
+    Returns:
+        The split's entry in `_info.json`.
+    """
+    name = plan.options.name
+    split = {
+        "name": name,
+        "num_samples": sum(report.num_samples for report in reports),
+        "filenames": [report.name for report in reports],
+        "shard_lengths": [report.num_samples for report in reports],
+        "shard_bytes": [report.file_bytes[0] for report in reports],
+        "image_bytes": sum(report.image_bytes for report in reports),
+        "changes": dict(
+            sorted(sum((collections.Counter(report.changes) for report in reports), collections.Counter()).items())
+        ),
+        "conversion": plan.record,
+    }
+    rejected = [*plan.listing.left_out, *(entry for report in reports for entry in report.rejected)]
+    with storage.lock(wait=True):
+        _write_rejected(storage, name, rejected)
+        info = read_info(storage)
+        others = {key: value for key, value in info.get("splits", {}).items() if key != name}
+        if others and info.get("classes") != list(plan.classes):
+            raise ValueError(f"{storage}: a split with other classes was entered meanwhile; --overwrite converts this one anew")
+        splits = dict(sorted({**others, name: split}.items()))
+        write_info(storage, {**info, "splits": splits, "classes": list(plan.classes)})
+    return split
+
+
+def write_info(storage: Storage, info: dict[str, Any]) -> None:
+    """Replaces `_info.json`."""
+    write_text(storage, INFO_FILE, json.dumps(info, indent=1) + "\n", durable=True)
+
+
+def _write_rejected(storage: Storage, name: str, rejected: Sequence[tuple[str, str]]) -> None:
+    """Replaces the split's entries among those of all splits; no file where there are none."""
+    entries = [entry for entry in read_rejected(storage) if entry["split"] != name]
+    entries += [{"split": name, "path": path, "reason": reason} for path, reason in rejected]
+    entries.sort(key=lambda entry: entry["split"])
+    if entries:
+        write_text(storage, REJECTED_FILE, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    else:
+        storage.delete(REJECTED_FILE)

@@ -1,0 +1,79 @@
+"""Images as files: a folder with one folder a class, or a flat one with a label file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.shards.sources.label_file import LabelFile
+from tools.shards.sources.listing import WHOLE_FILE, Extent, Extents, Listing, is_image_name, named_classes
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """FOLDER/CLASS/.../IMAGE: images at any depth below their class's folder."""
+
+    folder: Path
+
+    def listing(self) -> Listing:
+        require_folder(self.folder)
+        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith("."))
+        extents, class_names, empty = Extents(), [], []
+        left_out: list[tuple[str, str]] = []
+        for name in names:
+            before = len(extents)
+            list_files(self.folder, name, extents, left_out)
+            class_names += [name] * (len(extents) - before)
+            if len(extents) == before:
+                empty.append(name)
+        if not class_names:
+            raise ValueError(
+                f"{self.folder}: no images in class folders; SRC/CLASS/IMAGE is the layout needed, with a folder a class, "
+                "or else a list of the classes as --labels"
+            )
+        listing = named_classes(str(self.folder), extents, class_names)
+        listing.left_out = left_out
+        if empty:
+            listing.notes.append(f"class folders without files were passed over: {', '.join(empty)}")
+        return listing
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """A folder of images, flat or not, whose classes are in a label file."""
+
+    folder: Path
+    labels: LabelFile
+
+    def listing(self) -> Listing:
+        require_folder(self.folder)
+        extents, left_out = Extents(), list[tuple[str, str]]()
+        list_files(self.folder, "", extents, left_out, images_only=True)
+        listing = self.labels.apply(str(self.folder), extents)
+        listing.left_out = left_out
+        return listing
+
+
+def require_folder(folder: Path) -> None:
+    """Raises ValueError where there is no such folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+
+
+def list_files(root: Path, below: str, extents: Extents, left_out: list[tuple[str, str]], images_only: bool = False) -> None:
+    """Appends the files below `root/below`, sorted within each folder; names that begin with a dot are passed over."""
+    folders = []
+    with os.scandir(root / below) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        name = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir():
+            folders.append(name)
+        elif not images_only or is_image_name(name):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                left_out.append((entry.path, "link to a file that is not there"))
+            else:
+                extents.append(Extent(name, entry.path, WHOLE_FILE, status.st_size), status.st_mtime_ns)
+    for name in folders:
+        list_files(root, name, extents, left_out, images_only)

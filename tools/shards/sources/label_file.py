@@ -1,0 +1,121 @@
+"""A file that says which class each image is of."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tools.shards.sources.listing import Extents, Listing, labelled
+
+IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "imageid", "image_id", "name", "id")
+LABEL_COLUMNS = ("class", "label", "target", "category", "class_name", "synset", "wnid", "predictionstring")
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """CSV, TSV or blank-separated lines of image path and class; or one class a line, for the images in sorted order.
+
+    A first line of column names is recognized, and names the columns where there are more than two. Paths are relative to the
+    source; their extension may be missing. Of Kaggle's `PredictionString` the first word is the class.
+
+    Attributes:
+        path: The file.
+        class_names: A file of two columns, label as in `path` and class name, or None.
+    """
+
+    path: Path
+    class_names: Path | None = None
+
+    def apply(self, location: str, extents: Extents) -> Listing:
+        """The images that the file names, with their classes.
+
+        Raises:
+            ValueError: The file names images that are not there, or one twice, or is not in one of these layouts.
+        """
+        rows = list(read_table(self.path))
+        if not rows:
+            raise ValueError(f"{self.path}: empty; lines of image path and class are needed")
+        by_image = self._in_order(extents, rows) if len(rows[0][1]) == 1 else self._by_path(location, extents, rows)
+        labels = self._rename(by_image)
+        named, modified = Extents(), extents.modified
+        for place in sorted(labels):
+            named.append(extents[place], modified[place])
+        listing = labelled(location, named, [labels[place] for place in sorted(labels)])
+        if len(named) < len(extents):
+            listing.notes.append(
+                f"{len(extents) - len(named):,} images in {location} that {self.path} does not name were passed over"
+            )
+        return listing
+
+    def _in_order(self, extents: Extents, rows: Sequence[tuple[int, list[str]]]) -> dict[int, str]:
+        """One class a line: `ILSVRC2012_validation_ground_truth.txt`."""
+        if len(rows) != len(extents):
+            raise ValueError(
+                f"{self.path}: {len(rows):,} lines of a class each for {len(extents):,} images; give each line a path, or "
+                "a line to each image"
+            )
+        places = sorted(range(len(extents)), key=extents.names.__getitem__)
+        return {place: row[0] for place, (_, row) in zip(places, rows, strict=True)}
+
+    def _by_path(self, location: str, extents: Extents, rows: Sequence[tuple[int, list[str]]]) -> dict[int, str]:
+        places = {name: place for place, name in enumerate(extents.names)}
+        stems = {str(PurePosixPath(name).with_suffix("")): place for name, place in places.items()}
+        image_column, label_column, first_word = 0, 1, False
+        header = [cell.lower() for cell in rows[0][1]]
+        if (header[0] in IMAGE_COLUMNS and rows[0][1][0] not in places) or any(cell in IMAGE_COLUMNS for cell in header[1:]):
+            image_column = next(i for i, cell in enumerate(header) if cell in IMAGE_COLUMNS)
+            label_column = next((i for i, cell in enumerate(header) if cell in LABEL_COLUMNS), 1 - min(image_column, 1))
+            first_word = header[label_column] == "predictionstring"
+            rows = rows[1:]
+        labels: dict[int, str] = {}
+        missing = []
+        for line, row in rows:
+            if len(row) <= max(image_column, label_column) or not row[label_column]:
+                raise ValueError(f"{self.path}, line {line}: {' '.join(row)!r} has no path and class")
+            name, label = row[image_column].removeprefix("./"), row[label_column]
+            place = places.get(name, stems.get(name))
+            if place is None:
+                missing.append((line, name))
+            elif place in labels:
+                raise ValueError(f"{self.path}, line {line}: {name} is there twice")
+            else:
+                labels[place] = label.split()[0] if first_word else label
+        if missing:
+            shown = ", ".join(f"{name} (line {line})" for line, name in missing[:3])
+            raise ValueError(f"{self.path}: names {len(missing):,} images that are not in {location}: {shown}")
+        if not labels:
+            raise ValueError(f"{self.path}: a line of column names and nothing else")
+        return labels
+
+    def _rename(self, labels: dict[int, str]) -> dict[int, str]:
+        if self.class_names is None:
+            return labels
+        names = {row[0]: row[1] for _, row in read_table(self.class_names) if len(row) > 1}
+        unknown = sorted(set(labels.values()) - set(names))
+        if unknown:
+            raise ValueError(f"{self.class_names}: no name for the labels {', '.join(unknown[:10])} of {self.path}")
+        return {place: names[label] for place, label in labels.items()}
+
+
+def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each line that is not blank; parted by tabs or commas or else at the last blank.
+
+    Raises:
+        ValueError: There is no such file, or it is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if "\t" in first else "," if "," in first else None
+    if delimiter is None:
+        yield from ((number, line.rsplit(None, 1)) for number, line in enumerate(lines, 1) if line.strip())
+        return
+    reader = csv.reader(lines, delimiter=delimiter)
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield reader.line_num, [cell.strip() for cell in row]

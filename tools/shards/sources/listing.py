@@ -1,0 +1,158 @@
+"""What a source is: where each image's bytes lie, and which class it is of."""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from pipelines.shards import IMAGE_EXTENSIONS
+
+WHOLE_FILE = -1
+
+
+class Extent(NamedTuple):
+    """An image as a run of bytes in a file.
+
+    Attributes:
+        name: What people call it: its path in the source.
+        path: The file that holds it.
+        offset: Of its first byte in that file, or `WHOLE_FILE`.
+        size: Bytes.
+    """
+
+    name: str
+    path: str
+    offset: int
+    size: int
+
+
+class Extents:
+    """A list of extents in columns, since a data set has millions: some 100 bytes each, names included."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.paths: list[str] = []
+        self.offsets = array("q")
+        self.sizes = array("q")
+        self.modified = array("q")  # ns since 1970, of the file
+
+    def append(self, extent: Extent, modified: int) -> None:
+        self.names.append(extent.name)
+        self.paths.append(extent.path)
+        self.offsets.append(extent.offset)
+        self.sizes.append(extent.size)
+        self.modified.append(modified)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Extent:
+        return Extent(self.names[i], self.paths[i], self.offsets[i], self.sizes[i])
+
+
+@dataclass
+class Listing:
+    """All images of a source with their classes, in an order that depends on nothing but the source.
+
+    Attributes:
+        location: What the user called the source.
+        extents: Where the images are.
+        labels: The class of each, a place in `classes`.
+        classes: Class names.
+        numbered: The source has class numbers only, and `classes` are those numbers.
+        left_out: Name and reason of what can be no sample.
+        notes: What the user should know.
+    """
+
+    location: str
+    extents: Extents
+    labels: "array[int]"
+    classes: tuple[str, ...]
+    numbered: bool = False
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[bytes]:
+        """Size, time, class and name of each image: what tells one state of a source from another."""
+        for name, size, modified, label in zip(
+            self.extents.names, self.extents.sizes, self.extents.modified, self.labels, strict=True
+        ):
+            text = f"{size}\t{modified}\t{self.classes[label]}\t{name}".replace("\n", "\\n")
+            yield text.encode("utf-8", "surrogateescape") + b"\n"
+
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and classes, not times: a copy of a source has the same."""
+        digest = hashlib.sha256()
+        for line in self.lines():
+            size, _, rest = line.split(b"\t", 2)
+            digest.update(size + b"\t" + rest)
+        return digest.hexdigest()
+
+
+class Source(Protocol):
+    """A kind of image collection."""
+
+    def listing(self) -> Listing:
+        """All of its images.
+
+        Raises:
+            ValueError: The collection cannot be used as it is; says what to change.
+        """
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's extension is one of images, such as training cannot read included."""
+    return name.rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
+
+
+def named_classes(location: str, extents: Extents, class_names: Sequence[str]) -> Listing:
+    """A listing from the name of each image's class; classes are numbered in sorted order."""
+    classes = tuple(sorted(set(class_names)))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Listing(location, extents, array("i", [numbers[name] for name in class_names]), classes)
+
+
+def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequence[str] | None = None) -> Listing:
+    """A listing from labels that are class numbers or class names.
+
+    Numbers stay what they are, with `names` to go with them where the source has some.
+
+    Raises:
+        ValueError: A number is beyond the names.
+    """
+    if not all(label.isdecimal() for label in labels):
+        return named_classes(location, extents, labels)
+    numbers = array("i", [int(label) for label in labels])
+    if names is None:
+        return Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
+    if max(numbers) >= len(names):
+        worst = extents.names[numbers.index(max(numbers))]
+        raise ValueError(f"{location}: {worst} has class number {max(numbers)}, and there are {len(names)} class names")
+    return Listing(location, extents, numbers, tuple(names))
+
+
+def read_extent(extent: Extent) -> bytes:
+    """The bytes of an image.
+
+    Raises:
+        ValueError: The file has changed since it was listed.
+        OSError: It cannot be read.
+    """
+    descriptor = os.open(extent.path, os.O_RDONLY)
+    try:
+        whole = extent.offset == WHOLE_FILE
+        size = os.fstat(descriptor).st_size if whole else extent.size
+        data = os.pread(descriptor, extent.size, 0 if whole else extent.offset)
+        while len(data) < extent.size and (
+            more := os.pread(descriptor, extent.size - len(data), max(extent.offset, 0) + len(data))
+        ):
+            data += more  # a read of the kernel ends at 2 GiB, and at signals on some file systems
+    finally:
+        os.close(descriptor)
+    if not len(data) == extent.size == size:
+        raise ValueError(
+            f"{extent.path}: changed while it was converted ({extent.size:,} bytes when it was listed); convert anew"
+        )
+    return data

@@ -1,0 +1,265 @@
+"""`shards verify`: what in a data set would disturb training, found before it does."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.shards import INFO_FILE, find_splits, naming_scheme, read_info
+from tools.shards.index import check_workers, index_paths, save_index
+from tools.shards.parallel import num_cpus, run
+from tools.shards.shape import Level
+from tools.shards.tarcheck import Finding, TarResult, Task, check_tar, hash_key, key_of, read_contents
+
+LINES_PER_KIND = 50
+NOT_PROMISED = {
+    "structure": "images were not decoded (--check structure), so that damage inside of one is not found",
+    "none": "images were not looked at (--check none), only that each sample has one",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `shards verify` found and did.
+
+    Attributes:
+        num_tars: Tars looked at.
+        num_samples: Samples checked: those that the index lists, or all of a tar without one.
+        num_left_out: Samples that the index files, as they were, leave out.
+        findings: Those of `_info.json` first, then in the order of the tars.
+        notes: What is no finding and worth knowing.
+        num_quarantined: Samples that `quarantine` left out.
+        quarantine: The index files that it wrote.
+    """
+
+    num_tars: int
+    num_samples: int
+    num_left_out: int
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    num_quarantined: int
+    quarantine: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by kind, the most frequent first."""
+        return dict(collections.Counter(finding.kind for finding in self.findings).most_common())
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_tars:,} tars, {self.num_samples:,} samples: {len(self.findings) or 'no'} findings"]
+        lines += [f"  {kind:<16}{count:>10,}" for kind, count in self.counts.items()]
+        for kind, count in self.counts.items():
+            found = (finding for finding in self.findings if finding.kind == kind)
+            lines += map(str, itertools.islice(found, LINES_PER_KIND))
+            if count > LINES_PER_KIND:
+                lines.append(f"... and {count - LINES_PER_KIND:,} more {kind}; --json lists all")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def as_json(self) -> str:
+        """One JSON object: the attributes are its keys, and `counts` has the findings by kind."""
+        return json.dumps({**dataclasses.asdict(self), "counts": self.counts})
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Tars of one split, and what an `_info.json` says of them: the number of classes, samples by tar."""
+
+    tars: list[Path]
+    num_classes: int | None
+    lengths: dict[Path, int]
+
+
+def verify(
+    pattern: str,
+    *,
+    level: Level = "decode",
+    num_workers: int | None = None,
+    quarantine: bool = False,
+    index_dir: Path | None = None,
+) -> Report:
+    """Checks tars, index files, keys, labels, images and the counts in `_info.json`.
+
+    Args:
+        pattern: A folder, a glob, a brace pattern or one tar.
+        level: How closely to look at images, see `tools.shards.check.ImageCheck`; "none" does not.
+        num_workers: Processes; by default one a CPU.
+        quarantine: Write index files that leave the bad samples out.
+        index_dir: Folder of index files that are taken before those beside the tars, and where `quarantine` writes.
+
+    Raises:
+        ValueError: Nothing matches, or index files cannot be read from or written to where they should be.
+    """
+    splits, findings = _find_splits(pattern)
+    tars = [tar for split in splits for tar in split.tars]
+    targets = dict(zip(tars, index_paths(list(map(str, tars)), index_dir), strict=True))
+    _check_folders({target.parent for target in targets.values()}, index_dir, quarantine)
+    tasks = [Task(tar, _existing_index(tar, targets[tar]), split.num_classes, level) for split in splits for tar in split.tars]
+    results = _check_tars(tasks, min(check_workers(num_workers) or num_cpus(), max(1, len(tasks))))
+    for split in splits:
+        _check_lengths(results, split.lengths)
+        _check_keys([results[tar] for tar in split.tars])
+    findings += [
+        finding for result in results.values() for finding in sorted(result.findings, key=lambda found: found.offset or 0)
+    ]
+    notes = list(_notes(results, level))
+    written, num_quarantined = _quarantine(results, targets, notes) if quarantine else ([], 0)
+    return Report(
+        num_tars=len(tars),
+        num_samples=sum(result.num_samples for result in results.values()),
+        num_left_out=sum(result.num_in_tar - result.num_samples for result in results.values()),
+        findings=tuple(findings),
+        notes=tuple(notes),
+        num_quarantined=num_quarantined,
+        quarantine=tuple(written),
+    )
+
+
+def _find_splits(pattern: str) -> tuple[list[_Split], list[Finding]]:
+    """The splits that the pattern names, without the tars that are missing."""
+    if os.path.isdir(pattern):
+        return _splits_of_folder(Path(pattern))
+    [tars] = find_splits(pattern).values()
+    info, findings = _read_info(tars[0].parent)
+    lengths = [_lengths(tars[0].parent, split) for split in info.get("splits", {}).values()]
+    listed = dict(itertools.chain.from_iterable(length.items() for length in lengths))
+    tars = list(dict.fromkeys(tars))
+    return [_Split(tars, _num_classes(info), {tar: listed[tar] for tar in tars if tar in listed})], findings
+
+
+def _splits_of_folder(folder: Path) -> tuple[list[_Split], list[Finding]]:
+    info, findings = _read_info(folder)
+    if not info.get("splits"):
+        by_scheme = collections.defaultdict(list)
+        for tar in sorted(folder.glob("*.tar")):
+            by_scheme[naming_scheme(tar.name)].append(tar)
+        if not by_scheme:
+            raise ValueError(f"no .tar files in folder {folder}")
+        return [_Split(tars, _num_classes(info), {}) for tars in by_scheme.values()], findings
+    splits = []
+    for name, split in sorted(info["splits"].items()):
+        findings += _check_counts(folder, name, split)
+        tars = [folder / filename for filename in split["filenames"]]
+        findings += [Finding("missing-tar", str(tar), None, "", f"{INFO_FILE} lists it") for tar in tars if not tar.exists()]
+        splits.append(_Split([tar for tar in tars if tar.exists()], _num_classes(info), _lengths(folder, split)))
+    return splits, findings
+
+
+def _read_info(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
+    try:
+        return read_info(folder), []
+    except ValueError as error:
+        path = str(folder / INFO_FILE)
+        return {}, [Finding("wrong-info", path, None, "", str(error).removeprefix(f"{path}: "))]
+
+
+def _num_classes(info: dict[str, Any]) -> int | None:
+    return len(info["classes"]) if info.get("classes") else None
+
+
+def _lengths(folder: Path, split: dict[str, Any]) -> dict[Path, int]:
+    return dict(zip((folder / name for name in split["filenames"]), split.get("shard_lengths", ()), strict=False))
+
+
+def _check_counts(folder: Path, name: str, split: dict[str, Any]) -> Iterator[Finding]:
+    """Whether the counts of a split agree with each other; `_check_lengths` compares them with the tars."""
+    lengths, filenames, num_samples = split.get("shard_lengths", ()), split["filenames"], split.get("num_samples")
+    if len(lengths) != len(filenames):
+        detail = f"split {name!r} has {len(filenames)} filenames and {len(lengths)} shard_lengths"
+    elif num_samples != sum(lengths):
+        detail = f"split {name!r} has num_samples {num_samples}, and its shard_lengths add up to {sum(lengths)}"
+    else:
+        return
+    yield Finding("wrong-info", str(folder / INFO_FILE), None, "", detail)
+
+
+def _check_folders(folders: set[Path], index_dir: Path | None, quarantine: bool) -> None:
+    """Fails before the long work, not after it, where index files cannot be read or written."""
+    if index_dir is not None and not quarantine and not index_dir.is_dir():
+        raise ValueError(f"{index_dir}: no such folder; --quarantine makes it, and so does `shards index`")
+    for folder in folders if quarantine else ():
+        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not os.access(nearest, os.W_OK, effective_ids=True):
+            raise ValueError(f"{folder}: no index file can be written there; name another folder with --index-dir")
+
+
+def _existing_index(tar: Path, target: Path) -> Path | None:
+    return next((path for path in (target, tar.with_suffix(".idx")) if path.exists()), None)
+
+
+def _check_tars(tasks: list[Task], num_workers: int) -> dict[Path, TarResult]:
+    """What is found in each tar, in the order of the tasks."""
+    results: dict[Path, TarResult] = {}
+    with tqdm(unit="sample", disable=None) as progress:
+        for result in run(check_tar, tasks, num_workers):
+            results[result.task.tar] = result
+            progress.set_postfix_str(f"{len(results)}/{len(tasks)} tars", refresh=False)
+            progress.update(result.num_samples)
+    return {task.tar: results[task.tar] for task in tasks}
+
+
+def _check_lengths(results: dict[Path, TarResult], lengths: dict[Path, int]) -> None:
+    """Whether the tars hold as many samples as `_info.json` says; a damaged one has its finding already."""
+    for tar, length in lengths.items():
+        if tar in results and not results[tar].damaged and results[tar].num_in_tar != length:
+            results[tar].add("wrong-info", f"holds {results[tar].num_in_tar} samples; {INFO_FILE} says {length}")
+
+
+def _check_keys(results: list[TarResult]) -> None:
+    """Whether a key comes twice in a split. Workers give hashes of keys; names are read again where two are the same."""
+    hashes, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *(r.hashes for r in results)]), return_counts=True)
+    repeated = set(hashes[counts > 1].tolist())
+    first: dict[str, Path] = {}
+    for result in results:
+        if repeated.isdisjoint(result.hashes.tolist()):
+            continue
+        for sample in read_contents(result.task).samples:
+            if hash_key(sample) not in repeated:
+                continue
+            if key_of(sample) in first:
+                detail = f"a sample before it, in {first[key_of(sample)].name}, has the same key"
+                result.add_bad("duplicate-key", sample, sample[0], detail)
+            else:
+                first[key_of(sample)] = result.task.tar
+
+
+def _notes(results: dict[Path, TarResult], level: Level) -> Iterator[str]:
+    if level in NOT_PROMISED:
+        yield NOT_PROMISED[level]
+    without = [tar for tar, result in results.items() if result.task.index_path is None]
+    if without:
+        yield f"{len(without):,} tars have no index file, the first is {without[0]}; `shards index` writes them"
+    left_out = sum(result.num_in_tar - result.num_samples for result in results.values())
+    if left_out:
+        yield f"{left_out:,} samples are left out by the index files, and were not checked"
+
+
+def _quarantine(results: dict[Path, TarResult], targets: dict[Path, Path], notes: list[str]) -> tuple[list[str], int]:
+    """Writes index files without the bad samples, for tars that need it; the files, and how many samples they leave out now."""
+    num_samples = sum(result.num_samples for result in results.values())
+    repeated = sum(finding.kind == "duplicate-key" for result in results.values() for finding in result.findings)
+    if 2 * repeated > num_samples:  # whoever numbers the samples of each tar from 0 would lose all tars but one
+        notes.append(
+            f"nothing was quarantined: {repeated:,} of {num_samples:,} keys are repeated, so a key names no sample here"
+        )
+        return [], 0
+    written, num_left_out = [], 0
+    for tar, result in results.items():
+        if not (result.bad_samples or result.mend_index or result.damaged):
+            continue
+        samples = read_contents(result.task).samples if result.num_samples else []
+        kept = [sample for sample in samples if sample[0].offset not in result.bad_samples]
+        save_index(targets[tar], kept)
+        written.append(str(targets[tar]))
+        num_left_out += len(samples) - len(kept)
+        if result.damaged:
+            notes.append(f"{tar} stays damaged: its index lists the {len(kept):,} good samples before the damage and no more")
+    notes.append(f"{num_left_out:,} bad samples left out by {len(written):,} index files written")
+    return written, num_left_out

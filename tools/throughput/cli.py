@@ -1,0 +1,85 @@
+"""The command line of `throughput`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+DESCRIPTION = """How fast things are here, against their peers and against what they cannot be faster than.
+
+All competitors take turns in one run, on the same data and the same machine; what counts are the ratios.
+
+Exit status: 0 done; 1 failed on the way, or a competitor did; 2 a mistake in the command or its input, said in one line; 130
+interrupted."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Measure the conversion of images to shards.
+
+    Three groups: `copied` writes the images as they are, against tar; `checked` decodes each of them first, against the decoder
+    alone; `resized` writes smaller JPEGs, against decoding, resizing and encoding alone. Files are read from the page cache.
+    Peers that are not installed are named and left out.
+    """
+
+    src: tyro.conf.Positional[Path]
+    """Folder with one folder a class."""
+    rounds: int = 5
+    """Turns of each competitor."""
+    images: int | None = None
+    """So many images, repeated where SRC has fewer; by default those that there are."""
+    scratch: Path | None = None
+    """Folder for what the competitors write, left empty; by default the system's for temporary files."""
+    resize: int = 256
+    """Shorter side in pixels of the group `resized`."""
+    quality: int = 90
+    """Quality of its JPEGs, 1 to 100."""
+    json: Path | None = None
+    """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
+    only: tuple[str, ...] = ()
+    """Names of competitors or of groups; a name that is not there gets the list of those that are."""
+    peers_python: str = sys.executable
+    """Interpreter of an environment in which peers are installed (litdata, mosaicml-streaming, img2dataset, opencv)."""
+
+    def run(self) -> int:
+        import tempfile
+
+        from tools.throughput.convert import benchmark
+
+        report = benchmark(
+            self.src,
+            rounds=self.rounds,
+            images=self.images,
+            scratch=self.scratch or Path(tempfile.gettempdir()),
+            resize=self.resize,
+            quality=self.quality,
+            only=self.only,
+            peers_python=self.peers_python,
+        )
+        print(report, flush=True)
+        if self.json is not None:
+            self.json.write_text(report.as_json() + "\n")
+        return 1 if any(result.error for result in report.results) else 0
+
+
+COMMANDS: dict[str, Callable[..., Convert]] = {"convert": Convert}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit statuses are listed by `throughput --help`."""
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=arguments)
+        sys.exit(command.run())
+    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
