@@ -1,17 +1,21 @@
 """Builds one shard: a function of its task and nothing else, so that any process on any machine can do it, twice if need be."""
 
 import collections
+import functools
 import json
 import threading
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.index import format_index
 from tools.shards.errors import RejectedError
-from tools.shards.shape import Shape, Shaper, make_shaper
+from tools.shards.shape import Shape, Shaped, trusted_extension
 from tools.shards.sources.listing import Extent, read_extent
 from tools.shards.storage import Storage, write_text
 from tools.shards.write import MAX_MEMBER_BYTES, ShardWriter
+
+if TYPE_CHECKING:
+    from tools.shards.encode import Encoder
 
 
 @dataclass(frozen=True)
@@ -87,36 +91,53 @@ def build_shard(task: ShardTask) -> ShardReport:
 
 
 def _write_samples(task: ShardTask, writer: ShardWriter) -> tuple[list[tuple[str, str]], collections.Counter[str], int]:
-    shaper = _shaper(task.shape)
     rejected: list[tuple[str, str]] = []
     changes: collections.Counter[str] = collections.Counter()
     image_bytes = 0
     for key, extent, label in task.samples:
+        cls = str(label).encode()
+        reason, change = "", ""
         try:
-            shaped = shaper(extent.name, read_extent(extent))
-            extension, reason = shaped.extension, shaped.reason
+            if extent.size > MAX_MEMBER_BYTES:
+                reason = "larger than the 8 GiB that a member of a tar can be"
+            elif extension := trusted_extension(task.shape, extent.name):
+                writer.add(key, extension, extent.size, functools.partial(read_extent, extent), cls)
+                image_bytes += extent.size
+            else:
+                shaped = _shape(task.shape, extent)
+                reason, change = shaped.reason, shaped.change
+                if shaped.extension is not None:
+                    writer.add(key, shaped.extension, len(shaped.data), functools.partial(_copy, shaped.data), cls)
+                    image_bytes += len(shaped.data)
         except PermissionError as error:
-            extension, reason = None, f"cannot be read ({error.strerror})"
-        if extension is not None and len(shaped.data) > MAX_MEMBER_BYTES:
-            extension, reason = None, "larger than the 8 GiB that a member of a tar can be"
-        if extension is None:
-            if task.strict:
-                raise RejectedError(f"{extent.name} in {extent.path}: {reason}")
+            reason = f"cannot be read ({error.strerror})"
+        if reason and task.strict:
+            raise RejectedError(f"{extent.name} in {extent.path}: {reason}")
+        if reason:
             rejected.append((extent.name, reason))
-            continue
-        writer.add(key, {extension: shaped.data, "cls": str(label).encode()})
-        image_bytes += len(shaped.data)
-        if shaped.change:
-            changes[shaped.change] += 1
+        if change:
+            changes[change] += 1
     return rejected, changes, image_bytes
 
 
-_shapers = threading.local()
+def _copy(data: bytes, into: memoryview) -> None:
+    into[:] = data
 
 
-def _shaper(shape: Shape) -> Shaper:
+def _shape(shape: Shape, extent: Extent) -> Shaped:
+    data = bytearray(extent.size)
+    read_extent(extent, memoryview(data))
+    return _encoder(shape)(bytes(data))
+
+
+_encoders = threading.local()
+
+
+def _encoder(shape: Shape) -> "Encoder":
     """One a thread (a Dask worker has several): its decoders take a moment to make."""
-    if getattr(_shapers, "shape", None) != shape:
-        _shapers.shape, _shapers.shaper = shape, make_shaper(shape)
-    shaper: Shaper = _shapers.shaper
-    return shaper
+    from tools.shards.encode import Encoder  # its libraries take a while to import, and copying does without
+
+    if getattr(_encoders, "shape", None) != shape:
+        _encoders.shape, _encoders.encoder = shape, Encoder(shape)
+    encoder: Encoder = _encoders.encoder
+    return encoder

@@ -118,23 +118,23 @@ def convert(
     with storage.lock(state):
         listing = open_source(str(source), source_options, scratch, num_workers).listing()
         plan = _plan(listing, read_info(storage), options, str(storage))
-        split = find_complete(storage, plan, overwrite)
+        record, table = plan.describe()
+        split = find_complete(storage, options.name, record, overwrite)
         pending: list[int] = []
         if split is None:
-            reports, pending = begin(storage, plan, overwrite)
+            reports, pending = begin(storage, plan, record, table, overwrite)
             _check_space(storage, plan, pending)
             try:
                 reports += _build(plan, storage, pending, num_workers, scheduler, strict)
-            except BaseException:
+            finally:  # what workers that were stopped or lost have left
                 clear_temporary(storage, options.name)
-                raise
             if not any(report.num_samples for report in reports):
                 clear(storage, options.name)
                 reasons = _counts(collections.Counter(reason for report in reports for _, reason in report.rejected))
                 raise ValueError(
                     f"{source}: none of its {len(listing.extents)} files is an image that training could decode ({reasons})"
                 )
-            split = publish(storage, plan, sorted(reports, key=lambda report: report.name))
+            split = publish(storage, plan, record, sorted(reports, key=lambda report: report.name))
         storage.delete_folder(state)
     return Summary(
         split=options.name,

@@ -25,8 +25,8 @@ class Encoder:
 
             torch.set_num_threads(1)  # there is a process for each core
 
-    def __call__(self, name: str, data: bytes) -> Shaped:
-        """The image in shape; its name does not matter."""
+    def __call__(self, data: bytes) -> Shaped:
+        """The image in shape, from the bytes of its file."""
         header = self._header([data])[0]
         if header.extension is not None and self._to_encode(header):
             return self._encode_anew(data, header)

@@ -34,7 +34,7 @@ def read_rejected(storage: Storage) -> list[dict[str, str]]:
     return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").splitlines()]
 
 
-def publish(storage: Storage, plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
+def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Sequence[ShardReport]) -> dict[str, Any]:
     """Enters a split whose shards are all there; from here on it is part of the data set.
 
     Raises:
@@ -54,7 +54,7 @@ def publish(storage: Storage, plan: Plan, reports: Sequence[ShardReport]) -> dic
         "changes": dict(
             sorted(sum((collections.Counter(report.changes) for report in reports), collections.Counter()).items())
         ),
-        "conversion": plan.record,
+        "conversion": record,
     }
     rejected = [*plan.listing.left_out, *(entry for report in reports for entry in report.rejected)]
     with storage.lock(wait=True):

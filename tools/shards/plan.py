@@ -6,7 +6,6 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 from tools.shards.shape import Shape
@@ -110,11 +109,10 @@ class Plan:
         places = self.order[self.bounds[number] : self.bounds[number + 1]]
         return sum(_sample_bytes(sizes[place]) for place in places) + END_BYTES
 
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        """What the split was made from and how, for its entry in `_info.json`."""
-        source = {"images": len(self.listing.extents), "sha256": self.listing.digest()}
-        return {**self.options.record(), "source": source}
+    def describe(self) -> tuple[dict[str, Any], bytearray]:
+        """What the split is made from and how, for `_info.json`; and the source's table, see `Listing.describe`."""
+        digest, table = self.listing.describe()
+        return {**self.options.record(), "source": {"images": len(self.listing.extents), "sha256": digest}}, table
 
 
 def parse_bytes(text: str) -> int:

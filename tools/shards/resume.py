@@ -23,13 +23,12 @@ def report_name(plan: Plan, number: int) -> str:
     return f".{plan.options.name}.convert/{number:06d}.json"
 
 
-def find_complete(storage: Storage, plan: Plan, overwrite: bool) -> dict[str, Any] | None:
+def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The split's entry in `_info.json` where this very conversion was completed before; None where it is still to be done.
 
     Raises:
         ValueError: The destination has the split already, made otherwise, or shards from elsewhere.
     """
-    name = plan.options.name
     splits = read_info(storage).get("splits", {})
     listed = {tar for split in splits.values() for tar in split["filenames"]}
     _refuse_other_names(storage, listed)
@@ -40,7 +39,7 @@ def find_complete(storage: Storage, plan: Plan, overwrite: bool) -> dict[str, An
         old = splits[name].get("conversion")
         if old is None:
             raise ValueError(f"{storage} has a split {name!r} already; {way_out}")
-        if found := differences(old, plan.record):
+        if found := differences(old, record):
             raise ValueError(f"{storage} has a split {name!r} already, converted otherwise: {found}; {way_out}")
         sizes = storage.sizes()
         tars = zip(splits[name]["filenames"], splits[name]["shard_bytes"], strict=True)
@@ -54,8 +53,17 @@ def find_complete(storage: Storage, plan: Plan, overwrite: bool) -> dict[str, An
     return None
 
 
-def begin(storage: Storage, plan: Plan, overwrite: bool) -> tuple[list[ShardReport], list[int]]:
+def begin(
+    storage: Storage, plan: Plan, record: dict[str, Any], table: bytearray, overwrite: bool
+) -> tuple[list[ShardReport], list[int]]:
     """Takes up the conversion where an earlier run has left it, or begins it.
+
+    Args:
+        storage: The destination.
+        plan: The conversion.
+        record: What it has to have in common with the earlier run,
+        table: and the source's table, which tells how it has not: see `Plan.describe`.
+        overwrite: Begin anew where an earlier run was another one.
 
     Raises:
         ValueError: An earlier run had other options or another source; names the difference.
@@ -65,12 +73,7 @@ def begin(storage: Storage, plan: Plan, overwrite: bool) -> tuple[list[ShardRepo
     """
     name = plan.options.name
     state = f".{name}.convert"
-    lines = b"".join(plan.listing.lines())
-    wanted: dict[str, Any] = {
-        "record": plan.record,
-        "classes": list(plan.classes),
-        "listing": hashlib.sha256(lines).hexdigest(),
-    }
+    wanted: dict[str, Any] = {"record": record, "classes": list(plan.classes), "table": hashlib.sha256(table).hexdigest()}
     text = storage.read(f"{state}/plan.json")
     begun: dict[str, Any] | None = json.loads(text) if text else None
     if begun == wanted:
@@ -79,16 +82,17 @@ def begin(storage: Storage, plan: Plan, overwrite: bool) -> tuple[list[ShardRepo
         found = differences(begun["record"], wanted["record"])
         if begun["classes"] != wanted["classes"]:
             found += "; the classes are others"
-        if begun["listing"] != wanted["listing"]:
+        if begun["table"] != wanted["table"]:
             found += "; " + _source_differences(
-                storage.read(f"{state}/source.tsv") or "", lines.decode("utf-8", "backslashreplace")
+                storage.read(f"{state}/source.tsv") or "", table.decode("utf-8", "backslashreplace")
             )
         raise ValueError(
             f"{storage}: the conversion of split {name!r} was begun otherwise: {found.removeprefix('; ')}; "
             "run it as it was begun, or --overwrite to begin anew"
         )
     clear(storage, name)
-    write_text(storage, f"{state}/source.tsv", lines.decode("utf-8", "backslashreplace"))
+    with storage.new_file(f"{state}/source.tsv") as path:
+        path.write_bytes(table)
     write_text(storage, f"{state}/plan.json", json.dumps(wanted))
     return [], list(range(plan.num_shards))
 
@@ -167,7 +171,7 @@ def clear_temporary(storage: Storage, name: str) -> None:
 
 def _source_differences(old: str, new: str) -> str:
     """How two listings of a source differ, by names."""
-    then, now = ({line.rsplit("\t", 1)[1]: line for line in text.splitlines()} for text in (old, new))
+    then, now = ({line.rsplit("\t", 1)[0].split("\t", 2)[2]: line for line in text.split("\n") if line} for text in (old, new))
     kinds = {
         "gone": sorted(then.keys() - now.keys()),
         "new": sorted(now.keys() - then.keys()),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, Protocol
+from typing import Literal
 
 from pipelines.shards import IMAGE_EXTENSIONS
 
@@ -44,35 +44,9 @@ class Shaped:
     change: str = ""
 
 
-class Shaper(Protocol):
-    """Brings images into shape, one by one."""
-
-    def __call__(self, name: str, data: bytes) -> Shaped:
-        """The image in shape; `name`, that of its file, says what it is where nothing is checked."""
-
-
-def make_shaper(shape: Shape) -> Shaper:
-    """What does it: `Encoder`, or only a look at the names where that is enough."""
-    if shape.check == "none" and shape.resize is None and shape.format == "keep":
-        return TrustNames(shape)
-    from tools.shards.encode import Encoder  # its libraries take a while to import
-
-    return Encoder(shape)
-
-
-class TrustNames:
-    """Passes bytes through whose name says that training can decode them."""
-
-    def __init__(self, shape: Shape) -> None:
-        self._shape = shape
-        self._encoder: Shaper | None = None
-
-    def __call__(self, name: str, data: bytes) -> Shaped:
-        extension = PurePath(name).suffix[1:].lower()
-        if extension in IMAGE_EXTENSIONS:
-            return Shaped(data, "jpg" if extension == "jpeg" else extension)
-        if self._encoder is None:
-            from tools.shards.encode import Encoder
-
-            self._encoder = Encoder(self._shape)
-        return self._encoder(name, data)
+def trusted_extension(shape: Shape, name: str) -> str | None:
+    """The extension for an image that is stored without a look at it; None where a look is needed."""
+    extension = PurePath(name).suffix[1:].lower()
+    if shape.check != "none" or shape.resize is not None or shape.format != "keep" or extension not in IMAGE_EXTENSIONS:
+        return None
+    return "jpg" if extension == "jpeg" else extension

@@ -103,7 +103,7 @@ class LocalStorage:
 
     def read(self, name: str) -> str | None:
         try:
-            return (self.path / name).read_text(encoding="utf-8")
+            return (self.path / name).read_text(encoding="utf-8", errors="backslashreplace")
         except FileNotFoundError:
             return None
 
@@ -177,7 +177,7 @@ class RemoteStorage:
     def read(self, name: str) -> str | None:
         files, path = self._open(name)
         try:
-            return files.cat_file(path).decode()
+            return files.cat_file(path).decode("utf-8", "backslashreplace")
         except FileNotFoundError:
             return None
 

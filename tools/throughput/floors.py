@@ -63,16 +63,14 @@ def _decode() -> Callable[[Sequence[tuple[str, bytes]]], None]:
 
 
 def _resize(resize: int, quality: int) -> Callable[[Sequence[tuple[str, bytes]]], None]:
-    import torch
+    from tools.shards.encode import Encoder
+    from tools.shards.shape import Shape
 
-    from tools.shards.shape import Shape, make_shaper
-
-    torch.set_num_threads(1)
-    shaper = make_shaper(Shape(check="decode", resize=resize, quality=quality))
+    encoder = Encoder(Shape(check="decode", resize=resize, quality=quality))
 
     def work(images: Sequence[tuple[str, bytes]]) -> None:
-        for name, encoded in images:
-            shaper(name, encoded)
+        for _, encoded in images:
+            encoder(encoded)
 
     return work
 

@@ -17,7 +17,7 @@ class ClassFolders:
     def listing(self) -> Listing:
         require_folder(self.folder)
         names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith("."))
-        extents, class_names, empty = Extents(), [], []
+        extents, class_names, empty = Extents(str(self.folder)), [], []
         left_out: list[tuple[str, str]] = []
         for name in names:
             before = len(extents)
@@ -46,7 +46,7 @@ class LabelledFolder:
 
     def listing(self) -> Listing:
         require_folder(self.folder)
-        extents, left_out = Extents(), list[tuple[str, str]]()
+        extents, left_out = Extents(str(self.folder)), list[tuple[str, str]]()
         list_files(self.folder, "", extents, left_out, images_only=True)
         listing = self.labels.apply(str(self.folder), extents)
         listing.left_out = left_out

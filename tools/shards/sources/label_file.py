@@ -37,7 +37,7 @@ class LabelFile:
             raise ValueError(f"{self.path}: empty; lines of image path and class are needed")
         by_image = self._in_order(extents, rows) if len(rows[0][1]) == 1 else self._by_path(location, extents, rows)
         labels = self._rename(by_image)
-        named, modified = Extents(), extents.modified
+        named, modified = Extents(extents.root), extents.modified
         for place in sorted(labels):
             named.append(extents[place], modified[place])
         listing = labelled(location, named, [labels[place] for place in sorted(labels)])

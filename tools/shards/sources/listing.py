@@ -3,7 +3,7 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -29,18 +29,23 @@ class Extent(NamedTuple):
 
 
 class Extents:
-    """A list of extents in columns, since a data set has millions: some 100 bytes each, names included."""
+    """A list of extents in columns, since a data set has millions: some 150 bytes each, names included.
 
-    def __init__(self) -> None:
+    Args:
+        root: The folder in which a `WHOLE_FILE` lies under its name; its path is not kept.
+    """
+
+    def __init__(self, root: str = "") -> None:
+        self.root = root
         self.names: list[str] = []
-        self.paths: list[str] = []
+        self._paths: list[str] = []
         self.offsets = array("q")
         self.sizes = array("q")
         self.modified = array("q")  # ns since 1970, of the file
 
     def append(self, extent: Extent, modified: int) -> None:
         self.names.append(extent.name)
-        self.paths.append(extent.path)
+        self._paths.append("" if extent.offset == WHOLE_FILE else extent.path)
         self.offsets.append(extent.offset)
         self.sizes.append(extent.size)
         self.modified.append(modified)
@@ -49,7 +54,8 @@ class Extents:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Extent:
-        return Extent(self.names[i], self.paths[i], self.offsets[i], self.sizes[i])
+        path = self._paths[i] or f"{self.root}/{self.names[i]}"
+        return Extent(self.names[i], path, self.offsets[i], self.sizes[i])
 
 
 @dataclass
@@ -74,21 +80,22 @@ class Listing:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def lines(self) -> Iterator[bytes]:
-        """Size, time, class and name of each image: what tells one state of a source from another."""
-        for name, size, modified, label in zip(
-            self.extents.names, self.extents.sizes, self.extents.modified, self.labels, strict=True
-        ):
-            text = f"{size}\t{modified}\t{self.classes[label]}\t{name}".replace("\n", "\\n")
-            yield text.encode("utf-8", "surrogateescape") + b"\n"
+    def describe(self) -> tuple[str, bytearray]:
+        """What tells one state of the source from another.
 
-    def digest(self) -> str:
-        """SHA-256 over names, sizes and classes, not times: a copy of a source has the same."""
-        digest = hashlib.sha256()
-        for line in self.lines():
-            size, _, rest = line.split(b"\t", 2)
-            digest.update(size + b"\t" + rest)
-        return digest.hexdigest()
+        Returns:
+            SHA-256 over names, sizes and classes, not times, so that a copy of a source has the same; and a table with a line
+            an image of size, class, name and time.
+        """
+        digest, table = hashlib.sha256(), bytearray()
+        extents = self.extents
+        for name, size, modified, label in zip(extents.names, extents.sizes, extents.modified, self.labels, strict=True):
+            text = f"{size}\t{self.classes[label]}\t{name}".replace("\n", "\\n")
+            line = text.encode("utf-8", "surrogateescape")
+            digest.update(line)
+            digest.update(b"\n")
+            table += line + b"\t%d\n" % modified
+        return digest.hexdigest(), table
 
 
 class Source(Protocol):
@@ -133,8 +140,12 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
     return Listing(location, extents, numbers, tuple(names))
 
 
-def read_extent(extent: Extent) -> bytes:
-    """The bytes of an image.
+def read_extent(extent: Extent, into: memoryview) -> None:
+    """Reads the bytes of an image.
+
+    Args:
+        extent: Where they are.
+        into: `extent.size` bytes of room.
 
     Raises:
         ValueError: The file has changed since it was listed.
@@ -142,17 +153,14 @@ def read_extent(extent: Extent) -> bytes:
     """
     descriptor = os.open(extent.path, os.O_RDONLY)
     try:
-        whole = extent.offset == WHOLE_FILE
-        size = os.fstat(descriptor).st_size if whole else extent.size
-        data = os.pread(descriptor, extent.size, 0 if whole else extent.offset)
-        while len(data) < extent.size and (
-            more := os.pread(descriptor, extent.size - len(data), max(extent.offset, 0) + len(data))
-        ):
-            data += more  # a read of the kernel ends at 2 GiB, and at signals on some file systems
+        done, begin = 0, max(extent.offset, 0)
+        # A read of the kernel may end early: at 2 GiB, and at signals on some file systems.
+        while done < extent.size and (count := os.preadv(descriptor, [into[done:]], begin + done)):
+            done += count
+        changed = done < extent.size or (extent.offset == WHOLE_FILE and os.fstat(descriptor).st_size != extent.size)
     finally:
         os.close(descriptor)
-    if not len(data) == extent.size == size:
+    if changed:
         raise ValueError(
             f"{extent.path}: changed while it was converted ({extent.size:,} bytes when it was listed); convert anew"
         )
-    return data
