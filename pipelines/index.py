@@ -70,7 +70,7 @@ def iter_components(file: BinaryIO, place: str) -> Iterator[Component]:
     # The others are what it lets through from inside a damaged header.
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"{place}: not a readable tar ({error})") from error
-    _check_end_mark(file, place, end)
+    check_end_mark(file, place, end)
 
 
 def group_samples(components: Iterable[Component]) -> list[Sample]:
@@ -137,7 +137,7 @@ def as_field(text: str) -> str:
     return "_".join(text.split()) or "_"
 
 
-def _check_end_mark(file: BinaryIO, place: str, end: int) -> None:
+def check_end_mark(file: BinaryIO, place: str, end: int) -> None:
     """A tar ends with a block of zeros; `tarfile` takes one that was cut short between two members for complete."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,12 +17,13 @@ import pytest
 
 from tests.conftest import write_image, write_tree
 from tests.test_shards_command import digests, shards_command
+from tools.shards.storage import open_storage
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 images, one of them damaged and one a GIF."""
-    folder = write_tree(tmp_path_factory.mktemp("many") / "images", 60)
+    """240 images, one of them damaged, and a GIF: enough for the tests to stop a conversion in the middle."""
+    folder = write_tree(tmp_path_factory.mktemp("many") / "images", 240)
     damaged = folder / "ant" / "000.jpg"
     damaged.write_bytes(damaged.read_bytes()[:900])
     write_image(folder / "cat" / "moving.gif", 3)
@@ -33,7 +35,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     done = shards_command("convert", images, folder, "--shard-samples", 4, "--workers", 1)
     assert done.returncode == 0, done.stderr
-    assert "train: 60 images of 3 classes in 16 shards" in done.stdout
+    assert "train: 240 images of 3 classes in 61 shards" in done.stdout
     return digests(folder)
 
 
@@ -81,7 +83,7 @@ def test_workers_end_with_the_command(images: Path, tmp_path: Path, busy: bool) 
     process = start("convert", images, tmp_path / "out", "--shard-samples", 1, "--workers", 2)
     wait_for(tmp_path / "out", "train-*.tar" if busy else ".train.convert/plan.json", 1)
     task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children := [int(child) for child in task.read_text().split()]) < 2:
+    while len(children := [int(child) for child in task.read_text().split()]) < 3:  # one tracks resources
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -104,7 +106,7 @@ def test_interrupted_says_how_to_go_on(images: Path, undisturbed: dict[str, str]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors == "interrupted; the same command goes on where it stopped\n"
+    assert errors == "interrupted; what `convert` has done so far is kept for when it is run again\n"
     assert shards_command(*command[3:]).returncode == 0
     assert digests(tmp_path / "out") == undisturbed
 
@@ -187,6 +189,38 @@ def test_two_at_once_do_not_mix(images: Path, undisturbed: dict[str, str], tmp_p
     assert digests(tmp_path / "out") == undisturbed
 
 
+def test_a_refused_run_leaves_the_lock_alone(images: Path, tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "out"))
+    with storage.lock(".train.convert"):
+        for _ in range(2):
+            done = shards_command("convert", images, tmp_path / "out")
+            assert done.returncode == 2
+            assert "another process is at work there" in done.stderr
+
+
+def test_overwrite_keeps_the_old_split_where_there_is_no_space_for_a_new_one(tmp_path: Path) -> None:
+    images = write_tree(tmp_path / "images", 3)
+    assert shards_command("convert", images, tmp_path / "out").returncode == 0
+    before = digests(tmp_path / "out")
+    with open(images / "ant" / "huge.jpg", "wb") as file:
+        file.truncate(1 << 42)
+    done = shards_command("convert", images, tmp_path / "out", "--overwrite")
+    assert done.returncode == 2
+    assert "are needed and" in done.stderr
+    assert digests(tmp_path / "out") == before
+
+
+def test_odd_names_in_lists_do_not_stop_later_splits(tmp_path: Path) -> None:
+    images = write_tree(tmp_path / "images", 3)
+    for name in ("line\u2028separator.jpg", "new\nline.jpg", "re\rturn\t.jpg", "latin\udce9.jpg"):
+        (images / "ant" / name).write_text("no image")
+    for split in ("train", "valid", "train"):
+        done = shards_command("convert", images, tmp_path / "out", "--name", split)
+        assert done.returncode == 0, done.stderr
+    assert "complete already" in done.stdout
+    assert len((tmp_path / "out" / "rejected.jsonl").read_bytes().split(b"\n")) == 9
+
+
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     done = shards_command("convert", images, tmp_path / "out", "--strict")
     assert done.returncode == 3
@@ -224,14 +258,29 @@ def test_too_little_space_is_seen_beforehand(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
     """A Dask scheduler and two workers, each a process."""
     from distributed import Client
 
-    address = "tcp://127.0.0.1:18786"
-    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "18786", "--no-dashboard", "--host", "127.0.0.1"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    dask = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--port",
+        str(port),
+        "--no-dashboard",
+        "--host",
+        "127.0.0.1",
+    ]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    elsewhere = tmp_path / "workers"
+    elsewhere.mkdir()
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": elsewhere, "env": environment}
     processes = [subprocess.Popen(dask, **quiet)]
     processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
     try:
@@ -256,13 +305,14 @@ def test_a_dask_cluster_that_loses_a_worker(
     cluster: tuple[str, list["subprocess.Popen[bytes]"]],
 ) -> None:
     address, workers = cluster
-    command = [sys.executable, "-m", "tools.shards", "convert", images, tmp_path / "out", "--shard-samples", "4"]
+    relative = Path(os.path.relpath(tmp_path / "out"))  # the workers' current folder is another one
+    command = [sys.executable, "-m", "tools.shards", "convert", images, relative, "--shard-samples", "4"]
     process = subprocess.Popen([*command, "--executor", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "out", ".train.convert/0*.json", 3)
     workers[0].kill()
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "train: 60 images" in output
+    assert "train: 240 images" in output
     assert digests(tmp_path / "out") == undisturbed
 
 
@@ -289,7 +339,7 @@ def test_shards_in_an_object_store(images: Path, undisturbed: dict[str, str], tm
     assert done.returncode == 0, done.stderr
     files.get(f"{s3_bucket}/sets/mine/", f"{tmp_path}/copy/", recursive=True)
     assert digests(tmp_path / "copy") == undisturbed
-    assert json.loads((tmp_path / "copy" / "_info.json").read_text())["splits"]["train"]["num_samples"] == 60
+    assert json.loads((tmp_path / "copy" / "_info.json").read_text())["splits"]["train"]["num_samples"] == 240
     assert "complete already, nothing to do" in shards_command(*arguments).stdout
     done = shards_command("convert", images, "s3://no-such-bucket/x")
     assert done.returncode == 2

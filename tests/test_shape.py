@@ -82,10 +82,13 @@ def test_what_training_cannot_decode_is_encoded_anew_and_counted(tmp_path: Path)
     write_image(folder / "a" / "plain.jpg", 2)
     moving = (folder / "a" / "one.gif").read_bytes()
     (folder / "a" / "broken.gif").write_bytes(moving[: len(moving) // 2])
+    photo = bytearray((folder / "a" / "three.avif").read_bytes())
+    photo[photo.index(b"iloc")] ^= 1  # Pillow's plugin has an error of its own for that
+    (folder / "a" / "broken.avif").write_bytes(photo)
     done = shards_command("convert", folder, tmp_path / "out", "--json")
     summary = json.loads(done.stdout)
     assert summary["changes"] == {"AVIF encoded as jpg": 1, "GIF encoded as jpg": 2}
-    assert summary["rejected"] == {"damaged GIF image": 1}
+    assert summary["rejected"] == {"damaged GIF image": 1, "not an image": 1}
     assert summary["shard_lengths"] == [4]
     stored = convert_and_read(folder)
     original = np.asarray(Image.open(folder / "a" / "three.avif").convert("RGB"), np.int16)

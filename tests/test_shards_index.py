@@ -19,7 +19,8 @@ import wds2idx
 from pipelines import open_shards
 from pipelines.index import group_samples, iter_components, scan_tar
 from tests.test_shards_command import shards_command
-from tools.shards.index import index_shards, is_remote, open_remote
+from tools.shards.index import index_shards, open_remote
+from tools.shards.storage import is_url
 
 
 def write_tar(path: Path, names: list[str], size: int = 900) -> None:
@@ -184,8 +185,8 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert done.stderr.endswith("pip install 'googlenet-dali[remote]'\n")
 
 
-def test_what_is_remote() -> None:
-    assert [is_remote(place) for place in ("s3://bucket/x", "gs://b/x", "/folder/x", "folder", "C://")] == [
+def test_what_is_url() -> None:
+    assert [is_url(place) for place in ("s3://bucket/x", "gs://b/x", "/folder/x", "folder", "C://")] == [
         True,
         True,
         False,

@@ -2,7 +2,7 @@
 
 import io
 import json
-import shutil
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -177,12 +177,54 @@ def test_numbers_stay_what_they_are(image_folder: Path, tmp_path: Path) -> None:
     done = shards_command("convert", tmp_path / "x-000.tar", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert sorted(open_shards(str(tmp_path / "out"), "train").labels()) == [2, 7]
-    shutil.copy(tmp_path / "x-000.tar", tmp_path / "y-000.tar")
     (tmp_path / "one.txt").write_text("1.jpg 5\n")
     write_image(tmp_path / "valid" / "1.jpg", 1)
     done = shards_command("convert", tmp_path / "valid", tmp_path / "out", "--name", "valid", "--labels", tmp_path / "one.txt")
     assert done.returncode == 0, done.stderr
     assert open_shards(str(tmp_path / "out"), "valid").labels() == [5]
+
+
+def test_what_has_no_bytes_of_its_own_is_listed(image_folder: Path, tmp_path: Path) -> None:
+    """Links in tars; loose files, links to nowhere and pipes in folders."""
+    data = next(iter(files_of(image_folder).values()))
+    make_tar(tmp_path / "x.tar", {"ant/1.jpg": data, "bee/2.jpg": data})
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        link = tarfile.TarInfo("bee/3.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "ant/1.jpg"
+        tar.addfile(link)
+    folder = tmp_path / "folder"
+    (folder / "ant").mkdir(parents=True)
+    (folder / "ant" / "1.jpg").write_bytes(data)
+    (folder / "loose.jpg").write_bytes(data)
+    (folder / "ant" / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(folder / "ant" / "pipe.jpg")
+    for source, count, expected in (
+        (tmp_path / "x.tar", 2, {"bee/3.jpg": "a link or a sparse file within the tar, without bytes of its own"}),
+        (folder, 1, {"ant/gone.jpg": "link to a file that is not there", "ant/pipe.jpg": "not a regular file"}),
+    ):
+        done = shards_command("convert", source, tmp_path / "out", "--overwrite")
+        assert f"train: {count} images" in done.stdout, done.stderr
+        rejected = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+        assert {entry["path"]: entry["reason"] for entry in rejected} == expected
+    assert f"warning: 1 files in {folder} that lie in no class folder were passed over" in done.stdout
+
+
+def test_other_class_names(image_folder: Path, tmp_path: Path) -> None:
+    """Kaggle's list of names, which has blanks and commas, as two classes of one name, which are refused."""
+    data = next(iter(files_of(image_folder).values()))
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(data)
+    (tmp_path / "labels.csv").write_text("ImageId,PredictionString\n1,n01440764 1 2 3 4\n2,n01443537 1 2 3 4\n")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
+    (tmp_path / "same.txt").write_text("n01440764 crane\nn01443537 crane\n")
+    names = ("--labels", tmp_path / "labels.csv", "--class-names")
+    done = shards_command("convert", tmp_path / "images", tmp_path / "out", *names, tmp_path / "LOC_synset_mapping.txt")
+    assert done.returncode == 0, done.stderr
+    assert open_shards(str(tmp_path / "out"), "train").classes == ("goldfish, Carassius auratus", "tench, Tinca tinca")
+    done = shards_command("convert", tmp_path / "images", tmp_path / "out2", *names, tmp_path / "same.txt")
+    assert done.returncode == 2
+    assert "same.txt: several labels are called 'crane'" in done.stderr
 
 
 def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tmp_path: Path) -> None:
@@ -193,7 +235,7 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
     assert done.returncode == 0, done.stderr
     assert "train: 1 images" in done.stdout
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [(entry["path"].split(": ")[1], entry["reason"]) for entry in rejected] == [
+    assert [(entry["path"], entry["reason"]) for entry in rejected] == [
         ("x/b", "no .cls or .json in the sample"),
         ("x/c", "no image in the sample"),
         ("x/d", rejected[2]["reason"]),
@@ -210,6 +252,19 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
         ("flat", {"x.csv": "1.jpg,a\n1.jpg,b\n"}, "x.csv, line 2: 1.jpg is there twice"),
         ("flat", {"x.csv": "1.jpg,a\n2.jpg,\n"}, "x.csv, line 2: '2.jpg ' has no path and class"),
         ("flat", {"x.csv": ""}, "x.csv: empty"),
+        ("flat", {"x.csv": "1.jpg,1\n2.jpg,-1\n"}, "the label of 2.jpg is '-1'; a class number below 1,000,000 is needed"),
+        ("flat", {"x.csv": "1.jpg,1\n2.jpg,1.0\n"}, "the label of 2.jpg is '1.0'"),
+        ("flat", {"x.csv": "1.jpg,3000000000\n"}, "the label of 1.jpg is '3000000000'"),
+        (
+            "flat",
+            {"x.csv": "image_id,width,species\n1.jpg,640,cat\n"},
+            "none of its columns image_id, width, species is called",
+        ),
+        ("flat", {"x.csv": '1.jpg,"a\n' + "x" * 200_000}, "is there a stray quotation mark?"),
+        ("flat", {"flat": ""}, "flat: cannot be read (Is a directory)"),
+        ("bit.tar", {}, "bit.tar: damaged; at byte"),
+        ("two", {}, "two: several sets of files (train*, valid*); name one"),
+        ("both", {}, "both: has both folders and .tar files; say what it is with --source"),
         ("flat", {"x.csv": "path,class\n"}, "x.csv: a line of column names and nothing else"),
         ("flat", {"x.txt": "1\n"}, "1 lines of a class each for 2 images"),
         ("flat", {"x.csv": "1.jpg,1\n"}, None),
@@ -234,15 +289,26 @@ def test_bad_sources_get_one_clear_line(
     (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[: len(data) + 3000])
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(tmp_path / "flat", "flat")
+    make_tar(tmp_path / "bit.tar", {"a/1.jpg": data, "a/2.jpg": data})
+    broken = bytearray((tmp_path / "bit.tar").read_bytes())
+    broken[512 + -(-len(data) // 512) * 512 + 130] ^= 1  # in the second header
+    (tmp_path / "bit.tar").write_bytes(broken)
+    for folder, names in (("two", ("train-000", "valid-000")), ("both", ("backup",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            make_tar(tmp_path / folder / f"{name}.tar", {"1.jpg": data, "1.cls": b"0"})
+    (tmp_path / "both" / "ant").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "broken.parquet").write_text("hello")
     pq.write_table(pa.table({"a": [1], "label": [1]}), tmp_path / "other.parquet")
     options: Arguments = []
     for name, text in arguments.items():
-        (tmp_path / name).write_text(text)
+        if text or name == "x.csv":
+            (tmp_path / name).write_text(text)
         options += ["--labels", tmp_path / name]
     done = shards_command("convert", tmp_path / source, tmp_path / "out", *options)
     if message is None:
+        assert done.returncode == 0, done.stderr
         assert "warning: 1 images in" in done.stdout, done.stderr
         assert "does not name were passed over" in done.stdout
         return

@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output, `head` for one, has gone
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; what `convert` has done so far is kept for when it is run again", file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,9 +3,10 @@
 import collections
 import contextlib
 import json
+import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from tools.shards.build import ShardReport, ShardTask, build_shard
 from tools.shards.cluster import dask_results
 from tools.shards.manifest import REJECTED_FILE, publish, read_info, read_rejected
 from tools.shards.plan import Options, Plan, make_plan
-from tools.shards.resume import begin, clear, clear_temporary, find_complete, report_name
+from tools.shards.resume import begin, clear, clear_temporary, find_complete, is_begun, report_name
 from tools.shards.sources import Listing, SourceOptions, open_source
-from tools.shards.storage import LocalStorage, Storage, open_storage
+from tools.shards.storage import LocalStorage, Storage, is_url, open_storage
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Summary:
         return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
 
 
+def _count(reasons: Iterable[str]) -> dict[str, int]:
+    return dict(collections.Counter(reasons))
+
+
 def _counts(counts: dict[str, int]) -> str:
     return "; ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
 
@@ -110,30 +115,29 @@ def convert(
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--workers {num_workers}: at least 1 is needed")
     num_workers = num_workers or parallel.num_cpus()
-    _keep_apart(str(source), str(destination))
-    storage = open_storage(str(destination))
+    # Workers elsewhere, as those of Dask, have another current folder.
+    source, destination = os.path.abspath(source), _absolute(str(destination))
+    _keep_apart(source, destination)
+    storage = open_storage(destination)
     state = f".{options.name}.convert"
     if scratch is None and isinstance(storage, LocalStorage):
         scratch = storage.path / state / "unpacked"
     with storage.lock(state):
-        listing = open_source(str(source), source_options, scratch, num_workers).listing()
+        listing = open_source(source, source_options, scratch, num_workers).listing()
         plan = _plan(listing, read_info(storage), options, str(storage))
         record, table = plan.describe()
-        split = find_complete(storage, options.name, record, overwrite)
         pending: list[int] = []
+        try:
+            split = find_complete(storage, options.name, record, overwrite)
+            if split is None:
+                reports, pending = begin(storage, plan, record, table, overwrite)
+        except ValueError:
+            if not is_begun(storage, options.name):
+                storage.delete_folder(state)  # what was unpacked
+            raise
         if split is None:
-            reports, pending = begin(storage, plan, record, table, overwrite)
-            _check_space(storage, plan, pending)
-            try:
-                reports += _build(plan, storage, pending, num_workers, scheduler, strict)
-            finally:  # what workers that were stopped or lost have left
-                clear_temporary(storage, options.name)
-            if not any(report.num_samples for report in reports):
-                clear(storage, options.name)
-                reasons = _counts(collections.Counter(reason for report in reports for _, reason in report.rejected))
-                raise ValueError(
-                    f"{source}: none of its {len(listing.extents)} files is an image that training could decode ({reasons})"
-                )
+            reports += _build(plan, storage, pending, num_workers, scheduler, strict)
+            _require_images(storage, plan, reports)
             split = publish(storage, plan, record, sorted(reports, key=lambda report: report.name))
         storage.delete_folder(state)
     return Summary(
@@ -143,16 +147,20 @@ def convert(
         image_bytes=split["image_bytes"],
         seconds=time.perf_counter() - started,
         num_built=sum(plan.bounds[number + 1] - plan.bounds[number] for number in pending),
-        rejected=dict(
-            collections.Counter(entry["reason"] for entry in read_rejected(storage) if entry["split"] == options.name)
-        ),
+        rejected=_count(entry["reason"] for entry in read_rejected(storage) if entry["split"] == options.name),
         changes=split["changes"],
         notes=tuple(listing.notes),
     )
 
 
+def _absolute(location: str) -> str:
+    return location if is_url(location) else os.path.abspath(location)
+
+
 def _keep_apart(source: str, destination: str) -> None:
     """Raises ValueError where the shards would land among the images, or the other way round."""
+    if is_url(destination):
+        return
     inside, outside = Path(source).resolve(), Path(destination).resolve()
     if not inside.exists():  # a pattern of files
         nested = inside.parent == outside
@@ -171,9 +179,13 @@ def _plan(listing: Listing, info: dict[str, Any], options: Options, destination:
         return make_plan(listing, listing.labels, listing.classes, options)
     if known is None:
         raise ValueError(f"{destination}/{INFO_FILE} lists splits and no classes, so a new split cannot be numbered like them")
-    if listing.numbered and len(listing.classes) <= len(known):
+    if list(listing.classes) == known or (listing.numbered and len(listing.classes) <= len(known)):
         return make_plan(listing, listing.labels, tuple(known), options)
     numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) < len(known):
+        raise ValueError(
+            f"{destination}/{INFO_FILE} has several classes of one name; a split can be numbered like them by numbers only"
+        )
     unknown = [name for name in listing.classes if name not in numbers]
     if unknown:
         raise ValueError(
@@ -184,14 +196,14 @@ def _plan(listing: Listing, info: dict[str, Any], options: Options, destination:
     return make_plan(listing, labels, tuple(known), options)
 
 
-def _check_space(storage: Storage, plan: Plan, pending: Sequence[int]) -> None:
-    """Raises ValueError where there is too little space for what is still to be built, as far as that is known."""
-    shape, free = plan.options.shape, storage.free_bytes()
-    if free is None or shape.resize is not None or shape.format != "keep":
+def _require_images(storage: Storage, plan: Plan, reports: Sequence[ShardReport]) -> None:
+    """Raises ValueError, and leaves nothing behind, where every image was rejected."""
+    if any(report.num_samples for report in reports):
         return
-    needed = sum(plan.planned_bytes(number) for number in pending)
-    if needed > free:
-        raise ValueError(f"{storage}: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+    clear(storage, plan.options.name)
+    reasons = _counts(_count(reason for report in reports for _, reason in report.rejected))
+    location, num_files = plan.listing.location, len(plan.listing.extents)
+    raise ValueError(f"{location}: none of its {num_files:,} files is an image that training could decode ({reasons})")
 
 
 def _build(
@@ -211,6 +223,7 @@ def _build(
     planned = {plan.shard_name(number): plan.bounds[number + 1] - plan.bounds[number] for number in pending}
     reports, num_bytes, started = [], 0, time.perf_counter()
     with contextlib.ExitStack() as stack:
+        stack.callback(clear_temporary, storage, plan.options.name)  # what workers that were stopped or lost have left
         if scheduler is not None:
             done = stack.enter_context(dask_results(scheduler, build_shard, tasks))
         else:

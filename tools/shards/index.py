@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from tqdm import tqdm
 from pipelines.index import Sample, as_field, group_samples, iter_components, read_index, scan_tar, write_index
 from pipelines.shards import find_splits
 from tools.shards.parallel import as_completed, num_cpus, run
+from tools.shards.storage import is_url, storage_errors
 
 # Of a remote tar only headers are asked for: this many bytes a request. It holds the headers of all small members of a sample
 # and of the image that follows, so that a sample costs one request; its images, mostly larger, are passed over.
 READ_AHEAD = 16 * 1024
 REMOTE_THREADS = 16  # they wait for answers nearly all of the time
-MISSING_PACKAGE = "pip install 'googlenet-dali[remote]'"
 
 Action = Literal["written", "replaced", "kept", "refused"]
 
@@ -92,7 +91,7 @@ def index_shards(
         ValueError: Nothing matches, or the index files cannot be put where they should be.
         OSError: The storage does not answer as it should.
     """
-    remote = is_remote(pattern)
+    remote = is_url(pattern)
     if remote and index_dir is None:
         raise ValueError(f"{pattern}: an index cannot be written beside a remote tar; name a local folder with --index-dir")
     tars = _find_remote_tars(pattern) if remote else _find_local_tars(pattern)
@@ -102,11 +101,6 @@ def index_shards(
     outcomes = (_run_threads if remote else run)(_index_tar, tasks, num_workers)
     by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tasks), unit="tar", disable=None)}
     return Report(tuple(by_path[str(path)] for path in paths))
-
-
-def is_remote(pattern: str) -> bool:
-    """Whether it is a URL, as `s3://bucket/train-*.tar` is."""
-    return re.match(r"[a-z0-9]+://", pattern) is not None
 
 
 def check_workers(num_workers: int | None) -> int | None:
@@ -188,9 +182,9 @@ def _index_tar(task: _Task) -> Outcome:
 
 
 def _scan(tar: str) -> list[Sample]:
-    if not is_remote(tar):
+    if not is_url(tar):
         return scan_tar(Path(tar))
-    with _storage_errors(tar), open_remote(tar) as file:
+    with storage_errors(tar), open_remote(tar) as file:
         return group_samples(iter_components(file, tar))
 
 
@@ -223,7 +217,7 @@ def _find_remote_tars(pattern: str) -> list[str]:
 
 def _list_storage(url: str) -> list[str]:
     """The tars that a URL without braces names, as URLs."""
-    with _storage_errors(url):
+    with storage_errors(url):
         from fsspec.core import url_to_fs
 
         storage, path = url_to_fs(url)
@@ -234,16 +228,3 @@ def _list_storage(url: str) -> list[str]:
         if not found:
             raise ValueError(f"no such shard: {url!r}")
         return [storage.unstrip_protocol(tar) for tar in found]
-
-
-@contextlib.contextmanager
-def _storage_errors(url: str) -> Iterator[None]:
-    """Errors of the libraries for remote storage, of which each has its own kinds, as ours."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except ImportError as error:
-        raise ValueError(f"{url}: a package for this storage is missing ({error}); {MISSING_PACKAGE}") from error
-    except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {' '.join(str(error).split())}") from error

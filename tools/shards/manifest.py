@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_info(storage: Storage) -> dict[str, Any]:
 
 def read_rejected(storage: Storage) -> list[dict[str, str]]:
     """Split, path and reason of each image that was left out, of all splits."""
-    return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").splitlines()]
+    return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").split("\n") if line]
 
 
 def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Sequence[ShardReport]) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Seque
 
     Raises:
         ValueError: Another split was entered in the meantime, with other classes.
+        OSError: Shards are missing.
 
     Returns:
         The split's entry in `_info.json`.
@@ -57,7 +59,13 @@ def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Seque
         "conversion": record,
     }
     rejected = [*plan.listing.left_out, *(entry for report in reports for entry in report.rejected)]
+    sizes = storage.sizes()
+    if lost := [report.name for report in reports if sizes.get(report.name) != report.file_bytes[0]]:
+        raise OSError(
+            f"{storage}: {len(lost)} shards were built and are not there, as {lost[0]}; do all workers see this folder?"
+        )
     with storage.lock(wait=True):
+        _clear_temporary(storage)
         _write_rejected(storage, name, rejected)
         info = read_info(storage)
         others = {key: value for key, value in info.get("splits", {}).items() if key != name}
@@ -71,6 +79,13 @@ def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Seque
 def write_info(storage: Storage, info: dict[str, Any]) -> None:
     """Replaces `_info.json`."""
     write_text(storage, INFO_FILE, json.dumps(info, indent=1) + "\n", durable=True)
+
+
+def _clear_temporary(storage: Storage) -> None:
+    """Deletes what was left by a run that was killed right here."""
+    for file in storage.sizes():
+        if re.fullmatch(r"\.(_info\.json|rejected\.jsonl)\.[0-9a-f]{8}\.tmp", file):
+            storage.delete(file)
 
 
 def _write_rejected(storage: Storage, name: str, rejected: Sequence[tuple[str, str]]) -> None:

@@ -54,15 +54,13 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """The options as they are kept beside the shards, without the name."""
-        shape = asdict(self.shape)
-        record = {"seed": self.seed, "shard_samples": self.shard_samples, "shard_bytes": self.shard_bytes, **shape}
-        if self.shard_samples is None and self.shard_bytes is None:
-            record["shard_samples"] = DEFAULT_SHARD_SAMPLES
-        if self.shape.resize is not None or self.shape.format != "keep":
-            record["encoder"] = f"Pillow {importlib.metadata.version('pillow')}"  # another version may encode to other bytes
-        else:
-            del record["quality"]  # without effect on all but what training cannot decode
-        return record
+        shard_samples = self.shard_samples
+        if shard_samples is None and self.shard_bytes is None:
+            shard_samples = DEFAULT_SHARD_SAMPLES
+        # Another version may encode to other bytes, and GIFs are encoded in any case.
+        encoder = f"Pillow {importlib.metadata.version('pillow')}"
+        sizes = {"shard_samples": shard_samples, "shard_bytes": self.shard_bytes}
+        return {"seed": self.seed, **sizes, **asdict(self.shape), "encoder": encoder}
 
 
 DEFAULT_SHARD_SAMPLES = 1000

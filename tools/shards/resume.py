@@ -7,7 +7,7 @@ that is finished.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.shards.build import ShardReport
@@ -30,7 +30,7 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
         ValueError: The destination has the split already, made otherwise, or shards from elsewhere.
     """
     splits = read_info(storage).get("splits", {})
-    listed = {tar for split in splits.values() for tar in split["filenames"]}
+    listed = {tar for split in splits.values() for tar in split.get("filenames", ())}
     _refuse_other_names(storage, listed)
     if overwrite:
         return None
@@ -48,9 +48,14 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
                 f"{storage}: {len(broken)} shards are missing or cut short, as {broken[0]}; --overwrite makes all anew"
             )
         return dict(splits[name])
-    if storage.read(f".{name}.convert/plan.json") is None and _files(storage, name):
+    if not is_begun(storage, name) and _files(storage, name):
         raise ValueError(f"{storage} has shards called {name}-* already, from elsewhere; {way_out}")
     return None
+
+
+def is_begun(storage: Storage, name: str) -> bool:
+    """Whether an earlier run has left a plan."""
+    return storage.read(f".{name}.convert/plan.json") is not None
 
 
 def begin(
@@ -66,7 +71,7 @@ def begin(
         overwrite: Begin anew where an earlier run was another one.
 
     Raises:
-        ValueError: An earlier run had other options or another source; names the difference.
+        ValueError: An earlier run had other options or another source; names the difference. Or there is too little space.
 
     Returns:
         The reports of the shards that are there, and the numbers of those that are not.
@@ -77,7 +82,9 @@ def begin(
     text = storage.read(f"{state}/plan.json")
     begun: dict[str, Any] | None = json.loads(text) if text else None
     if begun == wanted:
-        return _finished(storage, plan)
+        reports, pending = _finished(storage, plan)
+        _check_space(storage, plan, pending, freed=0)
+        return reports, pending
     if begun is not None and not overwrite:
         found = differences(begun["record"], wanted["record"])
         if begun["classes"] != wanted["classes"]:
@@ -90,6 +97,8 @@ def begin(
             f"{storage}: the conversion of split {name!r} was begun otherwise: {found.removeprefix('; ')}; "
             "run it as it was begun, or --overwrite to begin anew"
         )
+    sizes = storage.sizes()
+    _check_space(storage, plan, range(plan.num_shards), freed=sum(sizes[file] for file in _files(storage, name)))
     clear(storage, name)
     with storage.new_file(f"{state}/source.tsv") as path:
         path.write_bytes(table)
@@ -142,6 +151,16 @@ def clear(storage: Storage, name: str) -> None:
         storage.delete(f".{name}.convert/{file}")
     for file in _files(storage, name):
         storage.delete(file)
+
+
+def _check_space(storage: Storage, plan: Plan, pending: Sequence[int], freed: int) -> None:
+    """Raises ValueError where there is too little space for what is still to be built, as far as that is known."""
+    shape, free = plan.options.shape, storage.free_bytes()
+    if free is None or shape.resize is not None or shape.format != "keep":
+        return
+    needed = sum(plan.planned_bytes(number) for number in pending)
+    if needed > free + freed:
+        raise ValueError(f"{storage}: {needed / 1e6:,.0f} MB are needed and {(free + freed) / 1e6:,.0f} MB are free")
 
 
 def _finished(storage: Storage, plan: Plan) -> tuple[list[ShardReport], list[int]]:

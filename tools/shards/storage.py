@@ -49,13 +49,31 @@ class Storage(Protocol):
         """
 
 
+def is_url(location: str) -> bool:
+    """Whether it is a URL, as `s3://bucket/prefix` is."""
+    return re.match(r"[a-z0-9]+://", location) is not None
+
+
+@contextlib.contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Errors of the libraries for remote storage, of which each has its own kinds, as ours."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        raise
+    except ImportError as error:
+        raise ValueError(f"{url}: a package is missing ({error}); pip install 'googlenet-dali[remote]'") from error
+    except Exception as error:
+        raise OSError(f"{url}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def open_storage(location: str) -> Storage:
     """The folder that a path or a URL (`s3://`, `gs://`, whatever fsspec knows) names; made where it is not there.
 
     Raises:
         ValueError: It cannot be written to, or a package is missing; says which.
     """
-    if not re.match(r"[a-z0-9]+://", location):
+    if not is_url(location):
         return LocalStorage.open(Path(location))
     return RemoteStorage.open(location)
 
@@ -88,7 +106,8 @@ class LocalStorage:
     @contextlib.contextmanager
     def new_file(self, name: str, durable: bool = False) -> Iterator[Path]:
         path = self.path / name
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != self.path:  # that one is there, or this is a machine that does not see it
+            path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             yield temporary
@@ -103,7 +122,7 @@ class LocalStorage:
 
     def read(self, name: str) -> str | None:
         try:
-            return (self.path / name).read_text(encoding="utf-8", errors="backslashreplace")
+            return (self.path / name).read_bytes().decode("utf-8", "backslashreplace")
         except FileNotFoundError:
             return None
 
@@ -124,18 +143,23 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def lock(self, folder: str = "", wait: bool = False) -> Iterator[None]:
-        (self.path / folder).mkdir(exist_ok=True)
-        descriptor = os.open(self.path / folder, os.O_RDONLY)
+        path = self.path / folder
+        path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # falls with the process, however it ends
-            yield
+            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:  # deleted by its holder just now
+                raise BlockingIOError
         except BlockingIOError as error:
-            raise ValueError(f"{self.path / folder}: another process is at work there; wait for it or end it") from error
-        finally:
             os.close(descriptor)
+            raise ValueError(f"{path}: another process is at work there; wait for it or end it") from error
+        try:
+            yield
+        finally:
             if folder:
                 with contextlib.suppress(OSError):  # not empty: there is something to go on with
-                    (self.path / folder).rmdir()
+                    path.rmdir()
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -151,10 +175,8 @@ class RemoteStorage:
             storage.sizes()
             write_text(storage, ".writable", "")
             storage.delete(".writable")
-        except ImportError as error:
-            raise ValueError(f"{url}: {error}; pip install 'googlenet-dali[remote]'") from error
-        except Exception as error:  # each store has its own errors for "no such bucket" and "access denied"
-            raise ValueError(f"{url}: cannot be written to ({type(error).__name__}: {error})") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{url}: cannot be written to ({str(error).removeprefix(f'{url}: ')})") from error
         return storage
 
     def __str__(self) -> str:
@@ -171,35 +193,35 @@ class RemoteStorage:
         with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
             local = Path(folder) / "file"
             yield local
-            files, path = self._open(name)
-            files.put_file(str(local), path)
+            with storage_errors(self.url):
+                files, path = self._open(name)
+                files.put_file(str(local), path)
 
     def read(self, name: str) -> str | None:
-        files, path = self._open(name)
         try:
-            return files.cat_file(path).decode("utf-8", "backslashreplace")
+            with storage_errors(self.url):
+                files, path = self._open(name)
+                return files.cat_file(path).decode("utf-8", "backslashreplace")
         except FileNotFoundError:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        files, path = self._open(folder)
         try:
-            return {
-                os.path.basename(entry["name"]): entry["size"]
-                for entry in files.ls(path, detail=True)
-                if entry["type"] == "file"
-            }
+            with storage_errors(self.url):
+                files, path = self._open(folder)
+                entries = files.ls(path, detail=True)
         except FileNotFoundError:
             return {}
+        return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
 
     def delete(self, name: str) -> None:
-        files, path = self._open(name)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.url):
+            files, path = self._open(name)
             files.rm_file(path)
 
     def delete_folder(self, name: str) -> None:
-        files, path = self._open(name)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.url):
+            files, path = self._open(name)
             files.rm(path, recursive=True)
 
     def free_bytes(self) -> int | None:

@@ -58,6 +58,6 @@ def _made_up(images: int, classes: int) -> Listing:
     for i in range(images):
         label = i * classes // images
         name = f"{names[label]}/{names[label]}_{i}.JPEG"
-        extents.append(Extent(name, "", WHOLE_FILE, 50_000 + i * 7919 % 120_000), i)
+        extents.append(Extent(name, "", WHOLE_FILE, 50_000 + i * 7919 % 120_000, i))
         labels.append(label)
     return Listing("made up", extents, labels, names)

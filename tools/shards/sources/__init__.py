@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,8 @@ def open_source(location: str, options: SourceOptions, scratch: Path | None, num
         return ClassFolders(Path(location)) if labels is None else LabelledFolder(Path(location), labels)
     if not files:
         raise ValueError(f"{location}: no .tar or .parquet files")
+    if kind != "tar":
+        _require_one_set(location, files)
     if kind == "parquet":
         if scratch is None:
             raise ValueError(
@@ -69,10 +72,7 @@ def open_source(location: str, options: SourceOptions, scratch: Path | None, num
 def _files(location: str) -> tuple[Path, ...]:
     """The tars or the Parquet files that a location names, sorted; none for a folder of anything else."""
     if os.path.isdir(location):
-        for extension in ("tar", "parquet"):
-            if found := sorted(Path(location).glob(f"*.{extension}")):
-                return tuple(found)
-        return ()
+        return tuple(sorted(Path(location).glob("*.tar"))) or tuple(sorted(Path(location).glob("*.parquet")))
     parts = [location] if os.path.exists(location) else list(braceexpand(location))
     found = [Path(file) for part in parts for file in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
     missing = [file for file in found if not file.is_file()]
@@ -81,10 +81,22 @@ def _files(location: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def _require_one_set(location: str, files: tuple[Path, ...]) -> None:
+    """Raises ValueError where a folder holds several splits: validation images must not get among those to train on."""
+    sets = sorted({re.sub(r"([-_.]?[0-9]+(-of-[0-9]+)?)?$", "", file.stem) for file in files})
+    if os.path.isdir(location) and len(sets) > 1:
+        shown = ", ".join(f"{name}*" for name in sets[:5])
+        raise ValueError(
+            f"{location}: several sets of files ({shown}); name one, as in '{location}/{sets[0]}*{files[0].suffix}'"
+        )
+
+
 def _guess(location: str, files: tuple[Path, ...]) -> Kind:
     if not files:
         require_folder(Path(location))
         return "folders"
+    if os.path.isdir(location) and any(child.is_dir() and not child.name.startswith(".") for child in Path(location).iterdir()):
+        raise ValueError(f"{location}: has both folders and {files[0].suffix} files; say what it is with --source")
     if files[0].suffix == ".parquet":
         return "parquet"
     if files[0].suffix != ".tar":

@@ -16,7 +16,8 @@ class ClassFolders:
 
     def listing(self) -> Listing:
         require_folder(self.folder)
-        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith("."))
+        entries = _visible(self.folder)
+        names = sorted(entry.name for entry in entries if entry.is_dir())
         extents, class_names, empty = Extents(str(self.folder)), [], []
         left_out: list[tuple[str, str]] = []
         for name in names:
@@ -32,6 +33,10 @@ class ClassFolders:
             )
         listing = named_classes(str(self.folder), extents, class_names)
         listing.left_out = left_out
+        if len(entries) > len(names):
+            listing.notes.append(
+                f"{len(entries) - len(names):,} files in {self.folder} that lie in no class folder were passed over"
+            )
         if empty:
             listing.notes.append(f"class folders without files were passed over: {', '.join(empty)}")
         return listing
@@ -62,18 +67,25 @@ def require_folder(folder: Path) -> None:
 def list_files(root: Path, below: str, extents: Extents, left_out: list[tuple[str, str]], images_only: bool = False) -> None:
     """Appends the files below `root/below`, sorted within each folder; names that begin with a dot are passed over."""
     folders = []
-    with os.scandir(root / below) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    try:
+        entries = sorted(_visible(root / below), key=lambda entry: entry.name)
+    except PermissionError as error:
+        left_out.append((below, f"folder cannot be read ({error.strerror})"))
+        return
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir():
             folders.append(name)
         elif not images_only or is_image_name(name):
-            try:
+            if entry.is_file():
                 status = entry.stat()
-            except FileNotFoundError:
-                left_out.append((entry.path, "link to a file that is not there"))
+                extents.append(Extent(name, entry.path, WHOLE_FILE, status.st_size, status.st_mtime_ns))
             else:
-                extents.append(Extent(name, entry.path, WHOLE_FILE, status.st_size), status.st_mtime_ns)
+                left_out.append((name, "link to a file that is not there" if entry.is_symlink() else "not a regular file"))
     for name in folders:
         list_files(root, name, extents, left_out, images_only)
+
+
+def _visible(folder: Path) -> list["os.DirEntry[str]"]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

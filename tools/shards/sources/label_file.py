@@ -1,9 +1,10 @@
 """A file that says which class each image is of."""
 
+import collections
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tools.shards.sources.listing import Extents, Listing, labelled
 
@@ -37,9 +38,9 @@ class LabelFile:
             raise ValueError(f"{self.path}: empty; lines of image path and class are needed")
         by_image = self._in_order(extents, rows) if len(rows[0][1]) == 1 else self._by_path(location, extents, rows)
         labels = self._rename(by_image)
-        named, modified = Extents(extents.root), extents.modified
+        named = Extents(extents.root)
         for place in sorted(labels):
-            named.append(extents[place], modified[place])
+            named.append(extents[place])
         listing = labelled(location, named, [labels[place] for place in sorted(labels)])
         if len(named) < len(extents):
             listing.notes.append(
@@ -59,12 +60,12 @@ class LabelFile:
 
     def _by_path(self, location: str, extents: Extents, rows: Sequence[tuple[int, list[str]]]) -> dict[int, str]:
         places = {name: place for place, name in enumerate(extents.names)}
-        stems = {str(PurePosixPath(name).with_suffix("")): place for name, place in places.items()}
+        stems: dict[str, int | None] = {}
         image_column, label_column, first_word = 0, 1, False
         header = [cell.lower() for cell in rows[0][1]]
         if (header[0] in IMAGE_COLUMNS and rows[0][1][0] not in places) or any(cell in IMAGE_COLUMNS for cell in header[1:]):
             image_column = next(i for i, cell in enumerate(header) if cell in IMAGE_COLUMNS)
-            label_column = next((i for i, cell in enumerate(header) if cell in LABEL_COLUMNS), 1 - min(image_column, 1))
+            label_column = self._label_column(header, image_column)
             first_word = header[label_column] == "predictionstring"
             rows = rows[1:]
         labels: dict[int, str] = {}
@@ -73,7 +74,10 @@ class LabelFile:
             if len(row) <= max(image_column, label_column) or not row[label_column]:
                 raise ValueError(f"{self.path}, line {line}: {' '.join(row)!r} has no path and class")
             name, label = row[image_column].removeprefix("./"), row[label_column]
-            place = places.get(name, stems.get(name))
+            place = places.get(name)
+            if place is None:
+                stems = stems or _by_stem(extents.names)
+                place = stems.get(name)
             if place is None:
                 missing.append((line, name))
             elif place in labels:
@@ -87,35 +91,71 @@ class LabelFile:
             raise ValueError(f"{self.path}: a line of column names and nothing else")
         return labels
 
+    def _label_column(self, header: list[str], image_column: int) -> int:
+        for column, cell in enumerate(header):
+            if cell in LABEL_COLUMNS:
+                return column
+        if len(header) != 2:
+            raise ValueError(
+                f"{self.path}: none of its columns {', '.join(header)} is called as labels are ({', '.join(LABEL_COLUMNS)})"
+            )
+        return 1 - image_column
+
     def _rename(self, labels: dict[int, str]) -> dict[int, str]:
         if self.class_names is None:
             return labels
-        names = {row[0]: row[1] for _, row in read_table(self.class_names) if len(row) > 1}
+        names = {row[0]: row[1] for _, row in read_table(self.class_names, names_last=True) if len(row) > 1}
         unknown = sorted(set(labels.values()) - set(names))
         if unknown:
             raise ValueError(f"{self.class_names}: no name for the labels {', '.join(unknown[:10])} of {self.path}")
+        repeated = [name for name, count in collections.Counter(names.values()).items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"{self.class_names}: several labels are called {repeated[0]!r}; give each class a name of its own"
+            )
         return {place: names[label] for place, label in labels.items()}
 
 
-def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each line that is not blank; parted by tabs or commas or else at the last blank.
+def _by_stem(names: Sequence[str]) -> dict[str, int | None]:
+    """Places by name without extension; None for one that several images share."""
+    stems: dict[str, int | None] = {}
+    for place, name in enumerate(names):
+        folder, slash, file = name.rpartition("/")
+        stem = folder + slash + file.rpartition(".")[0]
+        stems[stem] = None if stem in stems else place
+    return stems
+
+
+def read_table(path: Path, names_last: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each line that is not blank.
+
+    Args:
+        path: Lines parted by tabs, or by commas (a name in `.csv`, or a first line without blanks), or else by a blank.
+        names_last: The blank is the first one, for names that have some themselves; otherwise the last one, for such paths.
 
     Raises:
-        ValueError: There is no such file, or it is not text.
+        ValueError: There is no such file, or it is not text, or not CSV.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
-    lines = text.splitlines()
+    lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
-    delimiter = "\t" if "\t" in first else "," if "," in first else None
-    if delimiter is None:
-        yield from ((number, line.rsplit(None, 1)) for number, line in enumerate(lines, 1) if line.strip())
+    if "\t" in first:
+        delimiter = "\t"
+    elif "," in first and (path.suffix.lower() == ".csv" or len(first.split()) == 1):
+        delimiter = ","
+    else:
+        split = str.split if names_last else str.rsplit
+        yield from ((number, split(line.strip(), None, 1)) for number, line in enumerate(lines, 1) if line.strip())
         return
     reader = csv.reader(lines, delimiter=delimiter)
-    for row in reader:
-        if any(cell.strip() for cell in row):
-            yield reader.line_num, [cell.strip() for cell in row]
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, [cell.strip() for cell in row]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is there a stray quotation mark?") from error

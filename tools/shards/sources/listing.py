@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import NamedTuple, Protocol
 from pipelines.shards import IMAGE_EXTENSIONS
 
 WHOLE_FILE = -1
+MAX_CLASSES = 1_000_000  # a number beyond is a mistake, and so many names would fill the memory
 
 
 class Extent(NamedTuple):
@@ -20,12 +22,14 @@ class Extent(NamedTuple):
         path: The file that holds it.
         offset: Of its first byte in that file, or `WHOLE_FILE`.
         size: Bytes.
+        modified: Time of the file's last change, ns since 1970; 0 where it does not matter.
     """
 
     name: str
     path: str
     offset: int
     size: int
+    modified: int
 
 
 class Extents:
@@ -33,29 +37,30 @@ class Extents:
 
     Args:
         root: The folder in which a `WHOLE_FILE` lies under its name; its path is not kept.
+        unpacked: The files are not the source's but made from it, so that their times say nothing.
     """
 
-    def __init__(self, root: str = "") -> None:
-        self.root = root
+    def __init__(self, root: str = "", unpacked: bool = False) -> None:
+        self.root, self._unpacked = root, unpacked
         self.names: list[str] = []
         self._paths: list[str] = []
         self.offsets = array("q")
         self.sizes = array("q")
-        self.modified = array("q")  # ns since 1970, of the file
+        self.modified = array("q")  # of the source's files; see `Extent`
 
-    def append(self, extent: Extent, modified: int) -> None:
+    def append(self, extent: Extent) -> None:
         self.names.append(extent.name)
         self._paths.append("" if extent.offset == WHOLE_FILE else extent.path)
         self.offsets.append(extent.offset)
         self.sizes.append(extent.size)
-        self.modified.append(modified)
+        self.modified.append(extent.modified)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Extent:
         path = self._paths[i] or f"{self.root}/{self.names[i]}"
-        return Extent(self.names[i], path, self.offsets[i], self.sizes[i])
+        return Extent(self.names[i], path, self.offsets[i], self.sizes[i], 0 if self._unpacked else self.modified[i])
 
 
 @dataclass
@@ -90,8 +95,8 @@ class Listing:
         digest, table = hashlib.sha256(), bytearray()
         extents = self.extents
         for name, size, modified, label in zip(extents.names, extents.sizes, extents.modified, self.labels, strict=True):
-            text = f"{size}\t{self.classes[label]}\t{name}".replace("\n", "\\n")
-            line = text.encode("utf-8", "surrogateescape")
+            fields = (field.replace("\t", "\\t").replace("\n", "\\n") for field in (self.classes[label], name))
+            line = "\t".join((str(size), *fields)).encode("utf-8", "surrogateescape")
             digest.update(line)
             digest.update(b"\n")
             table += line + b"\t%d\n" % modified
@@ -109,9 +114,13 @@ class Source(Protocol):
         """
 
 
+# Those that training reads first; the others are encoded anew.
+ALL_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file's extension is one of images, such as training cannot read included."""
-    return name.rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
+    return name.rpartition(".")[2].lower() in ALL_EXTENSIONS
 
 
 def named_classes(location: str, extents: Extents, class_names: Sequence[str]) -> Listing:
@@ -127,17 +136,26 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
     Numbers stay what they are, with `names` to go with them where the source has some.
 
     Raises:
-        ValueError: A number is beyond the names.
+        ValueError: A label is neither one of the names nor a number that can be a class's; says whose.
     """
-    if not all(label.isdecimal() for label in labels):
+    places = {name: place for place, name in enumerate(names or ())}
+    if not labels or all(label in places for label in labels):
+        return Listing(location, extents, array("i", [places[label] for label in labels]), tuple(names or ()))
+    any_number = any(map(str.isdecimal, labels))
+    for i, label in enumerate(labels):
+        number_like = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", label) is not None
+        good = label.isascii() and label.isdecimal() and int(label) < (len(names) if names else MAX_CLASSES)
+        if not good and (names or (any_number and number_like)):
+            kind = f"a class number below {len(names) if names else MAX_CLASSES:,}" + (
+                " or one of the class names" if names else ""
+            )
+            raise ValueError(f"{location}: the label of {extents.names[i]} is {label!r}; {kind} is needed")
+    if not all(map(str.isdecimal, labels)):
         return named_classes(location, extents, labels)
-    numbers = array("i", [int(label) for label in labels])
-    if names is None:
-        return Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
-    if max(numbers) >= len(names):
-        worst = extents.names[numbers.index(max(numbers))]
-        raise ValueError(f"{location}: {worst} has class number {max(numbers)}, and there are {len(names)} class names")
-    return Listing(location, extents, numbers, tuple(names))
+    numbers = array("i", map(int, labels))
+    if names:
+        return Listing(location, extents, numbers, tuple(names))
+    return Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
 
 
 def read_extent(extent: Extent, into: memoryview) -> None:
@@ -157,9 +175,13 @@ def read_extent(extent: Extent, into: memoryview) -> None:
         # A read of the kernel may end early: at 2 GiB, and at signals on some file systems.
         while done < extent.size and (count := os.preadv(descriptor, [into[done:]], begin + done)):
             done += count
-        changed = done < extent.size or (extent.offset == WHOLE_FILE and os.fstat(descriptor).st_size != extent.size)
+        status = os.fstat(descriptor)
+    except OSError as error:  # a read does not say of what
+        raise type(error)(error.errno, error.strerror, extent.path) from error
     finally:
         os.close(descriptor)
+    changed = done < extent.size or (extent.offset == WHOLE_FILE and status.st_size != extent.size)
+    changed = changed or extent.modified not in (0, status.st_mtime_ns)
     if changed:
         raise ValueError(
             f"{extent.path}: changed while it was converted ({extent.size:,} bytes when it was listed); convert anew"

@@ -1,5 +1,6 @@
 """Images in Parquet files, as Hugging Face's `datasets` lays them out."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -35,17 +36,14 @@ class ParquetFiles:
     def listing(self) -> Listing:
         names = self._check_columns()
         self.scratch.mkdir(parents=True, exist_ok=True)
-        tasks = [
-            Unpack(file, self.scratch / f"{number:05d}", self.image_key, self.label_key)
-            for number, file in enumerate(self.files)
-        ]
+        tasks = [Unpack(file, self.scratch / _unpacked_name(file), self.image_key, self.label_key) for file in self.files]
         for _ in parallel.run(unpack, tasks, min(self.num_workers, len(tasks))):
             pass
-        extents, labels = Extents(), list[str]()
+        extents, labels = Extents(unpacked=True), list[str]()
         for task in tasks:
             offset, modified = 0, task.file.stat().st_mtime_ns
             for name, size, label in json.loads(task.table.read_text())["rows"]:
-                extents.append(Extent(name, str(task.data), offset, size), modified)
+                extents.append(Extent(name, str(task.data), offset, size, modified))
                 labels.append(str(label))
                 offset += size
         if not labels:
@@ -54,12 +52,21 @@ class ParquetFiles:
 
     def _check_columns(self) -> list[str] | None:
         """The class names that Hugging Face's metadata lists, or None."""
-        schema = open_parquet(self.files[0]).schema_arrow
-        for option, key in (("--image-key", self.image_key), ("--label-key", self.label_key)):
-            if key not in schema.names:
-                raise ValueError(f"{self.files[0]}: no column {key!r} among {', '.join(schema.names)}; {option} names another")
+        for file in self.files:
+            schema = open_parquet(file).schema_arrow
+            for option, key in (("--image-key", self.image_key), ("--label-key", self.label_key)):
+                if key not in schema.names:
+                    raise ValueError(f"{file}: no column {key!r} among {', '.join(schema.names)}; {option} names another")
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return features.get(self.label_key, {}).get("names")
+        feature = features.get(self.label_key, {}) if isinstance(features, dict) else {}
+        return feature.get("names") if isinstance(feature, dict) else None
+
+
+def _unpacked_name(file: Path) -> str:
+    """Another name for each file and each state of it, so that several conversions can share a scratch folder."""
+    status = file.stat()
+    identity = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,11 @@ class Unpack:
 
     @property
     def data(self) -> Path:
-        return self.target.with_suffix(".data")
+        return Path(f"{self.target}.data")
 
     @property
     def table(self) -> Path:
-        return self.target.with_suffix(".json")
+        return Path(f"{self.target}.json")
 
 
 def unpack(task: Unpack) -> None:
@@ -86,12 +93,11 @@ def unpack(task: Unpack) -> None:
     Raises:
         ValueError: A row has no image bytes; names it.
     """
-    status = task.file.stat()
-    origin = [str(task.file.resolve()), status.st_size, status.st_mtime_ns, task.image_key, task.label_key]
+    origin = [task.image_key, task.label_key]
     if task.table.exists() and json.loads(task.table.read_text())["origin"] == origin:
         return
     rows = []
-    temporary = task.data.with_suffix(".tmp")
+    temporary = task.data.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for name, data, label in _rows(task):
             file.write(data)
@@ -112,6 +118,8 @@ def _rows(task: Unpack) -> Iterator[tuple[str, bytes, Any]]:
                     f"{task.file}, row {number}: no {'label' if isinstance(data, bytes) else 'image bytes'}; "
                     "files that only name their images elsewhere cannot be converted"
                 )
+            if isinstance(label, bool) or not isinstance(label, (int, str)):
+                raise ValueError(f"{task.file}, row {number}: label {label!r} is neither a class number nor a class name")
             path = image.get("path") if isinstance(image, dict) else None
             yield f"{task.file.stem}/{number:08d}{'_' + path if path else ''}", data, label
             number += 1

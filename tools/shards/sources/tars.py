@@ -1,11 +1,12 @@
 """Images in tars that are no shards: ImageNet's tar of class tars, a tar of class folders, a flat tar with a label file."""
 
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
+from pipelines.index import check_end_mark
 from tools.shards.sources.label_file import LabelFile
 from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, named_classes
 
@@ -21,39 +22,41 @@ class ImageTars:
     labels: LabelFile | None
 
     def listing(self) -> Listing:
-        extents = Extents()
+        extents, left_out = Extents(), list[tuple[str, str]]()
         for tar in self.tars:
             modified = tar.stat().st_mtime_ns
             prefix = f"{tar.stem}/" if len(self.tars) > 1 else ""
-            for name, offset, size in sorted(list_members(tar)):
-                extents.append(Extent(prefix + name, str(tar), offset, size), modified)
+            for name, offset, size in sorted(list_members(tar, left_out)):
+                extents.append(Extent(prefix + name, str(tar), offset, size, modified))
         if not len(extents):
             raise ValueError(f"{self.location}: no images in it, judging by the names of its members")
         if self.labels is not None:
-            return self.labels.apply(self.location, extents)
-        return named_classes(self.location, extents, _class_names(self.location, extents.names))
+            listing = self.labels.apply(self.location, extents)
+        else:
+            listing = named_classes(self.location, extents, _class_names(self.location, extents.names))
+        listing.left_out = left_out
+        return listing
 
 
-def list_members(tar_path: Path) -> Iterator[tuple[str, int, int]]:
+def list_members(tar_path: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each image in an uncompressed tar, and in the tars that are its members.
 
+    Args:
+        tar_path: The tar.
+        left_out: Gets name and reason of images that have no bytes of their own.
+
     Raises:
-        ValueError: It is no tar, or compressed, or cut short.
+        ValueError: It is no tar, or compressed, or damaged, or cut short.
     """
-    try:
-        with open(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            end = os.fstat(file.fileno()).st_size
-            for member in _members(tar, end):
-                if member.name.endswith(".tar"):
-                    file.seek(member.offset_data)
-                    stem = PurePosixPath(member.name).stem
-                    with tarfile.open(fileobj=file, mode="r:") as inner:
-                        for image in _members(inner, member.offset_data + member.size):
-                            yield f"{stem}/{_plain(image.name)}", image.offset_data, image.size
-                else:
-                    yield _plain(member.name), member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar_path}: {NOT_A_TAR} ({error})") from error
+    with open(tar_path, "rb") as file:
+        for member in _members(file, tar_path, left_out):
+            if member.name.endswith(".tar"):
+                file.seek(member.offset_data)
+                stem = PurePosixPath(member.name).stem
+                for image in _members(file, f"{tar_path}: {member.name}", left_out):
+                    yield f"{stem}/{_plain(image.name)}", image.offset_data, image.size
+            else:
+                yield _plain(member.name), member.offset_data, member.size
 
 
 def first_members(tar_path: Path, count: int = 20) -> list[str]:
@@ -72,15 +75,24 @@ def first_members(tar_path: Path, count: int = 20) -> list[str]:
     return names
 
 
-def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
-    """The images and tars among the members; `tarfile` would keep all of them, a kilobyte each."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # not in its annotations
-        if member.offset_data + member.size > end:
-            raise tarfile.ReadError(f"cut short within {member.name}")
-        hidden = PurePosixPath(member.name).name.startswith(".")
-        if member.isreg() and not hidden and (is_image_name(member.name) or member.name.endswith(".tar")):
-            yield member
+def _members(file: BinaryIO, place: Path | str, left_out: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
+    """The images and tars among the members of the tar that begins where the file stands."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all, a kilobyte each
+                name = PurePosixPath(member.name).name
+                if name.startswith(".") or not (is_image_name(name) or name.endswith(".tar")):
+                    continue
+                if member.isreg() and not member.issparse():
+                    yield member
+                elif not member.isdir():
+                    left_out.append((_plain(member.name), "a link or a sparse file within the tar, without bytes of its own"))
+            end = tar.offset
+    # The others are what it lets through from inside a damaged header.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise ValueError(f"{place}: {NOT_A_TAR} ({error})") from error
+    check_end_mark(file, str(place), end)
 
 
 def _plain(name: str) -> str:

@@ -3,14 +3,14 @@
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.index import Component, Sample, scan_tar, split_name
-from pipelines.shards import IMAGE_EXTENSIONS, read_info
+from pipelines.shards import read_info
 from tools.shards import parallel
-from tools.shards.sources.listing import Extent, Extents, Listing, labelled
+from tools.shards.sources.listing import ALL_EXTENSIONS, Extent, Extents, Listing, labelled
 
 LABEL_EXTENSIONS = ("cls", "json")
 
@@ -31,13 +31,11 @@ class WebDatasetShards:
         extents, labels = Extents(), list[str]()
         left_out: list[tuple[str, str]] = []
         scan = functools.partial(_scan, label_key=self.label_key)
-        by_tar = dict(parallel.run(scan, self.tars, min(self.num_workers, len(self.tars))))
-        for tar in self.tars:
-            modified = tar.stat().st_mtime_ns
-            found, bad = by_tar[tar]
+        results = parallel.run(scan, self.tars, min(self.num_workers, len(self.tars)))
+        for found, bad in _in_order(results, self.tars):
             left_out += bad
             for extent, label in found:
-                extents.append(extent, modified)
+                extents.append(extent)
                 labels.append(label)
         if not labels:
             raise ValueError(
@@ -49,24 +47,44 @@ class WebDatasetShards:
         return listing
 
 
-def _scan(tar: Path, label_key: str) -> tuple[Path, tuple[list[tuple[Extent, str]], list[tuple[str, str]]]]:
+def _first(left_out: list[tuple[str, str]]) -> str:
+    return f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "it is empty"
+
+
+Found = tuple[list[tuple[Extent, str]], list[tuple[str, str]]]
+
+
+def _in_order(results: Iterable[tuple[Path, Found]], tars: Sequence[Path]) -> Iterator[Found]:
+    """What was found in each tar, in the order of the tars, each as soon as it can be."""
+    waiting: dict[Path, Found] = {}
+    remaining = iter(tars)
+    tar = next(remaining)
+    for done, found in results:
+        waiting[done] = found
+        while tar in waiting:
+            yield waiting.pop(tar)
+            tar = next(remaining, Path())
+
+
+def _scan(tar: Path, label_key: str) -> tuple[Path, Found]:
     """The samples of a tar with their labels, and those that lack something, with the reason."""
     samples: list[tuple[Extent, str]] = []
+    modified = tar.stat().st_mtime_ns
     left_out: list[tuple[str, str]] = []
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for sample in scan_tar(tar):
             key = f"{tar.stem}/{split_name(sample[0].name)[0]}"
-            image, label = _find(sample, IMAGE_EXTENSIONS), _find(sample, LABEL_EXTENSIONS)
+            image, label = _find(sample, ALL_EXTENSIONS), _find(sample, LABEL_EXTENSIONS)
             try:
                 if image is None or label is None:
                     raise ValueError("no image in the sample" if image is None else "no .cls or .json in the sample")
                 text = parse_label(label, os.pread(descriptor, label.size, label.offset), label_key)
             except ValueError as error:
-                left_out.append((f"{tar}: {key}", str(error)))
+                left_out.append((key, str(error)))
             else:
                 name = f"{key}.{image.extension}"
-                samples.append((Extent(name, str(tar), image.offset, image.size), text))
+                samples.append((Extent(name, str(tar), image.offset, image.size, modified), text))
     finally:
         os.close(descriptor)
     return tar, (samples, left_out)
@@ -95,6 +113,6 @@ def parse_label(component: Component, data: bytes, label_key: str) -> str:
             if not isinstance(label, dict) or part not in label:
                 raise ValueError(f"no {label_key!r} in .json; --label-key names another")
             label = label[part]
-    if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "" or (isinstance(label, int) and label < 0):
+    if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
         raise ValueError(f"label {label!r} is neither a class number nor a class name")
     return str(label)
