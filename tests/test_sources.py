@@ -184,6 +184,25 @@ def test_numbers_stay_what_they_are(image_folder: Path, tmp_path: Path) -> None:
     assert open_shards(str(tmp_path / "out"), "valid").labels() == [5]
 
 
+def test_numbers_are_places_among_the_names_that_are_there(image_folder: Path, tmp_path: Path) -> None:
+    """Caffe's `val.txt` after a training set in class folders; a number beyond is refused."""
+    out = tmp_path / "out"
+    assert shards_command("convert", image_folder, out).returncode == 0
+    labels = flat_folder(image_folder, tmp_path)
+    (tmp_path / "val.txt").write_text("".join(f"{name} {CLASSES.index(label)}\n" for name, label in labels.items()))
+    arguments = ("convert", tmp_path / "flat", out, "--name", "valid", "--labels", tmp_path / "val.txt")
+    done = shards_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    samples = read_with_webdataset(open_shards(str(out), "valid").tars)
+    stored = {(CLASSES[int(sample["cls"])], sample["jpg"]) for sample in samples}
+    assert stored == {(name.split("/")[0], data) for name, data in files_of(image_folder).items()}
+    first = next(iter(labels))
+    (tmp_path / "val.txt").write_text(f"{first} 3\n")
+    done = shards_command(*arguments, "--overwrite")
+    assert done.returncode == 2
+    assert "classes that the other splits in" in done.stderr
+
+
 def test_what_has_no_bytes_of_its_own_is_listed(image_folder: Path, tmp_path: Path) -> None:
     """Links in tars; loose files, links to nowhere and pipes in folders."""
     data = next(iter(files_of(image_folder).values()))

@@ -1,6 +1,7 @@
 """Checks, resizes and encodes images."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +26,17 @@ class Encoder:
 
             torch.set_num_threads(1)  # there is a process for each core
 
-    def __call__(self, data: bytes) -> Shaped:
-        """The image in shape, from the bytes of its file."""
-        header = self._header([data])[0]
-        if header.extension is not None and self._to_encode(header):
-            return self._encode_anew(data, header)
-        verdict = self._decoder([data])[0] if self._shape.check == "decode" else header
-        return self._keep_or_rescue(data, verdict)
+    def __call__(self, images: Sequence[bytes]) -> list[Shaped]:
+        """The images in shape, from the bytes of their files."""
+        headers = self._header(images)
+        anew = [header.extension is not None and self._to_encode(header) for header in headers]
+        decode = [yes or self._shape.check == "decode" for yes in anew]
+        decoded = iter(self._decoder([data for data, yes in zip(images, decode, strict=True) if yes]))
+        shaped = []
+        for data, header, encode, yes in zip(images, headers, anew, decode, strict=True):
+            verdict = next(decoded) if yes else header
+            shaped.append(self._encode_anew(header, verdict) if encode else self._keep_or_rescue(data, verdict))
+        return shaped
 
     def _to_encode(self, header: Verdict) -> bool:
         too_large = self._shape.resize is not None and min(header.height, header.width) > self._shape.resize
@@ -40,22 +45,21 @@ class Encoder:
     def _keep_or_rescue(self, data: bytes, verdict: Verdict) -> Shaped:
         """The bytes as they are; those that only Pillow can read are encoded anew."""
         if verdict.extension is not None:
-            return Shaped(data, verdict.extension)
+            return Shaped(verdict.extension, data=data)
         if not verdict.foreign_format:
-            return Shaped(b"", None, verdict.reason)
+            return Shaped(None, verdict.reason)
         try:
             with Image.open(io.BytesIO(data)) as image:
                 upright = ImageOps.exif_transpose(image)
                 # A palette's transparency goes by way of RGBA: Pillow warns of losing it otherwise.
                 pixels = np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
         except Exception:  # see `check`: of as many kinds as there are plugins
-            return Shaped(b"", None, f"damaged {verdict.foreign_format} image")
+            return Shaped(None, f"damaged {verdict.foreign_format} image")
         return self._encode(pixels, self._wanted or "jpg", f"{verdict.foreign_format} encoded as {{}}")
 
-    def _encode_anew(self, data: bytes, header: Verdict) -> Shaped:
-        verdict = self._decoder([data])[0]
+    def _encode_anew(self, header: Verdict, verdict: Verdict) -> Shaped:
         if verdict.pixels is None:
-            return Shaped(b"", None, verdict.reason)
+            return Shaped(None, verdict.reason)
         extension = self._wanted or header.extension
         assert extension is not None
         return self._encode(
@@ -71,8 +75,8 @@ class Encoder:
         try:
             Image.fromarray(pixels).save(encoded, ENCODERS[extension], quality=self._shape.quality)
         except (OSError, ValueError) as error:  # WebP ends at 16,383 pixels, JPEG at 65,535
-            return Shaped(b"", None, f"cannot be encoded as {ENCODERS[extension]}: {error}")
-        return Shaped(encoded.getvalue(), extension, change=change.format(extension))
+            return Shaped(None, f"cannot be encoded as {ENCODERS[extension]}: {error}")
+        return Shaped(extension, change=change.format(extension), data=encoded.getvalue())
 
 
 def resize_shorter(pixels: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:

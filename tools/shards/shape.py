@@ -32,16 +32,16 @@ class Shaped:
     """An image as it goes into a shard.
 
     Attributes:
-        data: The bytes of its file.
         extension: Of its format; None where the image is rejected.
         reason: Why it is rejected.
         change: What was done to it, for people; empty where the bytes are the original's.
+        data: The bytes of its file; None where the image is rejected, or to be copied without a look at it.
     """
 
-    data: bytes
     extension: str | None
     reason: str = ""
     change: str = ""
+    data: bytes | None = None
 
 
 def trusted_extension(shape: Shape, name: str) -> str | None:

@@ -69,8 +69,7 @@ def _resize(resize: int, quality: int) -> Callable[[Sequence[tuple[str, bytes]]]
     encoder = Encoder(Shape(check="decode", resize=resize, quality=quality))
 
     def work(images: Sequence[tuple[str, bytes]]) -> None:
-        for _, encoded in images:
-            encoder(encoded)
+        encoder([encoded for _, encoded in images])
 
     return work
 

@@ -1,10 +1,11 @@
 """What a source is: where each image's bytes lie, and which class it is of."""
 
+import contextlib
 import hashlib
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -158,31 +159,50 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
     return Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
 
 
-def read_extent(extent: Extent, into: memoryview) -> None:
+def read_bytes(extent: Extent) -> bytes:
+    """The bytes of an image; raises what `read_into` does."""
+    with _opened(extent) as descriptor:
+        begin = max(extent.offset, 0)
+        data = os.pread(descriptor, extent.size, begin)
+        while len(data) < extent.size and (more := os.pread(descriptor, extent.size - len(data), begin + len(data))):
+            data += more
+    _require_all(extent, len(data))
+    return data
+
+
+def read_into(extent: Extent, buffer: memoryview) -> None:
     """Reads the bytes of an image.
 
     Args:
         extent: Where they are.
-        into: `extent.size` bytes of room.
+        buffer: `extent.size` bytes of room.
 
     Raises:
         ValueError: The file has changed since it was listed.
         OSError: It cannot be read.
     """
-    descriptor = os.open(extent.path, os.O_RDONLY)
-    try:
+    with _opened(extent) as descriptor:
         done, begin = 0, max(extent.offset, 0)
         # A read of the kernel may end early: at 2 GiB, and at signals on some file systems.
-        while done < extent.size and (count := os.preadv(descriptor, [into[done:]], begin + done)):
+        while done < extent.size and (count := os.preadv(descriptor, [buffer[done:]], begin + done)):
             done += count
+    _require_all(extent, done)
+
+
+@contextlib.contextmanager
+def _opened(extent: Extent) -> Iterator[int]:
+    descriptor = os.open(extent.path, os.O_RDONLY)
+    try:
+        yield descriptor
         status = os.fstat(descriptor)
     except OSError as error:  # a read does not say of what
         raise type(error)(error.errno, error.strerror, extent.path) from error
     finally:
         os.close(descriptor)
-    changed = done < extent.size or (extent.offset == WHOLE_FILE and status.st_size != extent.size)
-    changed = changed or extent.modified not in (0, status.st_mtime_ns)
-    if changed:
-        raise ValueError(
-            f"{extent.path}: changed while it was converted ({extent.size:,} bytes when it was listed); convert anew"
-        )
+    if (extent.offset == WHOLE_FILE and status.st_size != extent.size) or extent.modified not in (0, status.st_mtime_ns):
+        raise ValueError(f"{extent.path}: changed while it was converted; convert anew")
+
+
+def _require_all(extent: Extent, num_bytes: int) -> None:
+    if num_bytes < extent.size:
+        raise ValueError(f"{extent.path}: changed while it was converted; it ends within {extent.name}")
