@@ -14,6 +14,7 @@ from pipelines.loader import STD
 from tests.conftest import write_image
 from tests.loader_contract import make_loader
 from tools.shards.convert import convert
+from tools.shards.plan import Options
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def test_valid_pixels_are_pillows(tmp_path: Path, image_size: int) -> None:
     for i, size in enumerate(sizes):
         write_image(tmp_path / "images" / "a" / f"{i}.png", i, size)
         write_image(tmp_path / "images" / "b" / f"{i}.jpg", 100 + i, size, quality=92)
-    convert(tmp_path / "images", tmp_path / "shards", name="valid", shard_samples=100, seed=0)
+    convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=100), num_workers=1)
     differences = mean_differences(tmp_path / "shards", image_size)
     assert len(differences) == 2 * len(sizes)
     assert max(differences) < 0.3
@@ -61,7 +62,7 @@ def test_formats_and_colour_modes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotated by a quarter turn
     source.save(folder / "rotated.jpg", exif=exif)
-    summary = convert(tmp_path / "images", tmp_path / "shards", name="valid", shard_samples=100, seed=0)
+    summary = convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=100), num_workers=1)
     assert summary.rejected == {}
     differences = mean_differences(tmp_path / "shards", 48)
     assert len(differences) == 11
@@ -75,7 +76,7 @@ def test_training_crops_and_flips(tmp_path: Path) -> None:
         path = tmp_path / "images" / "ramp" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(ramp)).save(path)
-    convert(tmp_path / "images", tmp_path / "shards", name="train", shard_samples=100, seed=0)
+    convert(tmp_path / "images", tmp_path / "shards", Options(name="train", shard_samples=100), num_workers=1)
     config = DataConfig(train=str(tmp_path / "shards"), crop_scale=(0.25, 0.5))
     with build_loader(config, "train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1) as loader:
         columns = torch.cat([batch["image"][:, 0].mean(dim=1) for batch in loader]) * STD[0]
@@ -93,7 +94,7 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
         path = tmp_path / "images" / f"class{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (5 * i, 5 * i, 5 * i)).save(path)
-    convert(tmp_path / "images", tmp_path / "shards", name="train", shard_samples=10, seed=0)
+    convert(tmp_path / "images", tmp_path / "shards", Options(name="train", shard_samples=10), num_workers=1)
     orders = []
     with make_loader(tmp_path / "shards", "dali", "train", CPU) as loader:
         for _ in range(3):

@@ -166,9 +166,10 @@ def test_wrong_arguments_are_named(
 def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
     from tests.conftest import write_image
     from tools.shards.convert import convert
+    from tools.shards.plan import Options
 
     write_image(tmp_path / "images" / "dog" / "1.jpg", 1)
-    convert(tmp_path / "images", tmp_path / "other", name="valid", shard_samples=10, seed=0)
+    convert(tmp_path / "images", tmp_path / "other", Options(name="valid", shard_samples=10), num_workers=1)
     done = train_command("--data.train", shards, "--data.valid", tmp_path / "other", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: training and validation shards have different classes: ant, bee, cat, dog" in done.stderr

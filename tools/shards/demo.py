@@ -24,8 +24,7 @@ def make_demo(
     for split, num_samples in (("train", train_samples), ("valid", valid_samples)):
         if num_samples < len(FIGURES):
             raise ValueError(f"--{split}-samples {num_samples}: at least one for each of the {len(FIGURES)} classes is needed")
-    destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination, prefix=".images-") as images:
+    with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as images:
         for number, (split, num_samples) in enumerate((("train", train_samples), ("valid", valid_samples))):
             folder = Path(images) / split
             _draw(folder, num_samples, (seed, number))
