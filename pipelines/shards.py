@@ -116,12 +116,21 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO_FILE
     if not path.exists():
         return {}
+    return parse_info(path.read_text(), str(path))
+
+
+def parse_info(text: str, place: str) -> dict[str, Any]:
+    """The content of an `_info.json`.
+
+    Raises:
+        ValueError: It is not a JSON object; names `place`.
+    """
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise ValueError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(info, dict):
-        raise ValueError(f"{path}: a JSON object is needed, not {type(info).__name__}")
+        raise ValueError(f"{place}: a JSON object is needed, not {type(info).__name__}")
     return info
 
 
@@ -146,13 +155,11 @@ def find_splits(pattern: str) -> dict[str, list[Path]]:
     Raises:
         ValueError: Nothing matches.
     """
-    if not os.path.isdir(pattern):
-        tars = _expand(pattern)
-        return {naming_scheme(tars[0].name)[0].rstrip("-_.") or "shards": tars}
-    splits = read_info(Path(pattern)).get("splits")
-    if splits:
-        return {name: listed_tars(Path(pattern), split) for name, split in sorted(splits.items())}
-    tars = _unlisted_tars(Path(pattern))
+    folder = Path(pattern) if os.path.isdir(pattern) else None
+    splits = read_info(folder).get("splits") if folder else None
+    if folder and splits:
+        return {name: listed_tars(folder, split) for name, split in sorted(splits.items())}
+    tars = _unlisted_tars(folder) if folder else _expand(pattern)
     return {naming_scheme(tars[0].name)[0].rstrip("-_.") or "shards": tars}
 
 

@@ -265,7 +265,7 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit statuses are listed in docs/data-format.md and by `shards --help`."""
+    """Runs the command; exit statuses are listed in docs/shards.md and by `shards --help`."""
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -112,9 +112,7 @@ def convert(
     """
     started = time.perf_counter()
     options, source_options = options or Options(), source_options or SourceOptions()
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--workers {num_workers}: at least 1 is needed")
-    num_workers = num_workers or parallel.num_cpus()
+    num_workers = parallel.check_workers(num_workers) or parallel.num_cpus()
     # Workers elsewhere, as those of Dask, have another current folder.
     source, destination = os.path.abspath(source), _absolute(str(destination))
     _keep_apart(source, destination)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipelines.index import Sample, as_field, group_samples, iter_components, read_index, scan_tar, write_index
 from pipelines.shards import find_splits
-from tools.shards.parallel import as_completed, num_cpus, run
+from tools.shards.parallel import as_completed, check_workers, num_cpus, run
 from tools.shards.storage import is_url, storage_errors
 
 # Of a remote tar only headers are asked for: this many bytes a request. It holds the headers of all small members of a sample
@@ -101,17 +101,6 @@ def index_shards(
     outcomes = (_run_threads if remote else run)(_index_tar, tasks, num_workers)
     by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tasks), unit="tar", disable=None)}
     return Report(tuple(by_path[str(path)] for path in paths))
-
-
-def check_workers(num_workers: int | None) -> int | None:
-    """The number of workers that the user asked for, if any.
-
-    Raises:
-        ValueError: It is not one.
-    """
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--workers {num_workers}: at least 1 is needed")
-    return num_workers
 
 
 def index_paths(tars: list[str], index_dir: Path | None) -> list[Path]:

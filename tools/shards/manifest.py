@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.shards import INFO_FILE
+from pipelines.shards import INFO_FILE, parse_info
 from tools.shards.build import ShardReport
 from tools.shards.plan import Plan
 from tools.shards.storage import Storage, write_text
@@ -20,14 +20,7 @@ def read_info(storage: Storage) -> dict[str, Any]:
     Raises:
         ValueError: It is not a JSON object.
     """
-    text = storage.read(INFO_FILE)
-    try:
-        info = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{storage}/{INFO_FILE}: not valid JSON ({error})") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{storage}/{INFO_FILE}: a JSON object is needed, not {type(info).__name__}")
-    return info
+    return parse_info(storage.read(INFO_FILE) or "{}", f"{storage}/{INFO_FILE}")
 
 
 def read_rejected(storage: Storage) -> list[dict[str, str]]:

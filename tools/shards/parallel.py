@@ -21,6 +21,17 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def check_workers(num_workers: int | None) -> int | None:
+    """The number of workers that the user asked for, if any.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"--workers {num_workers}: at least 1 is needed")
+    return num_workers
+
+
 @contextlib.contextmanager
 def process_pool(num_workers: int) -> Iterator[concurrent.futures.Executor]:
     """An executor of worker processes, which end when this one does, however it does.

@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.shards import INFO_FILE, find_splits, naming_scheme, read_info
-from tools.shards.index import check_workers, index_paths, save_index
-from tools.shards.parallel import num_cpus, run
+from tools.shards.index import index_paths, save_index
+from tools.shards.parallel import check_workers, num_cpus, run
 from tools.shards.shape import Level
 from tools.shards.tarcheck import Finding, TarResult, Task, check_tar, hash_key, key_of, read_contents
 
