@@ -25,13 +25,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model import googlenet
-from model.checkpoint import save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.ema import EMA
 from model.loss import googlenet_loss
 from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
+from pipelines.quarantine import FILE_NAME as QUARANTINE
 
 log = logging.getLogger("train")
 
@@ -59,12 +60,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves its state, besides at the end of each epoch."""
+
+    every_steps: int | None = None
+    """Steps between two saves; a run that is resumed repeats what came after the last one."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"--checkpoint.every-steps {self.every_steps}: at least 1 is needed")
+
+
+@dataclass(frozen=True)
 class Config:
     """Train GoogLeNet on WebDataset shards. Without --data.train: the embedded demo, with images that it draws itself."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     epochs: int = 30
     """Passes over the training shards."""
     batch_size: int = 64
@@ -81,6 +95,8 @@ class Config:
     """Of the initial weights, the order of the samples, augmentation and dropout."""
     run_dir: Path | None = None
     """Folder for what the run writes; by default runs/DATE-TIME-PROCESS."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on with the run in --run-dir where it last saved its state, or begin it where there is none."""
     log_every: int = 20
     """Steps between two log lines."""
 
@@ -91,6 +107,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
+        if self.resume == "auto" and self.run_dir is None:
+            raise ValueError("--resume auto needs --run-dir, the folder of the run to go on with")
 
 
 DEMO_DATA = Path(__file__).parent / "data" / "demo"
@@ -155,6 +173,7 @@ def train(config: Config) -> None:
     train_shards = open_shards(config.data.train, "train", config.data.index_dir)
     valid_shards = open_shards(config.data.valid, "valid", config.data.index_dir)
     num_classes = agree_on_classes(train_shards, valid_shards)
+    run_path = config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:
         return build_loader(
@@ -168,11 +187,14 @@ def train(config: Config) -> None:
             num_classes=num_classes,
             num_threads=loader_threads,
             seed=config.seed,
+            quarantine=run_path / QUARANTINE,
         )
 
     train_loader, valid_loader = loader_of("train", train_shards), loader_of("valid", valid_shards)
     job = build_job(config, num_classes, train_shards.classes, device, autocast_dtype, len(train_loader))
-    run = RunFolder(config)
+    run = RunFolder(run_path, config)
+    meter = Meter(device)
+    run.restore(job, train_loader, meter)
     log.info(
         "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
         num_classes,
@@ -185,23 +207,29 @@ def train(config: Config) -> None:
         run.path,
     )
 
-    meter = Meter(device)
-    scores: dict[str, float] = {}
-    with logging_redirect_tqdm(), tqdm(total=config.epochs * len(train_loader), unit="step", disable=None) as progress:
-        for job.epoch in range(1, config.epochs + 1):
-            train_epoch(config, job, train_loader, meter, run, progress)
-            scores = evaluate(job, valid_loader)
+    num_steps = len(train_loader)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=config.epochs * num_steps, initial=job.step, unit="step", disable=None) as progress,
+    ):
+        for epoch in range(job.validated + 1, config.epochs + 1):
+            job.epoch = epoch
+            if job.step < job.epoch * num_steps:
+                train_epoch(config, job, train_loader, meter, run, progress)
+            job.scores = evaluate(job, valid_loader)
             log.info(
                 "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
-                *(job.epoch, config.epochs, scores["top1"], scores["ema_top1"], scores["top5"], scores["ema_top5"]),
-                scores["loss"],
+                *(job.epoch, config.epochs, *(job.scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
             )
-            run.write({"split": "valid", "epoch": job.epoch, **scores}, job.step)
-            run.save(job, best=max(scores["top1"], scores["ema_top1"]))
+            run.write(
+                {"split": "valid", "epoch": job.epoch, **job.scores, "bad_samples": valid_loader.num_bad_samples}, job.step
+            )
+            job.validated = job.epoch
+            run.save(job, train_loader, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
     run.close()
     train_loader.close()
     valid_loader.close()
-    print(report(scores, meter.total, run.path, time.perf_counter() - started))
+    print(report(job.scores, meter.total, run.path, time.perf_counter() - started))
 
 
 def choose_device(name: str) -> torch.device:
@@ -264,15 +292,34 @@ class Job:
     epoch: int = 0
     step: int = 0
     best: float = 0.0
+    validated: int = 0  # epochs
+    scores: dict[str, float] = field(default_factory=dict)  # of the last of them
+    losses: list[Tensor] = field(default_factory=list)  # of the steps since the last log line
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def state_dict(self) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
         return {
-            **{name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scheduler", "scaler")},
-            **{name: getattr(self, name) for name in ("classes", "epoch", "step", "best")},
+            **{name: getattr(self, name).state_dict() for name in STATEFUL},
+            **{name: getattr(self, name) for name in (*NUMBERS, "losses")},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None},
         }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+        for name in NUMBERS:
+            setattr(self, name, state[name])
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
+NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores")
 
 
 def build_job(
@@ -300,20 +347,19 @@ def build_job(
 
 
 def train_epoch(config: Config, job: Job, loader: Loader, meter: Meter, run: "RunFolder", progress: tqdm) -> None:
-    """One pass over the training split; the loss leaves the device only for a log line."""
+    """One pass over the training split, or what is left of it; the loss leaves the device only for a log line."""
     job.model.train()
-    losses: list[Tensor] = []
-    for i, batch in enumerate(meter.batches(loader), start=1):
+    first = job.step - (job.epoch - 1) * len(loader) + 1
+    for i, batch in enumerate(meter.batches(loader), start=first):
         if job.step == 0:
             run.write_images(batch["image"])
         lr = float(job.scheduler.get_last_lr()[0])
-        losses.append(train_step(config, job, batch["image"], batch["target"]))
+        job.losses.append(train_step(config, job, batch["image"], batch["target"]))
         progress.update()
         if i % config.log_every == 0 or i == len(loader):
-            loss = float(torch.stack(losses).mean())  # here the host waits for the device
-            losses.clear()
-            rates = meter.take()
-            log_step(config, job, i, len(loader), loss, lr, rates, meter.total, run)
+            log_step(config, job, i, loader, lr, meter, run)
+        if config.checkpoint.every_steps and job.step % config.checkpoint.every_steps == 0:
+            run.save(job, loader, meter)
 
 
 def train_step(config: Config, job: Job, image: Tensor, target: Tensor) -> Tensor:
@@ -331,22 +377,23 @@ def train_step(config: Config, job: Job, image: Tensor, target: Tensor) -> Tenso
     return loss.detach()
 
 
-def log_step(
-    config: Config, job: Job, i: int, steps: int, loss: float, lr: float, rates: Rates, total: Rates, run: "RunFolder"
-) -> None:
+def log_step(config: Config, job: Job, i: int, loader: Loader, lr: float, meter: Meter, run: "RunFolder") -> None:
     """Says how training goes: to the log and to the run's folder.
 
     Raises:
         ValueError: The loss is not a finite number any more.
     """
+    loss = float(torch.stack(job.losses).mean())  # here the host waits for the device
+    job.losses.clear()
+    rates = meter.take()
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss became {loss} in the {config.log_every} steps before step {job.step}; lower --optim.lr ({lr:g} now)"
         )
-    left = (config.epochs * steps - job.step) * total.seconds * config.batch_size / total.images
+    left = (config.epochs * len(loader) - job.step) * meter.total.seconds * config.batch_size / meter.total.images
     log.info(
         "epoch %d/%d  step %d/%d  loss %.3f  lr %.4g  %.1f images/s  data wait %.1f %%  %s left",
-        *(job.epoch, config.epochs, i, steps, loss, lr, rates.images_per_second, rates.data_wait_percent),
+        *(job.epoch, config.epochs, i, len(loader), loss, lr, rates.images_per_second, rates.data_wait_percent),
         f"{left // 60:.0f}m{left % 60:02.0f}s",
     )
     run.write(
@@ -358,6 +405,7 @@ def log_step(
             "lr": lr,
             "images_per_second": rates.images_per_second,
             "data_wait_percent": rates.data_wait_percent,
+            "bad_samples": loader.num_bad_samples,
         },
         job.step,
     )
@@ -398,17 +446,35 @@ def top1_top5(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RunFolder:
-    """What a run leaves on the disk: config.json, metrics.jsonl, TensorBoard's files, last.pt and best.pt."""
+    """What a run leaves on the disk: config.json, metrics.jsonl, quarantine.jsonl, TensorBoard's files, last.pt and best.pt."""
 
-    def __init__(self, config: Config) -> None:
-        self.path = config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        if (self.path / "metrics.jsonl").exists():
-            raise ValueError(f"--run-dir {self.path} holds a run already; name another folder, or remove it")
-        self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
         self._config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        (self.path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n")
-        self._metrics = open(self.path / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  (closed by `close`)
-        self._tensorboard = SummaryWriter(str(self.path))
+        self._saved = load_checkpoint(path / "last.pt") if config.resume == "auto" and (path / "last.pt").exists() else None
+        if self._saved is not None:
+            check_same_run(self._saved["config"], self._config)
+        elif config.resume == "no" and (path / "metrics.jsonl").exists():
+            raise ValueError(
+                f"--run-dir {path} holds a run already; go on with it (--resume auto), name another folder, or remove it"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n")
+        # What a killed run wrote after it last saved its state will be written again.
+        kept = self._saved["metrics_bytes"] if self._saved else 0
+        self._metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `close`)
+        self._metrics.truncate(kept)
+        self._tensorboard = SummaryWriter(str(path), purge_step=self._saved["step"] + 1 if self._saved else None)
+
+    def restore(self, job: Job, loader: Loader, meter: Meter) -> None:
+        """Brings everything to where the run last saved its state, if it is being resumed."""
+        if self._saved is None:
+            return
+        loader.load_state_dict(self._saved["loader"])
+        job.load_state_dict(self._saved)
+        meter.total = Rates(**self._saved["rates"])
+        log.info("resuming %s after step %d", self.path, job.step)
+        self._saved = None
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """One line of metrics.jsonl, and its numbers as scalars `SPLIT/NAME` for TensorBoard."""
@@ -422,15 +488,46 @@ class RunFolder:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         self._tensorboard.add_images("train/batch", (images[:32].float().cpu() * std + mean).clamp(0, 1), 0)
 
-    def save(self, job: Job, best: float) -> None:
-        """Writes last.pt, and best.pt where this epoch's score is the best so far."""
-        is_best, job.best = best > job.best or job.epoch == 1, max(best, job.best)
+    def save(self, job: Job, loader: Loader, meter: Meter, best: float | None = None) -> None:
+        """Writes last.pt; at the end of an epoch, `best` being its score, also best.pt where that is the best so far."""
+        is_best = best is not None and (best > job.best or job.epoch == 1)
+        job.best = max(job.best, best or 0.0)
+        state = {
+            **job.state_dict(),
+            "loader": loader.state_dict(),
+            "rates": dataclasses.asdict(meter.total),
+            "metrics_bytes": self._metrics.tell(),
+            "config": self._config,
+        }
         for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
-            save_checkpoint(self.path / name, {**job.state_dict(), "config": self._config})
+            save_checkpoint(self.path / name, state)
 
     def close(self) -> None:
         self._metrics.close()
         self._tensorboard.close()
+
+
+# Settings that may change when a run is resumed: they change neither the batches nor the arithmetic, or not knowingly.
+FREE_SETTINGS = (
+    *("run_dir", "resume", "checkpoint", "log_every", "device", "torch_threads"),
+    *(f"data.{name}" for name in ("threads", "index_dir", "on_error", "max_bad_fraction", "quarantine")),
+)
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any], prefix: str = "") -> None:
+    """Compares the settings of a run with those with which it is to go on.
+
+    Raises:
+        ValueError: One has changed on which the result depends.
+    """
+    for name, value in config.items():
+        if f"{prefix}{name}" in FREE_SETTINGS:
+            continue
+        if isinstance(value, dict):
+            check_same_run(saved[name], value, f"{prefix}{name}.")
+        elif saved.get(name) != value:
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise ValueError(f"--resume auto: the run was begun with {flag} {saved.get(name)}, and now it is {value}")
 
 
 def report(scores: dict[str, float], rates: Rates, run_path: Path, seconds: float) -> str:

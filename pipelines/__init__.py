@@ -7,6 +7,8 @@ from pipelines.loader import Batch, Loader
 from pipelines.shards import ShardSet, open_shards
 
 if TYPE_CHECKING:  # imported where it is used: torch takes seconds, and a tool's --help needs none of it
+    from pathlib import Path
+
     import torch
 
 __all__ = ["Batch", "DataConfig", "Loader", "ShardSet", "build_loader", "open_shards"]
@@ -32,6 +34,14 @@ class DataConfig:
     """Smallest and largest width/height of a random training crop."""
     shuffle_buffer: int = 2048
     """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
+    segment_samples: int = 262_144
+    """Samples that one pipeline reads before the next takes over; it opens all of their shards at once."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What to do about a sample that cannot be used: leave it out and count it, or end the run."""
+    max_bad_fraction: float = 0.001
+    """Part of a split's samples that may be left out before the run ends; one may, unless this is 0."""
+    quarantine: tuple[str, ...] = ()
+    """Files or run folders that list bad samples of earlier runs (quarantine.jsonl), which are left out from the start."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("crop-scale", self.crop_scale), ("crop-ratio", self.crop_ratio)):
@@ -41,8 +51,11 @@ class DataConfig:
             raise ValueError(f"--data.crop-scale {self.crop_scale[1]}: a crop cannot be larger than the image, 1.0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"--data.shuffle-buffer {self.shuffle_buffer}: at least 1 is needed")
+        for name in ("shuffle_buffer", "segment_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--data.{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--data.max-bad-fraction {self.max_bad_fraction}: a number from 0 to 1 is needed")
 
 
 def build_loader(
@@ -59,6 +72,7 @@ def build_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    quarantine: "Path | None" = None,
 ) -> Loader:
     """The loader of one split for one rank.
 
@@ -75,6 +89,7 @@ def build_loader(
         seed: Of shuffling and augmentation.
         rank: Which share of the samples.
         world_size: How many shares there are.
+        quarantine: File to which samples that cannot be used are written, if any.
 
     Raises:
         ValueError: No such shards, or too few samples for a batch.
@@ -85,23 +100,23 @@ def build_loader(
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader
 
-        dataset = ImageDataset(shards, image_size, "Train" if train else "Valid", config.crop_scale, config.crop_ratio)
+        dataset = ImageDataset(shards, image_size, "Train" if train else "Valid", config.crop_scale, config.crop_ratio, seed)
         return pillow_loader(
             dataset,
             batch_size=batch_size,
             device=device,
             num_classes=num_classes,
             num_workers=num_threads,
-            seed=seed,
             rank=rank,
             world_size=world_size,
         )
     import torch
 
-    from pipelines.dali import DALILoader
+    from pipelines.dali_loader import DALILoader
 
     return DALILoader(
         shards,
+        config,
         train=train,
         batch_size=batch_size,
         image_size=image_size,
@@ -109,10 +124,8 @@ def build_loader(
         dtype=dtype or torch.float32,
         num_classes=num_classes,
         num_threads=num_threads,
-        crop_scale=config.crop_scale,
-        crop_ratio=config.crop_ratio,
-        shuffle_buffer=config.shuffle_buffer,
         seed=seed,
         rank=rank,
         world_size=world_size,
+        quarantine=quarantine,
     )

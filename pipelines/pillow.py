@@ -5,18 +5,19 @@ It is the reference that tests compare pixels with, and the baseline of benchmar
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipelines.index import Sample, read_index
-from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
+from pipelines.loader import MEAN, STD, Batch, Loader, check_state, rank_extent, resize_shorter_for
+from pipelines.segments import num_train_batches
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, parse_label
 
 Mode = Literal["Train", "Valid"]
@@ -25,7 +26,8 @@ Mode = Literal["Train", "Valid"]
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Images and labels out of a folder with one folder a class, or out of shards; decoded and augmented by Pillow.
 
-    Items are `{"image": (3, image_size, image_size) float32 normalized, "target": () int64}`, on the CPU.
+    Items are `{"image": (3, image_size, image_size) float32 normalized, "target": () int64}`, on the CPU. An index beyond the
+    length is the same sample in a later epoch, where it is varied in another way; an item is a function of seed and index.
 
     Args:
         images: A folder of class folders, classes numbered in sorted order; or the shards of a split.
@@ -33,6 +35,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         mode: "Train" crops at random and flips; "Valid" resizes and crops the centre.
         crop_scale: Smallest and largest area of a random crop, as a part of the image's.
         crop_ratio: Smallest and largest width/height of a random crop.
+        seed: Of the random crops and flips.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         mode: Mode,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.image_size, self.mode, self.crop_scale, self.crop_ratio = image_size, mode, crop_scale, crop_ratio
         # Where each image's bytes lie: file, offset, size (-1: to the end); and its label.
         self.samples: list[tuple[str, int, int, int]] = (
@@ -53,15 +58,16 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        path, offset, size, label = self.samples[index]
+        path, offset, size, label = self.samples[index % len(self)]
         with open(path, "rb") as file:
             file.seek(offset)
             encoded = file.read(size)
         # Pillow opens files lazily and leaves EXIF rotation to the caller.
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
         if self.mode == "Train":
-            image = random_resized_crop(image, self.image_size, self.crop_scale, self.crop_ratio)
-            if torch.rand(()) < 0.5:
+            rng = np.random.default_rng([self.seed, index])
+            image = random_resized_crop(image, self.image_size, self.crop_scale, self.crop_ratio, rng)
+            if rng.random() < 0.5:
                 image = ImageOps.mirror(image)
         else:
             image = resized_center_crop(image, self.image_size)
@@ -70,41 +76,78 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         return {"image": normalized, "target": torch.tensor(label)}
 
 
+class EpochBatches(Sampler[list[int]]):
+    """The indices of a rank's batches in one epoch; in training shuffled anew for each, and whole batches only.
+
+    Attributes:
+        epoch: From 0.
+        first_batch: With which to begin.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
+        self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
+        self.epoch = self.first_batch = 0
+        self._train = dataset.mode == "Train"
+        first, last = rank_extent(len(dataset), rank, world_size)
+        if self._train:
+            last = first + num_train_batches(len(dataset), batch_size, world_size) * batch_size
+        self._extent = slice(first, last)
+        self._num_batches = -(-(last - first) // batch_size)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_samples = len(self._dataset)
+        rng = np.random.default_rng([self._dataset.seed, self.epoch])
+        order = rng.permutation(num_samples) if self._train else np.arange(num_samples)
+        share = (order[self._extent] + self.epoch * num_samples).tolist()
+        for batch in range(self.first_batch, len(self)):
+            yield share[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+    def settings(self) -> dict[str, int | str]:
+        """What the batches depend on, but for the position."""
+        dataset = self._dataset
+        return {
+            "data set": f"{len(dataset):,} samples",
+            "seed": dataset.seed,
+            "batch size": self._batch_size,
+            "number of ranks": self._world_size,
+            "rank": self._rank,
+            "image size": dataset.image_size,
+            "augmentation": str([dataset.crop_scale, dataset.crop_ratio]),
+        }
+
+
 class CUDAPrefetcher(Loader):
     """Moves the next batch to the device while the model works on this one.
 
     Args:
-        dataloader: Gives batches as dicts of CPU tensors, `{"image", "target"}`.
+        dataloader: Gives batches as dicts of CPU tensors, `{"image", "target"}`; its `batch_sampler` is an `EpochBatches`.
         device: Where the batches go; on a CPU they are handed on as they come.
     """
 
     def __init__(self, dataloader: DataLoader[dict[str, Tensor]], device: torch.device) -> None:
-        self.dataloader, self.device = dataloader, device
+        assert isinstance(dataloader.batch_sampler, EpochBatches)
+        self.dataloader, self.device, self._sampler = dataloader, device, dataloader.batch_sampler
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[dict[str, Tensor]] = iter([])
         self._next: Batch | None = None
-        self._epoch = -1
-        self._fresh = False
-        self.reset()
+        self._go_to(0, 0)
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
     def reset(self) -> None:
-        if self._fresh:
-            return
-        self._fresh = True
-        self._epoch += 1
-        if isinstance(self.dataloader.sampler, DistributedSampler):
-            self.dataloader.sampler.set_epoch(self._epoch)
-        self._batches = iter(self.dataloader)
-        self._preload()
+        if not self._is_fresh:
+            self._go_to(self._sampler.epoch + 1, 0)
 
     def next(self) -> Batch | None:
-        self._fresh = False
         batch = self._next
         if batch is None:
             return None
+        self._is_fresh = False
+        self._delivered += 1
         if self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._stream)
@@ -113,8 +156,23 @@ class CUDAPrefetcher(Loader):
         self._preload()
         return batch
 
+    def state_dict(self) -> dict[str, Any]:
+        at_end = self._delivered == len(self)
+        epoch, batch = (self._sampler.epoch + 1, 0) if at_end else (self._sampler.epoch, self._delivered)
+        return {"settings": self._sampler.settings(), "epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_state(state, self._sampler.settings())
+        self._go_to(state["epoch"], state["batch"])
+
     def close(self) -> None:
         self._batches, self._next = iter([]), None
+
+    def _go_to(self, epoch: int, batch: int) -> None:
+        self._sampler.epoch, self._sampler.first_batch = epoch, batch
+        self._delivered, self._is_fresh = batch, True
+        self._batches = iter(self.dataloader)
+        self._preload()
 
     def _preload(self) -> None:
         batch = next(self._batches, None)
@@ -135,30 +193,20 @@ def pillow_loader(
     device: torch.device,
     num_classes: int,
     num_workers: int,
-    seed: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> CUDAPrefetcher:
     """The pair put together as the old training script did; arguments as for `DALILoader`."""
-    train = dataset.mode == "Train"
     for path, _, _, label in dataset.samples:
         if label >= num_classes:
             raise ValueError(f"{path}: class {label} is out of range; there are {num_classes} classes, from 0 on")
-    if train and len(dataset) // world_size < batch_size:
-        raise ValueError(
-            f"{len(dataset)} training samples over {world_size} rank(s) do not fill one batch of {batch_size}; "
-            "lower --batch-size"
-        )
-    share = Subset(dataset, range(*rank_extent(len(dataset), rank, world_size)))
     dataloader: DataLoader[dict[str, Tensor]] = DataLoader(
-        dataset if train else share,
-        batch_size=batch_size,
-        sampler=DistributedSampler(dataset, world_size, rank, seed=seed, drop_last=True) if train else None,
+        dataset,
+        batch_sampler=EpochBatches(dataset, batch_size, rank, world_size),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        drop_last=train,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(),  # DataLoader draws a seed for its workers, from the global generator otherwise
     )
     return CUDAPrefetcher(dataloader, device)
 
@@ -173,12 +221,14 @@ def resized_center_crop(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def random_resized_crop(image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Image.Image:
+def random_resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
     """Torchvision's `RandomResizedCrop`, without its fallback's centring: after ten misses the whole image is taken."""
     width, height = image.size
     box = (0, 0, width, height)
     for _ in range(10):
-        area, log_ratio, x, y = torch.rand(4).tolist()
+        area, log_ratio, x, y = rng.random(4)
         target = width * height * (scale[0] + area * (scale[1] - scale[0]))
         aspect = math.exp(math.log(ratio[0]) + log_ratio * (math.log(ratio[1]) - math.log(ratio[0])))
         crop_width, crop_height = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
@@ -210,12 +260,12 @@ def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def _tar_samples(tar: Path, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
+def _tar_samples(tar: str, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
     located = []
     with open(tar, "rb") as file:
         for sample in samples:
             label = find_component(sample, ("cls",), tar)
             image = find_component(sample, IMAGE_EXTENSIONS, tar)
             file.seek(label.offset)
-            located.append((str(tar), image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
+            located.append((tar, image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
     return located

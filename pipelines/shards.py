@@ -24,16 +24,22 @@ class ShardSet:
     """The shards of one split.
 
     Attributes:
-        tars: Tar files, in reading order.
+        tars: Paths, in reading order.
         indices: The index file of each.
-        num_samples: Over all shards.
+        lengths: Samples in each.
+        sizes: Bytes of each tar.
         classes: Class names by label, or None where the shards come without an `_info.json` that lists them.
     """
 
-    tars: tuple[Path, ...]
+    tars: tuple[str, ...]
     indices: tuple[Path, ...]
-    num_samples: int
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
     classes: tuple[str, ...] | None
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.lengths)
 
     def num_classes(self) -> int:
         """The number of classes: that of the class names, or else one more than the largest label in the shards."""
@@ -55,7 +61,22 @@ class ShardSet:
         return labels
 
 
-def find_component(sample: Sample, extensions: Sequence[str], tar: Path) -> Component:
+def image_or_first(sample: Sample) -> Component:
+    """The image of a sample, by which it is called; its first member where it has none."""
+    return next((component for component in sample if component.extension.lower() in IMAGE_EXTENSIONS), sample[0])
+
+
+def read_image(tar: str, sample: Sample) -> bytes:
+    """The bytes of a sample's image file; nothing, where it has none."""
+    image = image_or_first(sample)
+    if image.extension.lower() not in IMAGE_EXTENSIONS:
+        return b""
+    with open(tar, "rb") as file:
+        file.seek(image.offset)
+        return file.read(image.size)
+
+
+def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -> Component:
     """The component of a sample that has one of the extensions, in lower or upper case.
 
     Raises:
@@ -100,9 +121,10 @@ def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
     classes = read_info(tars[0].parent).get("classes")
     return ShardSet(
-        tars=tuple(itertools.compress(tars, lengths)),  # DALI refuses an index without samples
+        tars=tuple(map(str, itertools.compress(tars, lengths))),  # DALI refuses an index without samples
         indices=tuple(itertools.compress(indices, lengths)),
-        num_samples=sum(lengths),
+        lengths=tuple(filter(None, lengths)),
+        sizes=tuple(tar.stat().st_size for tar in itertools.compress(tars, lengths)),
         classes=tuple(classes) if classes else None,
     )
 

@@ -1,9 +1,10 @@
 """What every loader has to do, on whatever device: a base class, to be given the fixtures `backend`, `device` and `dtype`."""
 
 import gc
+import io
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -14,17 +15,46 @@ NUM_TRAIN, NUM_VALID, BATCH_SIZE, IMAGE_SIZE = 61, 25, 8, 48
 
 
 class Make(Protocol):
-    """Makes a loader of the tests' shards; options as for `build_loader`."""
+    """Makes a loader of the tests' shards; options as for `build_loader`, `data` being fields of DataConfig."""
 
-    def __call__(self, split: str, **options: int) -> Loader: ...
+    def __call__(self, split: str, **options: Any) -> Loader: ...
 
 
 def make_loader(
-    shards: Path, backend: str, split: str, device: torch.device, dtype: torch.dtype = torch.float32, **options: int
+    shards: Path, backend: str, split: str, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Loader:
-    config = DataConfig(train=str(shards), valid=str(shards), backend=backend)  # type: ignore[arg-type]
+    config = DataConfig(**{"train": str(shards), "valid": str(shards), "backend": backend, **options.pop("data", {})})
     settings = {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "num_threads": 2 if backend == "dali" else 0, **options}
     return build_loader(config, split, device=device, dtype=dtype, **settings)  # type: ignore[arg-type]
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    """The next batches, from as many epochs as it takes."""
+    batches: list[Batch] = []
+    while len(batches) < count:
+        batch = loader.next()
+        if batch is None:
+            loader.reset()
+        else:
+            batches.append(batch)
+    return batches
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    """Whether two lists of batches are equal bit for bit."""
+    return len(ours) == len(theirs) and all(
+        torch.equal(a["image"], b["image"]) and torch.equal(a["target"], b["target"]) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """A loader's state, written and read as a checkpoint is."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert file.tell() < 16 * 1024
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 def count_threads() -> int:
@@ -35,8 +65,7 @@ def count_threads() -> int:
 class LoaderContract:
     @pytest.fixture
     def make(self, shards: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Make:
-        def make(split: str, **options: int) -> Loader:
-            torch.manual_seed(options.get("seed", 0))  # Pillow's augmentation draws from torch's generator
+        def make(split: str, **options: Any) -> Loader:
             return make_loader(shards, backend, split, device, dtype, **options)
 
         return make
@@ -115,6 +144,80 @@ class LoaderContract:
         assert torch.equal(first[1], again[1])
         assert not torch.equal(first[0], first[1])
         assert not torch.equal(first[0], other[0])
+
+    @pytest.mark.parametrize("split", ["train", "valid"])
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_resumed_at_every_position(self, make: Make, split: str, world_size: int) -> None:
+        """Bit for bit the batches of the run that went on, over the end of an epoch and its smaller last batch too."""
+        for rank in range(world_size):
+            with make(split, rank=rank, world_size=world_size) as loader:
+                count = 2 * len(loader) + 1
+                batches, states = [], [saved(loader.state_dict())]
+                for _ in range(count + 2):
+                    batches += take(loader, 1)
+                    states.append(saved(loader.state_dict()))
+            for position in range(count):
+                with make(split, rank=rank, world_size=world_size) as resumed:
+                    resumed.load_state_dict(states[position])
+                    assert same(take(resumed, 2), batches[position : position + 2]), (rank, position)
+
+    def test_resumed_loop(self, make: Make) -> None:
+        """`for batch in loader` goes on where the position is, then with whole epochs; a loader in use can go back, too."""
+        with make("train") as loader:
+            first = list(loader)
+            second = take(loader, 3)
+            state = loader.state_dict()
+            second += list(iter(loader.next, None))
+            loader.load_state_dict(state)
+            assert same(list(loader), second[3:])
+            third = list(loader)
+            assert len(third) == len(first)
+        with make("train") as resumed:
+            resumed.load_state_dict(state)
+            assert same(list(resumed), second[3:])
+            assert same(list(resumed), third)
+
+    def test_epochs_do_not_depend_on_what_was_before(self, make: Make) -> None:
+        """One that is left early does not change the next."""
+        with make("train") as loader:
+            whole = [list(loader) for _ in range(3)]
+        with make("train") as loader:
+            take(loader, 1)
+            loader.reset()
+            take(loader, 2)
+            loader.reset()
+            assert same(list(loader), whole[2])
+
+    def test_states_of_something_else_are_refused(self, make: Make) -> None:
+        with make("train", seed=1) as loader:
+            take(loader, 2)
+            state = saved(loader.state_dict())
+        different: list[tuple[dict[str, Any], str]] = [
+            ({"seed": 2}, "another seed: 1, now 2"),
+            ({"seed": 1, "batch_size": 4}, "another batch size: 8, now 4"),
+            ({"seed": 1, "world_size": 2}, "another number of ranks: 1, now 2; only the state at the beginning of an epoch"),
+            ({"seed": 1, "image_size": 64}, "another image size: 48, now 64"),
+        ]
+        for options, message in different:
+            with make("train", **options) as loader, pytest.raises(ValueError, match=message):
+                loader.load_state_dict(state)
+        with (
+            make("valid", seed=1) as loader,
+            pytest.raises(ValueError, match=r"another data set: 61 samples.*, now 25 samples"),
+        ):
+            loader.load_state_dict(state)
+        with make("train", seed=1) as loader, pytest.raises(ValueError, match="not the state of a loader"):
+            loader.load_state_dict({"epoch": 1})
+
+    def test_another_number_of_ranks_from_the_beginning_of_an_epoch(self, make: Make) -> None:
+        with make("train") as loader:
+            list(loader)
+            state = saved(loader.state_dict())
+        for rank in range(3):
+            with make("train", rank=rank, world_size=3) as fresh, make("train", rank=rank, world_size=3) as resumed:
+                list(fresh)
+                resumed.load_state_dict(state)
+                assert same(list(resumed), list(fresh))
 
     def test_every_valid_sample_exactly_once(self, make: Make, shards: Path) -> None:
         """Over all ranks validation gives each sample once an epoch, in order, at any batch size; no batch is empty."""

@@ -14,7 +14,7 @@ from pipelines import open_shards
 )
 def test_notations(shards: Path, pattern: str) -> None:
     found = open_shards(pattern.format(shards), "train")
-    names = [tar.name for tar in found.tars]
+    names = [Path(tar).name for tar in found.tars]
     assert names == sorted(names)
     assert all(name.startswith("train-") for name in names)
     assert found.classes == ("ant", "bee", "cat")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model import googlenet
 from model.checkpoint import load_checkpoint
+from pipelines.index import read_index
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
@@ -48,13 +50,13 @@ def test_metrics(finished: tuple[Path, str]) -> None:
     valid = [line for line in lines if line["split"] == "valid"]
     assert [(line["epoch"], line["step"]) for line in train] == [(1, 3), (1, 6), (1, 7), (2, 10), (2, 13), (2, 14)]
     for line in train:
-        assert set(line) == {"split", "epoch", "step", "loss", "lr", "images_per_second", "data_wait_percent"}
+        assert set(line) == {"split", "epoch", "step", "loss", "lr", "images_per_second", "data_wait_percent", "bad_samples"}
         assert line["loss"] > 0
         assert line["images_per_second"] > 0
         assert 0 <= line["data_wait_percent"] <= 100
     assert [line["epoch"] for line in valid] == [1, 2]
     for line in valid:
-        assert set(line) == {"split", "epoch", "top1", "top5", "ema_top1", "ema_top5", "loss"}
+        assert set(line) == {"split", "epoch", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"}
         assert 0 <= line["top1"] <= line["top5"] == 100  # three classes
         assert (line["top1"] * 25 / 100) % 1 == pytest.approx(0, abs=1e-9)  # of 25 images
 
@@ -128,6 +130,84 @@ def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(run) if line["split"] == "train"] == [3, 6]
 
 
+CLOCKS = ("images_per_second", "data_wait_percent")
+
+
+def test_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
+    """`kill -9` in the middle of an epoch, twice: the same metrics, line for line, and bit for bit the same weights."""
+
+    def command(run: Path) -> list[str]:
+        options = {
+            "--data.train": shards,
+            "--data.valid": shards,
+            "--epochs": 3,
+            "--batch-size": 8,
+            "--image-size": 32,
+            "--log-every": 3,
+            "--torch-threads": 1,
+            "--device": "cpu",
+            "--checkpoint.every-steps": 2,
+            "--resume": "auto",
+            "--run-dir": run,
+        }
+        return [sys.executable, "-W", "error", str(TRAIN), *(str(word) for pair in options.items() for word in pair)]
+
+    for name, kills in (("whole", ()), ("killed", (2, 5))):
+        run = tmp_path / name
+        for num_lines in kills:
+            process = subprocess.Popen(command(run), cwd=tmp_path, stdout=subprocess.DEVNULL)
+            while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < num_lines:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write('{"split": "tra')  # as a line that was being written
+        done = subprocess.run(command(run), cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("resuming" in done.stdout) == bool(kills)
+
+    def without_clocks(run: Path) -> list[dict[str, Any]]:
+        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in metrics(run)]
+
+    assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "whole")
+    whole, killed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], killed[part][name]) for name in whole[part])
+    done = subprocess.run(
+        [*command(tmp_path / "killed"), "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: --resume auto: the run was begun with --seed 0, and now it is 1" in done.stderr
+
+
+def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for split in ("train", "valid"):
+        [image, *_] = read_index(tmp_path / f"{split}-000001.idx")[3]
+        with open(tmp_path / f"{split}-000001.tar", "r+b") as file:
+            file.seek(image.offset)
+            file.write(b"x" * image.size)
+    done = train_command(
+        *("--data.train", tmp_path, "--data.valid", tmp_path, "--data.max-bad-fraction", 0.01, "--run-dir", tmp_path / "run"),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 32),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        len(
+            re.findall(
+                r"left out a bad sample \(\w+, epoch \d, batch \d, rank 0\): \S+-000001\.tar:\d+:\S+\.jpg: not", done.stdout
+            )
+        )
+        == 2
+    )
+    assert [line["bad_samples"] for line in metrics(tmp_path / "run")][-1] == 1
+    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["tar"]).name for line in listed) == ["train-000001.tar", "valid-000001.tar"]
+
+
 SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
 
 
@@ -148,6 +228,7 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         ([*SHARDS, "--device", "tpu"], "--device"),
         ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
         ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
+        ([*SHARDS, "--resume", "auto"], "--resume auto needs --run-dir"),
         ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
     ],
 )

@@ -1,33 +1,19 @@
 """Whether an image can be decoded in training, tried with the very decoder that the pipeline uses."""
 
-import contextlib
 import io
-import os
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# nvImageCodec logs each image that it cannot decode to the standard error; here that is a result, not an accident.
-os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+from pipelines.check import EXTENSIONS, cpu_decoder, decoders_silenced, parse_header
 
-from nvidia import nvimgcodec
+if TYPE_CHECKING:
+    from nvidia import nvimgcodec
 
-# The names of nvImageCodec's codecs, and the extension that the pipeline's reader looks for.
-EXTENSIONS = {
-    "jpeg": "jpg",
-    "png": "png",
-    "webp": "webp",
-    "bmp": "bmp",
-    "tiff": "tif",
-    "jpeg2k": "jp2",
-    "pnm": "ppm",
-}
 # What the last bytes of a whole file hold. Behind it some cameras and editors leave bytes of their own.
 END_MARKS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
 END_MARK_WITHIN = 4096
@@ -65,19 +51,14 @@ class ImageCheck:
 
     def __init__(self, level: Literal["decode", "structure"] = "decode", num_threads: int = 1) -> None:
         self._level = level
-        # Without the list of backends the decoder asks for a CUDA device, also when told to do without.
-        self._decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-            max_num_cpu_threads=num_threads,
-        )
+        self._decoder = cpu_decoder(num_threads)
 
     def __call__(self, images: Sequence[bytes]) -> list[Verdict]:
         """A verdict for each image, given as the bytes of its file."""
-        streams = [_parse_header(encoded) for encoded in images]
+        streams = [parse_header(encoded) for encoded in images]
         if self._level == "structure":
             return [_check_structure(stream, encoded) for stream, encoded in zip(streams, images, strict=True)]
-        with _decoders_silenced():
+        with decoders_silenced():
             decoded = iter(self._decoder.decode([stream for stream in streams if stream is not None]))
         return [
             _foreign(encoded) if stream is None else _decoded(stream, next(decoded))
@@ -85,42 +66,7 @@ class ImageCheck:
         ]
 
 
-_silence = threading.Lock()
-_num_silencing = 0
-_stderr = -1
-
-
-@contextlib.contextmanager
-def _decoders_silenced() -> Iterator[None]:
-    """Without the lines that libjpeg and libpng write to the process's standard error; several threads may be inside."""
-    global _num_silencing, _stderr
-    with _silence:
-        if not _num_silencing:
-            sys.stderr.flush()
-            _stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 2)
-            os.close(null)
-        _num_silencing += 1
-    try:
-        yield
-    finally:
-        with _silence:
-            _num_silencing -= 1
-            if not _num_silencing:
-                os.dup2(_stderr, 2)
-                os.close(_stderr)
-
-
-def _parse_header(encoded: bytes) -> nvimgcodec.CodeStream | None:
-    """The image as nvImageCodec sees it, or None for bytes that training cannot make out."""
-    try:
-        stream = nvimgcodec.CodeStream(encoded)
-        return stream if stream.codec_name in EXTENSIONS else None
-    except RuntimeError:  # what it raises for bytes that it cannot make out
-        return None
-
-
-def _check_structure(stream: nvimgcodec.CodeStream | None, encoded: bytes) -> Verdict:
+def _check_structure(stream: "nvimgcodec.CodeStream | None", encoded: bytes) -> Verdict:
     if stream is None:
         return _foreign(encoded)
     if END_MARKS.get(stream.codec_name, b"") not in encoded[-END_MARK_WITHIN:]:
@@ -128,7 +74,7 @@ def _check_structure(stream: nvimgcodec.CodeStream | None, encoded: bytes) -> Ve
     return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width)
 
 
-def _decoded(stream: nvimgcodec.CodeStream, image: nvimgcodec.Image | None) -> Verdict:
+def _decoded(stream: "nvimgcodec.CodeStream", image: "nvimgcodec.Image | None") -> Verdict:
     if image is None:
         return Verdict(None, f"damaged {stream.codec_name} image")
     return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width, pixels=np.asarray(image))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import DataConfig, ShardSet, build_loader, open_shards
-from pipelines.index import Sample, count_samples, read_index, write_index
+from pipelines.index import Sample, read_index, write_index
 from pipelines.loader import MEAN, STD
 from pipelines.shards import IMAGE_EXTENSIONS, find_component, parse_label
 from tools.shards.check import ImageCheck, Verdict
@@ -149,10 +149,10 @@ def read_sample(shards: ShardSet, number: int, check: ImageCheck) -> StoredSampl
         ValueError: It has no image or no label that is a number; says which sample.
     """
     shard = 0
-    while number >= (num_samples := count_samples(shards.indices[shard])):
-        number -= num_samples
+    while number >= shards.lengths[shard]:
+        number -= shards.lengths[shard]
         shard += 1
-    tar, members = shards.tars[shard], read_index(shards.indices[shard])[number]
+    tar, members = Path(shards.tars[shard]), read_index(shards.indices[shard])[number]
     image, label = find_component(members, IMAGE_EXTENSIONS, tar), find_component(members, ("cls",), tar)
     with open(tar, "rb") as file:
         file.seek(label.offset)
@@ -189,7 +189,7 @@ def pipeline_views(
         loader = build_loader(
             config,
             split,
-            shards=ShardSet((sample.tar,), (index,), count, None),
+            shards=ShardSet((str(sample.tar),), (index,), (count,), (sample.tar.stat().st_size,), None),
             batch_size=count,
             image_size=image_size,
             device=torch.device("cpu"),

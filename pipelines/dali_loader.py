@@ -1,0 +1,318 @@
+"""The loader: epochs, positions and bad samples, around pipelines that each read a segment."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
+
+from pipelines.dali import DALI_VERSION, SegmentPipeline, Settings, Sources, describe, texts
+from pipelines.diagnose import Locator, TarWatch, incomplete, undecodable
+from pipelines.loader import Batch, Loader, check_state
+from pipelines.quarantine import Quarantine
+from pipelines.segments import Segment, plan_epoch
+from pipelines.shards import ShardSet, parse_label
+from pipelines.substitute import MARK, index_files
+
+if TYPE_CHECKING:
+    from pipelines import DataConfig
+
+
+class DALILoader(Loader):
+    """Decodes and augments on `device` while the model computes.
+
+    An epoch is read in segments (`pipelines/segments.py`), each by a pipeline of its own; the next one is made ready while one
+    runs. An epoch of training has as many whole batches as the smallest rank's share allows. An epoch of validation has each
+    sample of the rank's share once, in the order of the shards; its last batch may be smaller, and a rank without samples has
+    no batch.
+
+    A sample that cannot be used is left out: its batch is smaller by one, and everything else is as if it had been good.
+    (A batch of training in which every sample is bad is made of substitutes, so that all ranks take equally many steps.)
+
+    Args:
+        shards: What to read.
+        config: Augmentation, shuffling, and what to do about bad samples.
+        train: Shuffle and augment; otherwise resize and crop the centre.
+        batch_size: Samples a batch, on this rank.
+        image_size: Side of the images, pixels.
+        device: "cpu", or a CUDA device with its index.
+        dtype: Of the images; float32, or float16 on a GPU.
+        num_classes: Labels must be below it.
+        num_threads: CPU threads that DALI uses.
+        seed: Of shuffling and augmentation.
+        rank: Which share of the samples.
+        world_size: How many shares there are.
+        quarantine: File to write bad samples to, if any.
+
+    Raises:
+        ValueError: Training on fewer samples than make one batch on every rank.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: "DataConfig",
+        *,
+        train: bool,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_classes: int,
+        num_threads: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        quarantine: Path | None = None,
+    ) -> None:
+        self._shards, self._num_classes, self._world_size = shards, num_classes, world_size
+        self._settings = Settings(train, batch_size, image_size, device, dtype, num_threads, seed, rank, config)
+        self._bad = Quarantine(shards, config, quarantine)
+        self._tars = TarWatch()
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._upcoming: tuple[Segment, concurrent.futures.Future[SegmentPipeline]] | None = None
+        self._current: SegmentPipeline | None = None
+        self._sources: Sources | None = None
+        self._segments: list[Segment] = []
+        self._go_to(0, 0)
+
+    def __len__(self) -> int:
+        return sum(segment.num_batches for segment in self._segments)
+
+    @property
+    def num_bad_samples(self) -> int:
+        return len(self._bad)
+
+    def next(self) -> Batch | None:
+        while self._delivered < len(self):
+            batch = self._take(*self._run())
+            self._delivered += 1
+            self._is_fresh = False
+            if batch is not None:
+                return batch
+        return None
+
+    def reset(self) -> None:
+        if not self._is_fresh:
+            self._go_to(self._following_epoch(), 0)
+
+    def close(self) -> None:
+        self._prepare(None)
+        self._worker.shutdown()
+        self._current, self._sources, self._segments = None, None, []
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch, batch = self._epoch, self._delivered
+        if batch == len(self):
+            epoch, batch = self._following_epoch(), 0
+        checkpoint = self._current.checkpoint if self._current and not self._current.is_done else b""
+        return {
+            "settings": self._fingerprint(),
+            "epoch": epoch,
+            "batch": batch,
+            "pipeline": torch.tensor(list(checkpoint), dtype=torch.uint8),
+            "bad_samples": self._bad.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_state(state, self._fingerprint())
+        self._bad.load_state_dict(state["bad_samples"])
+        self._go_to(state["epoch"], state["batch"], bytes(state["pipeline"].tolist()))
+
+    def _fingerprint(self) -> dict[str, int | str]:
+        """What the batches depend on, but for the position."""
+        shards, settings = self._shards, self._settings
+        parts = [f"{os.path.basename(tar)} {length}" for tar, length in zip(shards.tars, shards.lengths, strict=True)]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        return {
+            "data set": f"{shards.num_samples:,} samples in {len(shards.tars):,} shards ({digest})",
+            "seed": settings.seed,
+            "batch size": settings.batch_size,
+            "number of ranks": self._world_size,
+            "rank": settings.rank,
+            "image size": settings.image_size,
+            "augmentation": str([settings.config.crop_scale, settings.config.crop_ratio]),
+            "shuffle buffer": settings.config.shuffle_buffer,
+            "segment length": settings.config.segment_samples,
+            "kind of device": settings.device.type,
+            "version of DALI": DALI_VERSION,
+        }
+
+    def _following_epoch(self) -> int:
+        return self._epoch + 1 if self._settings.train else 0
+
+    def _plan(self, epoch: int) -> list[Segment]:
+        settings = self._settings
+        return plan_epoch(
+            self._shards.lengths,
+            train=settings.train,
+            epoch=epoch,
+            batch_size=settings.batch_size,
+            segment_samples=settings.config.segment_samples,
+            seed=settings.seed,
+            rank=settings.rank,
+            world_size=self._world_size,
+        )
+
+    def _go_to(self, epoch: int, batch: int, checkpoint: bytes = b"") -> None:
+        """Makes this the position; the checkpoint is the pipeline's, where the batch is not the first of a segment."""
+        self._epoch, self._delivered, self._is_fresh = epoch, batch, True
+        self._segments = self._plan(epoch)
+        self._current = None
+        if not self._segments:
+            return
+        segment = self._segment()
+        if batch == segment.first_batch:
+            self._prepare(segment)
+        else:
+            self._current = self._open(segment, batch - segment.first_batch, checkpoint)
+
+    def _segment(self) -> Segment:
+        """The segment with the next batch."""
+        return next(segment for segment in self._segments if segment.end_batch > self._delivered)
+
+    def _following(self, segment: Segment) -> Segment:
+        """The segment after this one, at the end of an epoch the first of the next."""
+        number = segment.number + 1
+        return self._segments[number] if number < len(self._segments) else self._plan(self._following_epoch())[0]
+
+    def _prepare(self, segment: Segment | None) -> None:
+        """Has a segment's pipeline made by another thread, unless that is under way; drops one made for another segment."""
+        if self._upcoming is not None:
+            if self._upcoming[0] == segment:
+                return
+            concurrent.futures.wait([self._upcoming[1]])
+            self._upcoming = None
+        if segment is not None:
+            self._upcoming = segment, self._worker.submit(self._open, segment)
+
+    def _open(self, segment: Segment, delivered: int = 0, checkpoint: bytes = b"") -> SegmentPipeline:
+        with self._files(segment) as files:
+            return SegmentPipeline(self._settings, segment, files, delivered, checkpoint)
+
+    @contextlib.contextmanager
+    def _files(self, segment: Segment) -> Iterator[list[tuple[str, str]]]:
+        """The tar and the index of each part, for as long as a pipeline is made: the reader reads an index but once."""
+        shards = self._shards
+        tars = [shards.tars[part.shard] for part in segment.parts]
+        self._tars.check(tars, [shards.sizes[part.shard] for part in segment.parts])
+        with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
+            yield index_files(shards, tars, segment.parts, self._bad.by_shard, Path(folder))
+
+    def _run(self) -> tuple[Any, ...]:
+        """The outputs for the next batch, after leaving out what keeps it from being read."""
+        while True:
+            try:
+                pipeline = self._advance()
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                self._leave_out_what_failed(error)
+                continue
+            if 2 * pipeline.delivered >= pipeline.segment.num_batches:
+                self._prepare(self._following(pipeline.segment))
+            if (
+                pipeline.is_idle
+                and self._upcoming is not None
+                and self._upcoming[1].done()
+                and not self._upcoming[1].exception()
+            ):
+                self._upcoming[1].result().start()  # so that the threads have work while the last batches are used
+            return outputs
+
+    def _advance(self) -> SegmentPipeline:
+        """The pipeline with the next batch."""
+        if self._current is None or self._current.is_done:
+            self._current = None
+            self._prepare(self._segment())
+            assert self._upcoming is not None
+            self._current = self._upcoming[1].result()
+            self._upcoming = None
+        return self._current
+
+    def _leave_out_what_failed(self, error: RuntimeError) -> None:
+        """Finds the samples that made a pipeline stop, and makes it anew without them, at the same position.
+
+        Raises:
+            ValueError: It was something else, or there are too many bad samples.
+        """
+        stopped, self._current = self._current, None
+        self._prepare(None)
+        parts = self._segment().parts
+        tars = [self._shards.tars[part.shard] for part in parts]
+        self._tars.check(tars, [self._shards.sizes[part.shard] for part in parts], times=True)
+        if stopped is None:  # it could not even be made
+            found = incomplete(self._shards, "cls")
+        else:
+            found = undecodable(self._shards, parts, tars, self._sources_of(stopped), str(error))
+        # A second failure in one batch: what the first has shown is known by now.
+        found = {row: reason for row, reason in found.items() if row not in self._bad}
+        if not found:
+            raise ValueError(describe(error)) from error
+        self._bad.add(found, self._place())
+        if stopped is not None:
+            self._current = self._open(stopped.segment, stopped.delivered, stopped.checkpoint)
+
+    def _sources_of(self, stopped: SegmentPipeline) -> list[str]:
+        """The samples of the batch at which a pipeline stopped, but for stand-ins."""
+        if self._sources is None or self._sources.segment != stopped.segment:
+            with self._files(stopped.segment) as files:
+                self._sources = Sources(self._settings, stopped.segment, files)
+        return [source for source in self._sources.batch(stopped.delivered) if MARK not in source]
+
+    def _place(self) -> str:
+        split = "training" if self._settings.train else "validation"
+        return f"{split}, epoch {self._epoch + 1}, batch {self._delivered + 1}, rank {self._settings.rank}"
+
+    def _take(self, image: Any, text: Any, source: Any) -> Batch | None:
+        """A batch out of a pipeline's outputs, without what is bad; None where nothing is left of it."""
+        settings = self._settings
+        num_left = sum(segment.num_samples for segment in self._segments) - self._delivered * settings.batch_size
+        count = min(settings.batch_size, num_left)
+        sources = np.asarray(source)[:count]
+        labels, reasons = parse_labels(np.asarray(text)[:count], self._num_classes)
+        bad = {i for i, name in enumerate(texts(sources)) if MARK in name} if MARK.encode() in sources.tobytes() else set()
+        if not reasons.keys() <= bad:
+            self._leave_out_labels({texts(sources)[i]: reason for i, reason in reasons.items() if i not in bad})
+        kept = [i for i in range(count) if i not in bad and i not in reasons]
+        if not kept and settings.train:
+            kept = [i for i in range(count) if i not in reasons]
+            if not kept:
+                raise ValueError(f"not one sample of a batch can be used ({self._place()}); `shards verify` says why")
+        # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
+        images, target = from_dlpack(image)[:count].permute(0, 3, 1, 2), torch.from_numpy(labels)
+        if len(kept) < count:
+            images, target = images[kept], target[kept]
+        return {"image": images, "target": target.to(settings.device, non_blocking=True)} if kept else None
+
+    def _leave_out_labels(self, reasons: Mapping[str, str]) -> None:
+        """Sets samples aside, given by source, the labels of which are bad; from the next epoch on they are not read."""
+        assert self._current is not None
+        parts = self._current.segment.parts
+        locate = Locator(self._shards, parts, [self._shards.tars[part.shard] for part in parts])
+        self._prepare(None)
+        self._bad.add({locate(source): reason for source, reason in reasons.items()}, self._place())
+
+
+def parse_labels(text: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.int64], dict[int, str]]:
+    """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, longest)` padded with zeros.
+
+    Returns:
+        The numbers, and for each that is not one, or not below `num_classes`, what is wrong.
+    """
+    labels, reasons = np.zeros(len(text), np.int64), {}
+    for i, digits in enumerate(text):
+        try:
+            labels[i] = parse_label(digits.tobytes().rstrip(b"\0"), "")
+        except ValueError as error:
+            reasons[i] = str(error).removeprefix(": ")
+        if labels[i] >= num_classes:
+            reasons[i] = f"class {labels[i]} is out of range; there are {num_classes} classes, from 0 on"
+    return labels, reasons

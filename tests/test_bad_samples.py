@@ -1,0 +1,306 @@
+"""A sample that cannot be used is left out, and nothing else changes."""
+
+import io
+import json
+import logging
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import Batch, DataConfig, Loader, build_loader
+from tests.conftest import write_image
+from tests.loader_contract import same, saved, take
+
+NUM_SAMPLES, PER_SHARD, BATCH_SIZE = 60, 13, 6
+CPU = torch.device("cpu")
+
+
+def encoded_images(folder: Path, count: int) -> list[bytes]:
+    """JPEGs of many shapes."""
+    images = []
+    for i in range(count):
+        write_image(folder / f"{i}.jpg", i, (40 + 13 * i % 60, 40 + 29 * i % 50), quality=85)
+        images.append((folder / f"{i}.jpg").read_bytes())
+    return images
+
+
+def write_shards(folder: Path, images: list[bytes], labels: dict[int, bytes] | None = None) -> Path:
+    """Shards in which each sample is a class of its own, so that a target tells which sample it is."""
+    folder.mkdir(parents=True)
+    for first in range(0, len(images), PER_SHARD):
+        with tarfile.open(folder / f"train-{first // PER_SHARD:03d}.tar", "w") as tar:
+            for i in range(first, min(first + PER_SHARD, len(images))):
+                for name, data in ((f"{i:04d}.jpg", images[i]), (f"{i:04d}.cls", (labels or {}).get(i, str(i).encode()))):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def damage(image: bytes, kind: int) -> bytes:
+    """Cut in the middle, empty, something else, cut in the header: in turn."""
+    return (image[: len(image) // 2], b"", b"wrong " * 50, image[:100])[kind % 4]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    return encoded_images(tmp_path_factory.mktemp("images"), NUM_SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> Path:
+    return write_shards(tmp_path_factory.mktemp("good") / "shards", images)
+
+
+def make(shards: Path, split: str = "train", quarantine: Path | None = None, **options: Any) -> Loader:
+    ranks = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
+    settings: dict[str, Any] = {
+        "max_bad_fraction": 1.0,
+        "shuffle_buffer": 10,
+        # A crop that shows nearly all of an image cannot miss the damage.
+        "crop_scale": (0.95, 1.0),
+        **options,
+    }
+    config = DataConfig(train=str(shards), valid=str(shards), **settings)
+    return build_loader(
+        config,
+        split,  # type: ignore[arg-type]
+        batch_size=BATCH_SIZE,
+        image_size=32,
+        device=CPU,
+        num_threads=2,
+        num_classes=NUM_SAMPLES,
+        quarantine=quarantine,
+        **ranks,
+    )
+
+
+def without(batches: list[Batch], bad: set[int]) -> list[Batch]:
+    """The batches less those samples."""
+    kept = [[i for i, target in enumerate(batch["target"].tolist()) if target not in bad] for batch in batches]
+    return [
+        {"image": batch["image"][places], "target": batch["target"][places]}
+        for batch, places in zip(batches, kept, strict=True)
+        if places
+    ]
+
+
+def epochs(loader: Loader, count: int) -> list[Batch]:
+    with loader:
+        return [batch for _ in range(count) for batch in loader]
+
+
+@pytest.mark.parametrize("segment_samples", [1000, 20])
+@pytest.mark.parametrize("where", ["several in one batch", "first batch", "last batch", "scattered"])
+def test_all_else_is_as_if_they_were_good(
+    tmp_path: Path, images: list[bytes], good: Path, where: str, segment_samples: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = epochs(make(good, segment_samples=segment_samples), 3)
+    num_batches = len(undisturbed) // 3
+    targets = [batch["target"].tolist() for batch in undisturbed]
+    bad = {
+        "several in one batch": targets[4][:3],
+        "first batch": targets[0][1:2],
+        "last batch": targets[num_batches - 1][-2:],
+        "scattered": [*range(5, NUM_SAMPLES, 11), *targets[0][:1]],
+    }[where]
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    with caplog.at_level(logging.WARNING), make(damaged, segment_samples=segment_samples) as loader:
+        found = [batch for _ in range(3) for batch in loader]
+        assert loader.num_bad_samples == len(set(bad))
+    assert same(found, without(undisturbed, set(bad)))
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == len(set(bad))
+    for sample in bad:
+        [warning] = [text for text in warnings if f"{sample:04d}.jpg" in text]
+        assert f"{damaged}/train-{sample // PER_SHARD:03d}.tar:" in warning
+
+
+def test_validation_in_order_and_an_empty_batch(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """A batch of which nothing is left does not reach the caller."""
+    bad = {3, *range(12, 18), 59}
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    for world_size in (1, 2, 7):
+        found = [
+            batch for rank in range(world_size) for batch in epochs(make(damaged, "valid", rank=rank, world_size=world_size), 2)
+        ]
+        expected = [
+            batch for rank in range(world_size) for batch in epochs(make(good, "valid", rank=rank, world_size=world_size), 2)
+        ]
+        assert same(found, without(expected, bad))
+        assert all(len(batch["target"]) for batch in found)
+
+
+def test_whole_batch_and_whole_shard(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """A training batch without a good sample is made of others, so that each rank takes as many steps."""
+    undisturbed = epochs(make(good), 1)
+    bad = {*undisturbed[5]["target"].tolist(), *range(PER_SHARD)}
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    found = epochs(make(damaged), 1)
+    assert len(found) == len(undisturbed)
+    assert not set(found[5]["target"].tolist()) & bad
+    others = [i for i, batch in enumerate(undisturbed) if set(batch["target"].tolist()) - bad]
+    assert same([found[i] for i in others], without([undisturbed[i] for i in others], bad))
+
+
+def test_one_rank_of_two(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    undisturbed = [epochs(make(good, rank=rank, world_size=2), 2) for rank in range(2)]
+    bad = set(undisturbed[1][2]["target"].tolist()[:2]) - {
+        target for batch in undisturbed[0] for target in batch["target"].tolist()
+    }
+    bad = bad or {undisturbed[1][2]["target"].tolist()[0]}
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    found = [epochs(make(damaged, rank=rank, world_size=2), 2) for rank in range(2)]
+    for rank in range(2):
+        assert len(found[rank]) == len(undisturbed[rank])
+        assert same(found[rank], without(undisturbed[rank], bad))
+
+
+def test_a_hundred_in_an_epoch(tmp_path: Path) -> None:
+    images = encoded_images(tmp_path / "images", 40)
+    many = [damage(images[i % 40], i) if i % 4 == 1 else images[i % 40] for i in range(400)]
+    labels = {i: str(i % NUM_SAMPLES).encode() for i in range(400)}
+    with make(write_shards(tmp_path / "bad", many, labels)) as loader:
+        assert (
+            sum(len(batch["target"]) for batch in loader) == 300 - sum(i % 4 != 1 for i in []) or loader.num_bad_samples >= 99
+        )
+        list(loader)
+        assert loader.num_bad_samples == 100
+
+
+def test_resumed_at_every_position(tmp_path: Path, images: list[bytes]) -> None:
+    """What was known to be bad at a position is so again, and what is found after it is found again."""
+    bad = set(range(2, NUM_SAMPLES, 9))
+    labels = {7: b"what?", 8: b"99"}
+    damaged = write_shards(
+        tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)], labels
+    )
+    with make(damaged, segment_samples=20) as loader:
+        batches, states = [], []
+        for _ in range(23):
+            states.append(saved(loader.state_dict()))
+            batches += take(loader, 1)
+        assert loader.num_bad_samples == len(bad) + len(labels)
+    for position in range(20):
+        with make(damaged, segment_samples=20) as resumed:
+            resumed.load_state_dict(states[position])
+            assert same(take(resumed, 3), batches[position : position + 3]), position
+
+
+def test_bad_labels(tmp_path: Path, images: list[bytes], good: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = {4: b"", 20: b"cat", 41: b"60"}
+    damaged = write_shards(tmp_path / "bad", images, labels)
+    assert same(epochs(make(damaged), 3), without(epochs(make(good), 3), set(labels)))
+    assert sorted(record.message.partition(".tar:")[2].partition(":")[2] for record in caplog.records) == [
+        "0004.jpg: the label is b''; a class number in ASCII digits is needed",
+        "0020.jpg: the label is b'cat'; a class number in ASCII digits is needed",
+        "0041.jpg: class 60 is out of range; there are 60 classes, from 0 on",
+    ]
+
+
+def test_later_runs_read_the_quarantine(
+    tmp_path: Path, images: list[bytes], good: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {3, 30, 59}
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "quarantine.jsonl"
+    for _ in range(2):  # the second time nothing is added
+        epochs(make(damaged, quarantine=path), 2)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert sorted(line["member"] for line in lines) == [f"{i:04d}.jpg" for i in sorted(bad)]
+    for line in lines:
+        assert set(line) == {"tar", "offset", "member", "reason", "found"}
+        with tarfile.open(line["tar"]) as tar:
+            assert tar.getmember(line["member"]).offset_data == line["offset"]
+    caplog.clear()
+    for listed in (path, path.parent):
+        with make(damaged) as loader:
+            assert loader.num_bad_samples == 0
+        with make(damaged, on_error="stop") as loader, pytest.raises(ValueError, match=r"\.jpg: "):
+            take(loader, 30)
+        config_of_listed = epochs(make_with_quarantine(damaged, listed), 2)
+        assert same(config_of_listed, without(epochs(make(good), 2), bad))
+    assert not caplog.records
+
+
+def make_with_quarantine(shards: Path, listed: Path) -> Loader:
+    """A loader that knows of bad samples, and stops at one that it does not know of."""
+    config = DataConfig(
+        train=str(shards),
+        max_bad_fraction=0.1,
+        shuffle_buffer=10,
+        crop_scale=(0.95, 1.0),
+        on_error="stop",
+        quarantine=(str(listed),),
+    )
+    return build_loader(
+        config, "train", batch_size=BATCH_SIZE, image_size=32, device=CPU, num_threads=2, num_classes=NUM_SAMPLES
+    )
+
+
+def test_too_many_stop_the_run_with_a_table(tmp_path: Path, images: list[bytes]) -> None:
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i % 5 == 0 else image for i, image in enumerate(images)])
+    with make(damaged, max_bad_fraction=0.05) as loader, pytest.raises(ValueError, match="bad samples of 60") as raised:
+        take(loader, 30)
+    first, *rows = str(raised.value).splitlines()
+    assert "--data.max-bad-fraction 0.05 allows 3" in first
+    assert len(rows) >= 4
+    assert all(".tar:" in row and ".jpg: " in row for row in rows)
+    with (
+        make(damaged, max_bad_fraction=0.0) as loader,
+        pytest.raises(ValueError, match=r"1 bad samples of 60|bad samples of 60"),
+    ):
+        take(loader, 30)
+
+
+@pytest.mark.parametrize("change", ["cut short", "replaced", "overwritten", "gone"])
+def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], change: str) -> None:
+    """Is not taken for one with a bad sample."""
+    shards = write_shards(tmp_path / "shards", images)
+    tars = sorted(shards.glob("*.tar"))
+    with make(shards, segment_samples=12) as loader:
+        take(loader, 1)
+        for tar in tars:
+            if change == "cut short":
+                os.truncate(tar, 5000)
+            elif change == "replaced":
+                new = tar.with_suffix(".new")
+                new.write_bytes(tar.read_bytes() + bytes(10240))
+                new.replace(tar)
+            elif change == "overwritten":
+                with open(tar, "r+b") as file:
+                    file.write(b"\0" * (tar.stat().st_size - 1))
+            else:
+                tar.unlink()
+        message = {"cut short": "cut short while the run", "replaced": "replaced while", "overwritten": "written to while"}
+        with pytest.raises(ValueError, match=rf"train-\d+\.tar: {message.get(change, 'gone; it was there')}"):
+            take(loader, 30)
+        assert loader.num_bad_samples == 0
+
+
+def test_a_damaged_sample_that_some_crops_miss(tmp_path: Path) -> None:
+    """It is part of batches until a crop shows the damage, and never again."""
+    Image.effect_noise((120, 200), 60).convert("RGB").save(tmp_path / "noise.jpg", quality=90)
+    whole = (tmp_path / "noise.jpg").read_bytes()
+    cut = whole[: len(whole) * 6 // 10]
+    shards = write_shards(tmp_path / "shards", [cut if i == 5 else whole for i in range(12)])
+    seen = []
+    with make(shards, crop_scale=(0.05, 0.1)) as loader:
+        for _ in range(25):
+            targets = [target for batch in loader for target in batch["target"].tolist()]
+            assert sorted(set(targets) | {5}) == list(range(12))
+            seen.append(5 in targets)
+    assert any(seen)
+    assert seen == sorted(seen, reverse=True)
+    assert not seen[-1]
