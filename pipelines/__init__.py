@@ -24,14 +24,16 @@ class DataConfig:
     """Validation shards, in the same notation."""
     index_dir: str = ""
     """Folder of index files that are taken before those beside the tars: `shards index` and `shards verify` write such."""
-    backend: Literal["dali", "pillow"] = "dali"
-    """dali: the pipeline. pillow: the DataLoader pair that it replaces, for comparison."""
+    backend: Literal["dali", "pillow", "synthetic"] = "dali"
+    """dali: the pipeline. For comparison: pillow, the DataLoader pair that it replaces; synthetic, batches without cost."""
     threads: int | None = None
     """CPU threads (pillow: worker processes) that load data. By default chosen by device: see docs/performance.md."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random training crop, as a part of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a random training crop."""
+    size_schedule: tuple[str, ...] = ()
+    """Sizes of training images as EPOCH:SIZE, each from that epoch on (1:128 11:176 21:224); before the first, --image-size."""
     shuffle_buffer: int = 2048
     """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
     segment_samples: int = 262_144
@@ -54,8 +56,30 @@ class DataConfig:
         for name in ("shuffle_buffer", "segment_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--data.{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
+        if self.backend != "dali" and self.size_schedule:
+            raise ValueError(f"--data.size-schedule: the {self.backend} backend has images of one size only")
+        self.image_size_of(0, 0)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--data.max-bad-fraction {self.max_bad_fraction}: a number from 0 to 1 is needed")
+
+    def image_size_of(self, epoch: int, image_size: int) -> int:
+        """The side of training images in an epoch (from 0), pixels; `image_size` where the schedule has not begun.
+
+        Raises:
+            ValueError: The schedule is not one.
+        """
+        last = 0
+        for entry in self.size_schedule:
+            first, _, size = entry.partition(":")
+            if not (first.isdecimal() and size.isdecimal() and int(first) > last and int(size) >= 32):
+                raise ValueError(
+                    f"--data.size-schedule {' '.join(self.size_schedule)}: EPOCH:SIZE is needed, epochs from 1 and rising, "
+                    f"sizes from 32; {entry!r} is not"
+                )
+            last = int(first)
+            if epoch + 1 >= last:
+                image_size = int(size)
+        return image_size
 
 
 def build_loader(
@@ -112,6 +136,21 @@ def build_loader(
         )
     import torch
 
+    if config.backend == "synthetic":
+        from pipelines.synthetic import SyntheticLoader
+
+        return SyntheticLoader(
+            shards.num_samples,
+            train=train,
+            batch_size=batch_size,
+            image_size=image_size,
+            device=device,
+            dtype=dtype or torch.float32,
+            num_classes=num_classes,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
     from pipelines.dali_loader import DALILoader
 
     return DALILoader(

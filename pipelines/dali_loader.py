@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -140,11 +141,18 @@ class DALILoader(Loader):
             "rank": settings.rank,
             "image size": settings.image_size,
             "augmentation": str([settings.config.crop_scale, settings.config.crop_ratio]),
+            "size schedule": " ".join(settings.config.size_schedule),
             "shuffle buffer": settings.config.shuffle_buffer,
             "segment length": settings.config.segment_samples,
             "kind of device": settings.device.type,
             "version of DALI": DALI_VERSION,
         }
+
+    def _settings_of(self, epoch: int) -> Settings:
+        settings = self._settings
+        if not settings.train:
+            return settings
+        return dataclasses.replace(settings, image_size=settings.config.image_size_of(epoch, settings.image_size))
 
     def _following_epoch(self) -> int:
         return self._epoch + 1 if self._settings.train else 0
@@ -196,7 +204,7 @@ class DALILoader(Loader):
 
     def _open(self, segment: Segment, delivered: int = 0, checkpoint: bytes = b"") -> SegmentPipeline:
         with self._files(segment) as files:
-            return SegmentPipeline(self._settings, segment, files, delivered, checkpoint)
+            return SegmentPipeline(self._settings_of(segment.epoch), segment, files, delivered, checkpoint)
 
     @contextlib.contextmanager
     def _files(self, segment: Segment) -> Iterator[list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import DataConfig, Loader, build_loader
 from pipelines.loader import STD
 from tests.conftest import write_image
-from tests.loader_contract import make_loader
+from tests.loader_contract import make_loader, same, take
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -106,6 +106,29 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
     assert orders[1] != orders[2]
     assert orders[0] != orders[2]
     assert orders[0] != list(range(48))
+
+
+def test_progressive_sizes(shards: Path) -> None:
+    """Training images grow with the epochs, also where a run is resumed; validation's stay."""
+    options = {"image_size": 48, "data": {"size_schedule": ("2:32", "3:64")}}
+    with make_loader(shards, "dali", "train", CPU, **options) as loader:
+        epochs = [list(loader) for _ in range(4)]
+        assert [epoch[0]["image"].shape[-1] for epoch in epochs] == [48, 32, 64, 64]
+    with make_loader(shards, "dali", "train", CPU, **options) as loader:
+        list(loader)
+        take(loader, 9)
+        state = loader.state_dict()
+    with make_loader(shards, "dali", "train", CPU, **options) as loader:
+        loader.load_state_dict(state)
+        assert same(list(loader), epochs[2][2:])
+    with make_loader(shards, "dali", "valid", CPU, **options) as loader:
+        assert {batch["image"].shape[-1] for _ in range(3) for batch in loader} == {48}
+
+
+@pytest.mark.parametrize("schedule", ["0:64", "1:64 1:80", "2:64 1:80", "1:16", "64", "1:x"])
+def test_wrong_size_schedules(schedule: str) -> None:
+    with pytest.raises(ValueError, match=rf"--data.size-schedule {schedule}: EPOCH:SIZE is needed"):
+        DataConfig(size_schedule=tuple(schedule.split()))
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

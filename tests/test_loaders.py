@@ -5,14 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.loader_contract import NUM_VALID, LoaderContract, make_loader
+from tests.loader_contract import NUM_VALID, LoaderContract, ShardLoaderContract, make_loader
 
 
-class TestOnCPU(LoaderContract):
-    @pytest.fixture(params=["dali", "pillow"])
-    def backend(self, request: pytest.FixtureRequest) -> str:
-        return str(request.param)
-
+class OnCPU:
     @pytest.fixture
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -20,6 +16,18 @@ class TestOnCPU(LoaderContract):
     @pytest.fixture
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+
+class TestShardsOnCPU(OnCPU, ShardLoaderContract):
+    @pytest.fixture(params=["dali", "pillow"])
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+
+class TestSyntheticOnCPU(OnCPU, LoaderContract):
+    @pytest.fixture
+    def backend(self) -> str:
+        return "synthetic"
 
 
 def test_pillow_workers(shards: Path) -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pipelines.loader import STD
-from tests.loader_contract import LoaderContract, Make, make_loader
+from tests.loader_contract import Make, ShardLoaderContract, make_loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
-class TestOnGPU(LoaderContract):
+class TestOnGPU(ShardLoaderContract):
     @pytest.fixture(params=["dali-float16", "dali-float32", "pillow-float32"])
     def kind(self, request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
         backend, dtype = request.param.split("-")
