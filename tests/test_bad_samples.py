@@ -63,6 +63,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> Path:
 
 
 def make(shards: Path, split: str = "train", quarantine: Path | None = None, **options: Any) -> Loader:
+    device = options.pop("device", CPU)
     ranks = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
     settings: dict[str, Any] = {
         "max_bad_fraction": 1.0,
@@ -77,7 +78,7 @@ def make(shards: Path, split: str = "train", quarantine: Path | None = None, **o
         split,  # type: ignore[arg-type]
         batch_size=BATCH_SIZE,
         image_size=32,
-        device=CPU,
+        device=device,
         num_threads=2,
         num_classes=NUM_SAMPLES,
         quarantine=quarantine,
