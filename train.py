@@ -30,8 +30,10 @@ from model.ema import EMA
 from model.loss import googlenet_loss
 from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
+from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
+from pipelines.mix import MixConfig, mix
 
 log = logging.getLogger("train")
 
@@ -63,6 +65,7 @@ class Config:
     """Train GoogLeNet on WebDataset shards. Without --data.train: the embedded demo, with images that it draws itself."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: int = 30
@@ -95,7 +98,7 @@ class Config:
 
 DEMO_DATA = Path(__file__).parent / "data" / "demo"
 DEMO = Config(
-    data=DataConfig(train=str(DEMO_DATA), valid=str(DEMO_DATA), crop_scale=(0.5, 1.0)),
+    data=DataConfig(train=str(DEMO_DATA), valid=str(DEMO_DATA), crop=RandomResizedCrop(scale=(0.5, 1.0))),
     model=ModelConfig(ema_decay=0.98),
     optim=OptimConfig(lr=0.02),
     epochs=4,
@@ -261,6 +264,7 @@ class Job:
     device: torch.device
     autocast_dtype: torch.dtype | None
     classes: tuple[str, ...] | None
+    num_classes: int
     epoch: int = 0
     step: int = 0
     best: float = 0.0
@@ -296,6 +300,7 @@ def build_job(
         device=device,
         autocast_dtype=autocast_dtype,
         classes=classes,
+        num_classes=num_classes,
     )
 
 
@@ -304,10 +309,13 @@ def train_epoch(config: Config, job: Job, loader: Loader, meter: Meter, run: "Ru
     job.model.train()
     losses: list[Tensor] = []
     for i, batch in enumerate(meter.batches(loader), start=1):
+        image, target = mix(
+            config.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=job.step, seed=config.seed
+        )
         if job.step == 0:
-            run.write_images(batch["image"])
+            run.write_images(image)
         lr = float(job.scheduler.get_last_lr()[0])
-        losses.append(train_step(config, job, batch["image"], batch["target"]))
+        losses.append(train_step(config, job, image, target))
         progress.update()
         if i % config.log_every == 0 or i == len(loader):
             loss = float(torch.stack(losses).mean())  # here the host waits for the device

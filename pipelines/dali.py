@@ -14,13 +14,15 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import augment
-from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
+from pipelines.loader import Batch, Loader, rank_extent
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, parse_label
 
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 
-@pipeline_def(exec_dynamic=True)  # the dynamic executor hands its buffers over, where the static one has them copied
+# The dynamic executor hands its buffers over, where the static one has them copied. Conditionals are what DALI's automatic
+# augmentations are written with; a graph without any runs as fast with them enabled.
+@pipeline_def(exec_dynamic=True, enable_conditionals=True)
 def image_pipeline(
     shards: ShardSet,
     *,
@@ -28,8 +30,8 @@ def image_pipeline(
     device: augment.Device,
     image_size: int,
     dtype: torch.dtype,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
+    crop: augment.RandomResizedCrop,
+    augmentations: tuple[augment.Augmentation, ...],
     shuffle_buffer: int,
     shuffle_seed: int,
     rank: int,
@@ -56,21 +58,10 @@ def image_pipeline(
         num_shards=world_size,
         **order,
     )
-    mirror: DataNode | int
     if train:
-        pixels = augment.random_resized_crop(encoded, image_size, device, crop_scale, crop_ratio)
-        mirror = fn.random.coin_flip(probability=0.5)
+        image = augment.training_images(encoded, crop, augmentations, size=image_size, device=device, dtype=DTYPES[dtype])
     else:
-        pixels = augment.resized_center_crop(encoded, image_size, resize_shorter_for(image_size), device)
-        mirror = 0
-    image = fn.crop_mirror_normalize(
-        pixels,
-        mirror=mirror,
-        dtype=DTYPES[dtype],
-        output_layout="HWC",
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-    )
+        image = augment.validation_images(encoded, size=image_size, device=device, dtype=DTYPES[dtype])
     # Texts differ in length; padded with zeros a batch of them is one tensor.
     return image, fn.pad(label), fn.pad(fn.get_property(encoded, key="source_info"))
 
@@ -84,15 +75,15 @@ class DALILoader(Loader):
 
     Args:
         shards: What to read.
-        train: Shuffle, crop at random and flip; otherwise resize and crop the centre.
+        train: Shuffle, crop at random and augment; otherwise resize and crop the centre.
         batch_size: Samples a batch, on this rank.
         image_size: Side of the images, pixels.
         device: "cpu", or a CUDA device with its index.
         dtype: Of the images; float32, or float16 on a GPU.
         num_classes: Labels must be below it.
         num_threads: CPU threads that DALI uses.
-        crop_scale: See `augment.random_resized_crop`; training only.
-        crop_ratio: The same.
+        crop: How training images are cropped.
+        augmentations: What happens to them then, in this order.
         shuffle_buffer: Encoded samples among which the reader draws at random; training only.
         seed: Of shuffling and augmentation.
         rank: Which share of the samples.
@@ -113,8 +104,8 @@ class DALILoader(Loader):
         dtype: torch.dtype,
         num_classes: int,
         num_threads: int,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
+        crop: augment.RandomResizedCrop,
+        augmentations: tuple[augment.Augmentation, ...],
         shuffle_buffer: int,
         seed: int,
         rank: int = 0,
@@ -133,8 +124,8 @@ class DALILoader(Loader):
             "device": "gpu" if device.type == "cuda" else "cpu",
             "image_size": image_size,
             "dtype": dtype,
-            "crop_scale": crop_scale,
-            "crop_ratio": crop_ratio,
+            "crop": crop,
+            "augmentations": augmentations,
             "shuffle_buffer": min(shuffle_buffer, shards.num_samples),
             "shuffle_seed": seed % 2**31,
             "rank": rank,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines import DataConfig, Loader, build_loader
+from pipelines.augment import RandomResizedCrop
 from pipelines.loader import STD
 from tests.conftest import write_image
 from tests.loader_contract import make_loader
@@ -77,7 +78,7 @@ def test_training_crops_and_flips(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(ramp)).save(path)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="train", shard_samples=100), num_workers=1)
-    config = DataConfig(train=str(tmp_path / "shards"), crop_scale=(0.25, 0.5))
+    config = DataConfig(train=str(tmp_path / "shards"), crop=RandomResizedCrop(scale=(0.25, 0.5)))
     with build_loader(config, "train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1) as loader:
         columns = torch.cat([batch["image"][:, 0].mean(dim=1) for batch in loader]) * STD[0]
     span = columns[:, -1] - columns[:, 0]
