@@ -30,8 +30,10 @@ from model.ema import EMA
 from model.loss import googlenet_loss
 from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
+from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
+from pipelines.mix import MixConfig, mix
 from pipelines.quarantine import FILE_NAME as QUARANTINE
 
 log = logging.getLogger("train")
@@ -76,6 +78,7 @@ class Config:
     """Train GoogLeNet on WebDataset shards. Without --data.train: the embedded demo, with images that it draws itself."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -113,7 +116,7 @@ class Config:
 
 DEMO_DATA = Path(__file__).parent / "data" / "demo"
 DEMO = Config(
-    data=DataConfig(train=str(DEMO_DATA), valid=str(DEMO_DATA), crop_scale=(0.5, 1.0)),
+    data=DataConfig(train=str(DEMO_DATA), valid=str(DEMO_DATA), crop=RandomResizedCrop(scale=(0.5, 1.0))),
     model=ModelConfig(ema_decay=0.98),
     optim=OptimConfig(lr=0.02),
     epochs=4,
@@ -289,6 +292,7 @@ class Job:
     device: torch.device
     autocast_dtype: torch.dtype | None
     classes: tuple[str, ...] | None
+    num_classes: int
     epoch: int = 0
     step: int = 0
     best: float = 0.0
@@ -343,6 +347,7 @@ def build_job(
         device=device,
         autocast_dtype=autocast_dtype,
         classes=classes,
+        num_classes=num_classes,
     )
 
 
@@ -351,10 +356,13 @@ def train_epoch(config: Config, job: Job, loader: Loader, meter: Meter, run: "Ru
     job.model.train()
     first = job.step - (job.epoch - 1) * len(loader) + 1
     for i, batch in enumerate(meter.batches(loader), start=first):
+        image, target = mix(
+            config.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=job.step, seed=config.seed
+        )
         if job.step == 0:
-            run.write_images(batch["image"])
+            run.write_images(image)
         lr = float(job.scheduler.get_last_lr()[0])
-        job.losses.append(train_step(config, job, batch["image"], batch["target"]))
+        job.losses.append(train_step(config, job, image, target))
         progress.update()
         if i % config.log_every == 0 or i == len(loader):
             log_step(config, job, i, loader, lr, meter, run)

@@ -11,7 +11,7 @@ def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_
 
     Args:
         outputs: What the model returned: logits `(N, num_classes)`, or those of three heads.
-        target: `(N,)` int64 class numbers.
+        target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 probabilities of the classes.
         label_smoothing: Part of the target's probability that is spread over all classes.
         aux_weight: Weight of each auxiliary head; 0.3 in the paper.
 

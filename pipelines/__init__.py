@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.loader import Batch, Loader
+from pipelines.notation import AugmentationList
 from pipelines.shards import ShardSet, open_shards
 
 if TYPE_CHECKING:  # imported where it is used: torch takes seconds, and a tool's --help needs none of it
@@ -28,10 +30,9 @@ class DataConfig:
     """dali: the pipeline. For comparison: pillow, the DataLoader pair that it replaces; synthetic, batches without cost."""
     threads: int | None = None
     """CPU threads (pillow: worker processes) that load data. By default chosen by device: see docs/performance.md."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest area of a random training crop, as a part of the image's area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width/height of a random training crop."""
+    crop: RandomResizedCrop = RandomResizedCrop()
+    augment: AugmentationList = (HorizontalFlip(),)
+    """What happens to training images after the crop, in this order; may be empty. docs/augmentation.md has the parameters."""
     size_schedule: tuple[str, ...] = ()
     """Sizes of training images as EPOCH:SIZE, each from that epoch on (1:128 11:176 21:224); before the first, --image-size."""
     shuffle_buffer: int = 2048
@@ -46,11 +47,6 @@ class DataConfig:
     """Files or run folders that list bad samples of earlier runs (quarantine.jsonl), which are left out from the start."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in (("crop-scale", self.crop_scale), ("crop-ratio", self.crop_ratio)):
-            if not 0 < low <= high:
-                raise ValueError(f"--data.{name} {low} {high}: two positive numbers are needed, the smaller first")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"--data.crop-scale {self.crop_scale[1]}: a crop cannot be larger than the image, 1.0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
         for name in ("shuffle_buffer", "segment_samples"):
@@ -59,6 +55,9 @@ class DataConfig:
         if self.backend != "dali" and self.size_schedule:
             raise ValueError(f"--data.size-schedule: the {self.backend} backend has images of one size only")
         self.image_size_of(0, 0)
+        beyond_pillow = [step.name for step in self.augment if not isinstance(step, HorizontalFlip)]
+        if self.backend == "pillow" and beyond_pillow:
+            raise ValueError(f"--data.augment {' '.join(beyond_pillow)}: --data.backend pillow has horizontal-flip only")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--data.max-bad-fraction {self.max_bad_fraction}: a number from 0 to 1 is needed")
 
@@ -102,7 +101,7 @@ def build_loader(
 
     Args:
         config: Names the shards, the backend and the augmentation.
-        split: "train": shuffled, cropped at random, flipped, whole batches only. "valid": in order, each sample once.
+        split: "train": shuffled, cropped at random, augmented, whole batches only. "valid": in order, each sample once.
         batch_size: Samples a batch, on this rank.
         image_size: Side of the images, pixels.
         device: Where the batches lie; a CUDA device needs its index.
@@ -124,7 +123,8 @@ def build_loader(
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader
 
-        dataset = ImageDataset(shards, image_size, "Train" if train else "Valid", config.crop_scale, config.crop_ratio, seed)
+        flips = tuple(augmentation for augmentation in config.augment if isinstance(augmentation, HorizontalFlip))
+        dataset = ImageDataset(shards, image_size, "Train" if train else "Valid", config.crop, flips, seed)
         return pillow_loader(
             dataset,
             batch_size=batch_size,

@@ -14,7 +14,6 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines import augment
-from pipelines.loader import MEAN, STD, resize_shorter_for
 from pipelines.segments import Segment
 from pipelines.shards import IMAGE_EXTENSIONS
 
@@ -46,8 +45,9 @@ def padded_source(encoded: DataNode) -> DataNode:
     return fn.pad(fn.get_property(encoded, key="source_info"))
 
 
-# The dynamic executor hands its buffers over, where the static one has them copied.
-@pipeline_def(exec_dynamic=True, enable_checkpointing=True)
+# The dynamic executor hands its buffers over, where the static one has them copied. Conditionals are what DALI's automatic
+# augmentations are written with; a graph without any runs as fast with them enabled.
+@pipeline_def(exec_dynamic=True, enable_checkpointing=True, enable_conditionals=True)
 def image_pipeline(
     tars: Sequence[str],
     indices: Sequence[str],
@@ -62,21 +62,12 @@ def image_pipeline(
 ) -> tuple[DataNode, DataNode, DataNode]:
     """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU."""
     encoded, label = read(tars, indices, shuffle_buffer, shuffle_seed, mmap=False)
-    mirror: DataNode | int
     if train:
-        pixels = augment.random_resized_crop(encoded, image_size, device, config.crop_scale, config.crop_ratio)
-        mirror = fn.random.coin_flip(probability=0.5)
+        image = augment.training_images(
+            encoded, config.crop, config.augment, size=image_size, device=device, dtype=DTYPES[dtype]
+        )
     else:
-        pixels = augment.resized_center_crop(encoded, image_size, resize_shorter_for(image_size), device)
-        mirror = 0
-    image = fn.crop_mirror_normalize(
-        pixels,
-        mirror=mirror,
-        dtype=DTYPES[dtype],
-        output_layout="HWC",
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-    )
+        image = augment.validation_images(encoded, size=image_size, device=device, dtype=DTYPES[dtype])
     return image, fn.pad(label), padded_source(encoded)
 
 

@@ -140,7 +140,7 @@ class DALILoader(Loader):
             "number of ranks": self._world_size,
             "rank": settings.rank,
             "image size": settings.image_size,
-            "augmentation": str([settings.config.crop_scale, settings.config.crop_ratio]),
+            "augmentation": str([settings.config.crop, *settings.config.augment]),
             "size schedule": " ".join(settings.config.size_schedule),
             "shuffle buffer": settings.config.shuffle_buffer,
             "segment length": settings.config.segment_samples,

@@ -15,12 +15,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.index import Sample, read_index
 from pipelines.loader import MEAN, STD, Batch, Loader, check_state, rank_extent, resize_shorter_for
 from pipelines.segments import num_train_batches
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, parse_label
 
 Mode = Literal["Train", "Valid"]
+CROP, FLIPS = RandomResizedCrop(), (HorizontalFlip(),)
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
@@ -33,8 +35,8 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         images: A folder of class folders, classes numbered in sorted order; or the shards of a split.
         image_size: Side of the images, pixels.
         mode: "Train" crops at random and flips; "Valid" resizes and crops the centre.
-        crop_scale: Smallest and largest area of a random crop, as a part of the image's.
-        crop_ratio: Smallest and largest width/height of a random crop.
+        crop: How training images are cropped.
+        flips: What happens to them then.
         seed: Of the random crops and flips.
     """
 
@@ -43,12 +45,12 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         images: str | Path | ShardSet,
         image_size: int,
         mode: Mode,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        crop: RandomResizedCrop = CROP,
+        flips: tuple[HorizontalFlip, ...] = FLIPS,
         seed: int = 0,
     ) -> None:
         self.seed = seed
-        self.image_size, self.mode, self.crop_scale, self.crop_ratio = image_size, mode, crop_scale, crop_ratio
+        self.image_size, self.mode, self.crop, self.flips = image_size, mode, crop, flips
         # Where each image's bytes lie: file, offset, size (-1: to the end); and its label.
         self.samples: list[tuple[str, int, int, int]] = (
             _shard_samples(images) if isinstance(images, ShardSet) else _folder_samples(Path(images))
@@ -66,9 +68,10 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
         if self.mode == "Train":
             rng = np.random.default_rng([self.seed, index])
-            image = random_resized_crop(image, self.image_size, self.crop_scale, self.crop_ratio, rng)
-            if rng.random() < 0.5:
-                image = ImageOps.mirror(image)
+            image = random_resized_crop(image, self.image_size, self.crop, rng)
+            for flip in self.flips:
+                if rng.random() < flip.probability:
+                    image = ImageOps.mirror(image)
         else:
             image = resized_center_crop(image, self.image_size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -115,7 +118,7 @@ class EpochBatches(Sampler[list[int]]):
             "number of ranks": self._world_size,
             "rank": self._rank,
             "image size": dataset.image_size,
-            "augmentation": str([dataset.crop_scale, dataset.crop_ratio]),
+            "augmentation": str([dataset.crop, *dataset.flips]),
         }
 
 
@@ -221,11 +224,10 @@ def resized_center_crop(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> Image.Image:
+def random_resized_crop(image: Image.Image, size: int, crop: RandomResizedCrop, rng: np.random.Generator) -> Image.Image:
     """Torchvision's `RandomResizedCrop`, without its fallback's centring: after ten misses the whole image is taken."""
     width, height = image.size
+    scale, ratio = crop.scale, crop.ratio
     box = (0, 0, width, height)
     for _ in range(10):
         area, log_ratio, x, y = rng.random(4)

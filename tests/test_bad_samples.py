@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from pipelines import Batch, DataConfig, Loader, build_loader
+from pipelines.augment import RandomResizedCrop
 from tests.conftest import write_image
 from tests.loader_contract import same, saved, take
 
@@ -69,7 +70,7 @@ def make(shards: Path, split: str = "train", quarantine: Path | None = None, **o
         "max_bad_fraction": 1.0,
         "shuffle_buffer": 10,
         # A crop that shows nearly all of an image cannot miss the damage.
-        "crop_scale": (0.95, 1.0),
+        "crop": RandomResizedCrop(scale=(0.95, 1.0)),
         **options,
     }
     config = DataConfig(train=str(shards), valid=str(shards), **settings)
@@ -241,7 +242,7 @@ def make_with_quarantine(shards: Path, listed: Path) -> Loader:
         train=str(shards),
         max_bad_fraction=0.1,
         shuffle_buffer=10,
-        crop_scale=(0.95, 1.0),
+        crop=RandomResizedCrop(scale=(0.95, 1.0)),
         on_error="stop",
         quarantine=(str(listed),),
     )
@@ -297,7 +298,7 @@ def test_a_damaged_sample_that_some_crops_miss(tmp_path: Path) -> None:
     cut = whole[: len(whole) * 6 // 10]
     shards = write_shards(tmp_path / "shards", [cut if i == 5 else whole for i in range(12)])
     seen = []
-    with make(shards, crop_scale=(0.05, 0.1)) as loader:
+    with make(shards, crop=RandomResizedCrop(scale=(0.05, 0.1))) as loader:
         for _ in range(25):
             targets = [target for batch in loader for target in batch["target"].tolist()]
             assert sorted(set(targets) | {5}) == list(range(12))

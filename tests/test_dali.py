@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from pipelines import DataConfig, Loader, build_loader
+from pipelines.augment import RandomResizedCrop
 from pipelines.loader import STD
+from pipelines.notation import augmentation_classes
 from tests.conftest import write_image
-from tests.loader_contract import make_loader, same, take
+from tests.loader_contract import make_loader, same, saved, take
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -77,7 +79,7 @@ def test_training_crops_and_flips(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(ramp)).save(path)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="train", shard_samples=100), num_workers=1)
-    config = DataConfig(train=str(tmp_path / "shards"), crop_scale=(0.25, 0.5))
+    config = DataConfig(train=str(tmp_path / "shards"), crop=RandomResizedCrop(scale=(0.25, 0.5)))
     with build_loader(config, "train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1) as loader:
         columns = torch.cat([batch["image"][:, 0].mean(dim=1) for batch in loader]) * STD[0]
     span = columns[:, -1] - columns[:, 0]
@@ -106,6 +108,21 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
     assert orders[1] != orders[2]
     assert orders[0] != orders[2]
     assert orders[0] != list(range(48))
+
+
+def test_resumed_with_every_augmentation(shards: Path) -> None:
+    augmentations = tuple(kind() if name != "color-jitter" else kind(hue=0.1) for name, kind in augmentation_classes().items())
+    assert len(augmentations) >= 8
+    options = {"data": {"augment": augmentations, "segment_samples": 24}}
+    with make_loader(shards, "dali", "train", CPU, **options) as loader:
+        batches, states = [], []
+        for _ in range(12):
+            states.append(saved(loader.state_dict()))
+            batches += take(loader, 1)
+    for position in (1, 3, 6, 8, 10):  # in and at the beginning of segments and epochs
+        with make_loader(shards, "dali", "train", CPU, **options) as loader:
+            loader.load_state_dict(states[position])
+            assert same(take(loader, 2), batches[position : position + 2]), position
 
 
 def test_progressive_sizes(shards: Path) -> None:

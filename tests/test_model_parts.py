@@ -60,6 +60,19 @@ def test_loss_is_smoothed_cross_entropy_of_three_heads() -> None:
     torch.testing.assert_close(alone, smoothed(heads.logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_takes_probabilities_as_targets(dtype: torch.dtype) -> None:
+    """Mixed labels: the loss is linear in them, smoothing included; half precision logits do not make it coarser."""
+    heads = GoogLeNetOutputs(*torch.randn(3, 4, 5).to(dtype).unbind())
+    target = torch.tensor([0, 4, 2, 2])
+    one_hot = torch.eye(5)[target]
+    options = {"label_smoothing": 0.1, "aux_weight": 0.3}
+    hard, reversed_ = (googlenet_loss(heads, classes, **options) for classes in (target, target.flip(0)))
+    torch.testing.assert_close(googlenet_loss(heads, one_hot, **options).to(dtype), hard)
+    mixed = googlenet_loss(heads, 0.3 * one_hot + 0.7 * one_hot.flip(0), **options)
+    torch.testing.assert_close(mixed.to(dtype), 0.3 * hard + 0.7 * reversed_)
+
+
 def test_weight_decay_spares_normalization_and_biases() -> None:
     model = googlenet(num_classes=3)
     decayed, spared = build_optimizer(model, OptimConfig()).param_groups

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import DataConfig, build_loader
+from pipelines.augment import HorizontalFlip, RandomResizedCrop, VerticalFlip
 from pipelines.loader import MEAN, STD
+from pipelines.mix import MixConfig
 from tests.conftest import write_image
 from tools.shards.preview import CAPTION_HEIGHT, CELL, GAP, MARGIN, cell_corner, choose, preview
 
@@ -71,12 +73,31 @@ def test_the_sheet_shows_what_is_stored_and_what_the_loaders_give(folder: Path) 
 
 def test_views_are_random_crops_as_configured_and_flipped(folder: Path) -> None:
     """Crops of the whole of a square image leave the flip as all that can happen to it."""
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
-    preview(str(folder), folder / "sheet.png", num_samples=3, num_views=8, image_size=100, **whole)
+    whole = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    preview(str(folder), folder / "sheet.png", num_samples=3, num_views=8, image_size=100, crop=whole)
     stored, *views = cells(folder / "sheet.png", 8, 100)[0, :-1].astype(int)
     flips = [(view == stored[:, ::-1]).all() for view in views]
     assert all(flip or (view == stored).all() for flip, view in zip(flips, views, strict=True))
     assert 0 < sum(flips) < 8
+
+
+def test_views_show_the_listed_augmentations_and_mixed_columns(folder: Path) -> None:
+    """A column is a batch: with its rows reversed, the middle one of three is its own partner."""
+    whole = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    steps = (VerticalFlip(1.0), HorizontalFlip(1.0))
+    for name, mix_config in (("plain", MixConfig()), ("mixed", MixConfig(mixup_alpha=1.0))):
+        options = {"crop": whole, "augmentations": steps, "mix_config": mix_config}
+        preview(str(folder), folder / f"{name}.png", num_views=2, image_size=100, **options)  # type: ignore[arg-type]
+    plain, mixed = (cells(folder / f"{name}.png", 2, 100).astype(float) for name in ("plain", "mixed"))
+    assert (plain[0, 1] == plain[0, 0, ::-1, ::-1]).all()
+    np.testing.assert_array_equal(mixed[:, [0, 3]], plain[:, [0, 3]])  # what is stored, and validation
+    np.testing.assert_array_equal(mixed[1], plain[1])
+    for column in (1, 2):
+        first, last = plain[0, column], plain[2, column]
+        share = ((mixed[0, column] - last) * (first - last)).sum() / ((first - last) ** 2).sum()
+        np.testing.assert_allclose(mixed[0, column], share * first + (1 - share) * last, atol=0.6)
+        np.testing.assert_allclose(mixed[2, column], share * last + (1 - share) * first, atol=0.6)
+        assert 0 < share < 1
 
 
 def test_the_same_seed_gives_the_same_sheet(folder: Path) -> None:
@@ -102,7 +123,8 @@ def test_a_damaged_image_gets_a_row_and_the_command_a_sheet_of_every_row(folder:
         add(tar, "b.cls", b"17")
     output = folder / "sheet.JPG"
     command = [sys.executable, "-m", "tools.shards", "preview", f"{folder}/broken-1.tar", "-o", str(output)]
-    done = subprocess.run([*command, "--views", "6"], capture_output=True, text=True, check=False)
+    augment = ["--augment", "rotate:degrees=5", "horizontal-flip", "--crop.scale", "0.5", "1", "--mix.cutmix-alpha", "1"]
+    done = subprocess.run([*command, "--views", "6", *augment], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 samples, 1 of them unreadable" in done.stdout
     with Image.open(output) as sheet:
@@ -125,7 +147,6 @@ def test_a_damaged_image_gets_a_row_and_the_command_a_sheet_of_every_row(folder:
         ({"num_samples": 0}, "--samples 0: from 1 to 100 are possible"),
         ({"num_views": 25}, "--views 25: from 1 to 24 are possible"),
         ({"image_size": 16}, "--image-size 16: from 32 to 1024 are possible"),
-        ({"crop_scale": (0.5, 0.1)}, r"^--crop-scale 0\.5 0\.1: two positive numbers are needed"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(folder: Path, options: dict[str, object], message: str) -> None:

@@ -208,6 +208,32 @@ def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
     assert sorted(Path(line["tar"]).name for line in listed) == ["train-000001.tar", "valid-000001.tar"]
 
 
+def test_augmentations_and_mixes(shards: Path, tmp_path: Path) -> None:
+    done = train_command(
+        *(
+            "--data.train",
+            shards,
+            "--data.valid",
+            shards,
+            "--data.augment",
+            "horizontal-flip",
+            "color-jitter:hue=0.1",
+            "rotate",
+        ),
+        *("--mix.mixup-alpha", 0.2, "--mix.cutmix-alpha", 1, "--data.crop.scale", 0.5, 1),
+        *("--epochs", 1, "--batch-size", 20, "--image-size", 32, "--precision", "bf16", "--run-dir", tmp_path / "run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [step["name"] for step in config["data"]["augment"]] == ["horizontal-flip", "color-jitter", "rotate"]
+    assert config["data"]["augment"][1]["hue"] == 0.1
+    assert config["data"]["crop"]["scale"] == [0.5, 1.0]
+    assert config["mix"] == {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+    train, _ = metrics(tmp_path / "run")
+    assert 0 < train["loss"] < 10
+
+
 SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
 
 
@@ -223,7 +249,9 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         ([*SHARDS, "--image-size", "16"], "--image-size 16: at least 32 is needed"),
         ([*SHARDS, "--epochs", "many"], "--epochs"),
         ([*SHARDS, "--epoch", "3"], "--epochs"),
-        ([*SHARDS, "--data.crop-scale", "0.9", "0.1"], "--data.crop-scale 0.9 0.1"),
+        ([*SHARDS, "--data.crop.scale", "0.9", "0.1"], "crop.scale 0.9 0.1"),
+        ([*SHARDS, "--data.augment", "flip"], "there is no augmentation 'flip'"),
+        ([*SHARDS, "--mix.mixup-alpha", "-1"], "--mix.mixup-alpha -1.0"),
         ([*SHARDS, "--optim.lr", "-1"], "--optim.lr -1.0: a positive number"),
         ([*SHARDS, "--device", "tpu"], "--device"),
         ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),

@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipelines import DataConfig
+from pipelines.augment import RandomResizedCrop
+from pipelines.mix import MixConfig
+from pipelines.notation import AugmentationList
 from tools.shards.errors import RejectedError
 
 DESCRIPTION = """Image collections in, WebDataset shards out.
@@ -141,10 +145,10 @@ class Preview:
     """Side of the images that the network sees, pixels."""
     seed: int = 0
     """Seed of the choice of samples and of the augmentation."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest area of a random training crop, as a part of the image's area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width/height of a random training crop."""
+    crop: RandomResizedCrop = DataConfig.crop
+    augment: AugmentationList = DataConfig.augment
+    """What happens to training images after the crop, in this order; may be empty. As train.py's --data.augment."""
+    mix: MixConfig = MixConfig()
 
     def run(self) -> int:
         from tools.shards.preview import preview
@@ -159,8 +163,9 @@ class Preview:
                 num_views=self.views,
                 image_size=self.image_size,
                 seed=self.seed,
-                crop_scale=self.crop_scale,
-                crop_ratio=self.crop_ratio,
+                crop=self.crop,
+                augmentations=self.augment,
+                mix_config=self.mix,
             )
         )
         return 0

@@ -6,7 +6,7 @@ import random
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import DataConfig, ShardSet, build_loader, open_shards
+from pipelines.augment import Augmentation, RandomResizedCrop
 from pipelines.index import Sample, read_index, write_index
 from pipelines.loader import MEAN, STD
+from pipelines.mix import MixConfig, mix
+from pipelines.notation import write_augmentation
 from pipelines.shards import IMAGE_EXTENSIONS, find_component, parse_label
 from tools.shards.check import ImageCheck, Verdict
 
@@ -28,6 +31,7 @@ LIMITS = {"samples": (1, 100), "views": (1, 24), "image-size": (32, 1024)}
 Pixels = NDArray[np.uint8]
 Color = tuple[int, int, int]
 
+NO_MIX = MixConfig()
 SMALLEST_CELL = 96  # pixels; smaller images are enlarged by a whole number
 GAP, MARGIN = 8, 16
 HEAD_HEIGHT, CAPTION_HEIGHT = 80, 28
@@ -73,8 +77,9 @@ def preview(
     num_views: int = 6,
     image_size: int = 224,
     seed: int = 0,
-    crop_scale: tuple[float, float] = DataConfig.crop_scale,
-    crop_ratio: tuple[float, float] = DataConfig.crop_ratio,
+    crop: RandomResizedCrop = DataConfig.crop,
+    augmentations: tuple[Augmentation, ...] = DataConfig.augment,
+    mix_config: MixConfig = NO_MIX,
 ) -> str:
     """Writes the contact sheet; gives a line that says what it shows.
 
@@ -87,24 +92,25 @@ def preview(
         num_views: Random training views of each sample.
         image_size: Side of the images, pixels.
         seed: Of the choice of samples and of the augmentation.
-        crop_scale: See `DataConfig`.
-        crop_ratio: The same.
+        crop: See `DataConfig`.
+        augmentations: See `DataConfig.augment`.
+        mix_config: Each column of training views is taken for a batch and mixed.
 
     Raises:
         ValueError: There are no such shards, or the picture cannot be called that, or a number is out of range.
     """
-    config = _check_arguments(output, num_samples, num_views, image_size, crop_scale, crop_ratio)
+    _check_arguments(output, num_samples, num_views, image_size)
+    config = DataConfig(crop=crop, augment=augmentations)
     shards = open_shards(pattern, split, index_dir)
     check = ImageCheck()
     rows = []
     for number in choose(shards.num_samples, num_samples, seed):
         sample = read_sample(shards, number, check)
         rows.append(_row(sample, shards.classes, config, num_views, image_size, seed + number))
-    scale, ratio = (f"{low:.3g} to {high:.3g}" for low, high in (crop_scale, crop_ratio))
     source = f"{pattern}, {split}" if os.path.isdir(pattern) else pattern
     title = f"{len(rows):,} of {shards.num_samples:,} samples of {source}"
-    subtitle = f"training: at {image_size} pixels, random crops of {scale} of the area, width/height {ratio}, flipped or not"
-    sheet = draw_sheet(title, subtitle, rows, num_views, image_size)
+    subtitle = f"training: at {image_size} pixels, {describe(config, mix_config)}"
+    sheet = draw_sheet(title, subtitle, mix_columns(rows, mix_config, num_views, seed), num_views, image_size)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         sheet.save(temporary, FORMATS[output.suffix.lower()])
@@ -115,14 +121,7 @@ def preview(
     return f"{output}: {len(rows)} samples, {unreadable} of them unreadable; {sheet.width} x {sheet.height} pixels"
 
 
-def _check_arguments(
-    output: Path,
-    num_samples: int,
-    num_views: int,
-    image_size: int,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
-) -> DataConfig:
+def _check_arguments(output: Path, num_samples: int, num_views: int, image_size: int) -> None:
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {output}: the name has to end in {', '.join(FORMATS)}")
     if not output.parent.is_dir():
@@ -130,10 +129,14 @@ def _check_arguments(
     for (option, (low, high)), value in zip(LIMITS.items(), (num_samples, num_views, image_size), strict=True):
         if not low <= value <= high:
             raise ValueError(f"--{option} {value}: from {low} to {high} are possible")
-    try:
-        return DataConfig(crop_scale=crop_scale, crop_ratio=crop_ratio)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--data.", "--")) from error
+
+
+def describe(config: DataConfig, mix_config: MixConfig) -> str:
+    """What happens to training images, in one line."""
+    scale, ratio = (f"{low:.3g} to {high:.3g}" for low, high in (config.crop.scale, config.crop.ratio))
+    steps = [f"random crops of {scale} of the area, width/height {ratio}", *map(write_augmentation, config.augment)]
+    mixes = (("mixup", mix_config.mixup_alpha), ("cutmix", mix_config.cutmix_alpha))
+    return "; ".join(steps + [f"{name} of each column, alpha {alpha:g}" for name, alpha in mixes if alpha])
 
 
 def choose(total: int, count: int, seed: int) -> list[int]:
@@ -202,6 +205,18 @@ def pipeline_views(
     normalized = batch["image"].permute(0, 2, 3, 1).numpy()
     pixels = 255 * (normalized * np.array(STD, np.float32) + np.array(MEAN, np.float32))
     yield from pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def mix_columns(rows: list[Row], config: MixConfig, num_views: int, seed: int) -> list[Row]:
+    """The rows with each column of training views mixed like a batch; rows without views are not in it."""
+    drawn = [row for row in rows if row.views]
+    if not drawn:
+        return rows
+    batches = torch.from_numpy(np.array([row.views[:num_views] for row in drawn])).float().permute(1, 0, 4, 2, 3)
+    labels = torch.zeros(len(drawn), dtype=torch.int64)  # of no interest: the sheet shows images
+    mixed = [mix(config, batch, labels, num_classes=1, step=step, seed=seed)[0] for step, batch in enumerate(batches)]
+    views = iter(torch.stack(mixed, 1).permute(0, 1, 3, 4, 2).round().to(torch.uint8).numpy())
+    return [replace(row, views=(*next(views), row.views[num_views])) if row.views else row for row in rows]
 
 
 def cell_corner(row: int, column: int, num_views: int, cell: int) -> tuple[int, int]:
