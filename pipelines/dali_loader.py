@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,14 +120,14 @@ class DALILoader(Loader):
             "settings": self._fingerprint(),
             "epoch": epoch,
             "batch": batch,
-            "pipeline": torch.tensor(list(checkpoint), dtype=torch.uint8),
+            "pipeline": torch.tensor(list(zlib.compress(checkpoint)), dtype=torch.uint8),
             "bad_samples": self._bad.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state(state, self._fingerprint())
         self._bad.load_state_dict(state["bad_samples"])
-        self._go_to(state["epoch"], state["batch"], bytes(state["pipeline"].tolist()))
+        self._go_to(state["epoch"], state["batch"], zlib.decompress(bytes(state["pipeline"].tolist())))
 
     def _fingerprint(self) -> dict[str, int | str]:
         """What the batches depend on, but for the position."""
