@@ -17,7 +17,8 @@ class DataConfig:
     """Where the images come from and how they are varied."""
 
     train: str = ""
-    """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder. Without it the embedded demo runs."""
+    """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder, local or at a URL (s3://, gs://).
+    Without it the embedded demo runs."""
     valid: str = ""
     """Validation shards, in the same notation."""
     index_dir: str = ""
@@ -30,6 +31,10 @@ class DataConfig:
     """Smallest and largest area of a random training crop, as a part of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a random training crop."""
+    cache_dir: str = ""
+    """Folder for local copies of remote shards, kept between runs and shared by them; by default a temporary one."""
+    cache_gigabytes: float = 64.0
+    """How much the folder for copies may hold, in 10^9 bytes."""
     shuffle_buffer: int = 2048
     """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
 
@@ -41,6 +46,8 @@ class DataConfig:
             raise ValueError(f"--data.crop-scale {self.crop_scale[1]}: a crop cannot be larger than the image, 1.0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
+        if self.cache_gigabytes <= 0:
+            raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
         if self.shuffle_buffer < 1:
             raise ValueError(f"--data.shuffle-buffer {self.shuffle_buffer}: at least 1 is needed")
 
@@ -112,6 +119,8 @@ def build_loader(
         crop_scale=config.crop_scale,
         crop_ratio=config.crop_ratio,
         shuffle_buffer=config.shuffle_buffer,
+        cache_dir=config.cache_dir,
+        cache_gigabytes=config.cache_gigabytes,
         seed=seed,
         rank=rank,
         world_size=world_size,

@@ -1,6 +1,7 @@
 """The one DALI graph, for training and validation, CPU and GPU; and the loader around it."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import augment
+from pipelines.cache import open_cache
 from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, parse_label
 
@@ -47,7 +49,7 @@ def image_pipeline(
         else {"stick_to_shard": True, "pad_last_batch": True}
     )
     encoded, label = fn.readers.webdataset(
-        paths=[str(tar) for tar in shards.tars],
+        paths=list(shards.tars),
         index_paths=[str(index) for index in shards.indices],
         ext=[";".join(IMAGE_EXTENSIONS), "cls"],
         case_sensitive_extensions=False,
@@ -97,6 +99,8 @@ class DALILoader(Loader):
         seed: Of shuffling and augmentation.
         rank: Which share of the samples.
         world_size: How many shares there are.
+        cache_dir: Folder for copies of remote shards; by default a temporary one.
+        cache_gigabytes: How much it may hold, in 10^9 bytes.
 
     Raises:
         ValueError: Training on fewer samples than make one batch on every rank.
@@ -119,6 +123,8 @@ class DALILoader(Loader):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        cache_dir: str = "",
+        cache_gigabytes: float = 64.0,
     ) -> None:
         self._train, self._device, self._num_classes, self._batch_size = train, device, num_classes, batch_size
         self._num_samples, num_batches = _epoch(shards.num_samples, batch_size, rank, world_size, train)
@@ -147,6 +153,11 @@ class DALILoader(Loader):
         # The reader pads every rank's share of validation to as many batches as the largest one has.
         largest_share = -(-shards.num_samples // world_size)
         self._num_padding_batches = 0 if train else -(-largest_share // batch_size) - num_batches
+        self._copies = contextlib.ExitStack()
+        if shards.is_remote:
+            cache = self._copies.enter_context(open_cache(cache_dir, cache_gigabytes))
+            tars = self._copies.enter_context(cache.hold(zip(shards.tars, shards.sizes, strict=True)))
+            shards = dataclasses.replace(shards, tars=tuple(map(str, tars)))
         self._shards = shards
         self._pipeline = self._start() if num_batches else None
 
@@ -190,6 +201,7 @@ class DALILoader(Loader):
 
     def close(self) -> None:
         self._pipeline = None
+        self._copies.close()
 
 
 def parse_labels(text: NDArray[np.uint8], sources: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:

@@ -203,6 +203,8 @@ def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
+    if shards.is_remote:
+        raise ValueError(f"{shards.tars[0]}: --data.backend pillow reads local shards only; copy them, or use the dali backend")
     return [
         sample
         for tar, index in zip(shards.tars, shards.indices, strict=True)
@@ -210,12 +212,12 @@ def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def _tar_samples(tar: Path, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
+def _tar_samples(tar: str, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
     located = []
     with open(tar, "rb") as file:
         for sample in samples:
             label = find_component(sample, ("cls",), tar)
             image = find_component(sample, IMAGE_EXTENSIONS, tar)
             file.seek(label.offset)
-            located.append((str(tar), image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
+            located.append((tar, image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
     return located

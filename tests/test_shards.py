@@ -14,7 +14,7 @@ from pipelines import open_shards
 )
 def test_notations(shards: Path, pattern: str) -> None:
     found = open_shards(pattern.format(shards), "train")
-    names = [tar.name for tar in found.tars]
+    names = [Path(tar).name for tar in found.tars]
     assert names == sorted(names)
     assert all(name.startswith("train-") for name in names)
     assert found.classes == ("ant", "bee", "cat")
@@ -33,7 +33,6 @@ def test_a_folder_gives_the_split_of_that_name(shards: Path) -> None:
         ("{0}/nothing-*.tar", r"no such shard: '.*nothing-\*\.tar'"),
         ("{0}/train-{{000002..000007}}.tar", r"no such shard: '.*train-000004\.tar' \(part of '.*\{{000002\.\.000007\}}"),
         ("{0}/train-{{0..3.tar", "the braces do not match"),
-        ("s3://bucket/train-*.tar", "remote storage"),
         ("{0}/empty", r"no \.tar files in folder"),
     ],
 )

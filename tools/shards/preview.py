@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import DataConfig, ShardSet, build_loader, open_shards
-from pipelines.index import Sample, count_samples, read_index, write_index
+from pipelines.index import Sample, read_index, write_index
 from pipelines.loader import MEAN, STD
+from pipelines.remote import is_url
 from pipelines.shards import IMAGE_EXTENSIONS, find_component, parse_label
 from tools.shards.check import ImageCheck, Verdict
 
@@ -94,6 +95,8 @@ def preview(
         ValueError: There are no such shards, or the picture cannot be called that, or a number is out of range.
     """
     config = _check_arguments(output, num_samples, num_views, image_size, crop_scale, crop_ratio)
+    if is_url(pattern):
+        raise ValueError(f"{pattern}: a preview reads samples here and there; copy some shards to a local folder and name that")
     shards = open_shards(pattern, split, index_dir)
     check = ImageCheck()
     rows = []
@@ -149,8 +152,8 @@ def read_sample(shards: ShardSet, number: int, check: ImageCheck) -> StoredSampl
         ValueError: It has no image or no label that is a number; says which sample.
     """
     shard = 0
-    while number >= (num_samples := count_samples(shards.indices[shard])):
-        number -= num_samples
+    while number >= shards.lengths[shard]:
+        number -= shards.lengths[shard]
         shard += 1
     tar, members = shards.tars[shard], read_index(shards.indices[shard])[number]
     image, label = find_component(members, IMAGE_EXTENSIONS, tar), find_component(members, ("cls",), tar)
@@ -159,7 +162,7 @@ def read_sample(shards: ShardSet, number: int, check: ImageCheck) -> StoredSampl
         class_number = parse_label(file.read(label.size), f"{tar}: {label.name}")
         file.seek(image.offset)
         [verdict] = check([file.read(image.size)])
-    return StoredSample(tar, members, class_number, image.size, image.name.removesuffix(f".{image.extension}"), verdict)
+    return StoredSample(Path(tar), members, class_number, image.size, image.name.removesuffix(f".{image.extension}"), verdict)
 
 
 def _row(
@@ -189,7 +192,7 @@ def pipeline_views(
         loader = build_loader(
             config,
             split,
-            shards=ShardSet((sample.tar,), (index,), count, None),
+            shards=ShardSet((str(sample.tar),), (index,), (count,), (sample.tar.stat().st_size,), None),
             batch_size=count,
             image_size=image_size,
             device=torch.device("cpu"),
