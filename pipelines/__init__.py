@@ -21,7 +21,8 @@ class DataConfig:
     """Where the images come from and how they are varied."""
 
     train: str = ""
-    """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder. Without it the embedded demo runs."""
+    """Training shards: a glob, a brace pattern (train-{000000..000007}.tar) or a folder, local or at a URL (s3://, gs://).
+    Without it the embedded demo runs."""
     valid: str = ""
     """Validation shards, in the same notation."""
     index_dir: str = ""
@@ -35,10 +36,14 @@ class DataConfig:
     """What happens to training images after the crop, in this order; may be empty. docs/augmentation.md has the parameters."""
     size_schedule: tuple[str, ...] = ()
     """Sizes of training images as EPOCH:SIZE, each from that epoch on (1:128 11:176 21:224); before the first, --image-size."""
+    cache_dir: str = ""
+    """Folder for local copies of remote shards, kept between runs and shared by them; by default a temporary one."""
+    cache_gigabytes: float = 64.0
+    """How much the folder for copies may hold, in 10^9 bytes."""
     shuffle_buffer: int = 2048
     """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
-    segment_samples: int = 262_144
-    """Samples that one pipeline reads before the next takes over; it opens all of their shards at once."""
+    segment_samples: int | None = None
+    """Samples that one pipeline reads, all of their shards being open, before the next; 262,144, or 16,384 of remote shards."""
     on_error: Literal["skip", "stop"] = "skip"
     """What to do about a sample that cannot be used: leave it out and count it, or end the run."""
     max_bad_fraction: float = 0.001
@@ -49,9 +54,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
+        if self.cache_gigabytes <= 0:
+            raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
         for name in ("shuffle_buffer", "segment_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--data.{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--data.{name.replace('_', '-')} {value}: at least 1 is needed")
         if self.backend != "dali" and self.size_schedule:
             raise ValueError(f"--data.size-schedule: the {self.backend} backend has images of one size only")
         self.image_size_of(0, 0)

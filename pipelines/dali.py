@@ -1,5 +1,6 @@
 """The one DALI graph, for training and validation, CPU and GPU; and the pipeline that runs it over a segment."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ class Settings:
     num_threads: int
     seed: int
     rank: int
+    segment_samples: int
     config: "DataConfig"
 
 
@@ -126,6 +128,7 @@ class SegmentPipeline:
     Attributes:
         delivered: Batches that have been had.
         checkpoint: The pipeline's state after them.
+        held: What keeps the tars where they are, closed with the pipeline.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class SegmentPipeline:
         checkpoint: bytes = b"",
     ) -> None:
         self.segment, self.delivered, self.checkpoint = segment, delivered, checkpoint
+        self.held = contextlib.ExitStack()
         self._num_scheduled = delivered
         self._pipeline: Pipeline = image_pipeline(
             train=settings.train,
@@ -179,6 +183,10 @@ class SegmentPipeline:
         self.delivered += 1
         self.checkpoint = self._pipeline.checkpoint()
         return tuple(output.as_tensor() for output in outputs)
+
+    def close(self) -> None:
+        """Lets go of the tars."""
+        self.held.close()
 
     def _schedule(self) -> None:
         # The first call begins as many batches as the queue holds, each further one another.

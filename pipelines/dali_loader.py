@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
+from pipelines.cache import ShardCache, open_cache
 from pipelines.dali import DALI_VERSION, SegmentPipeline, Settings, Sources, describe, texts
 from pipelines.diagnose import Locator, TarWatch, incomplete, undecodable
 from pipelines.loader import Batch, Loader, check_state
@@ -26,6 +27,11 @@ from pipelines.substitute import MARK, index_files
 
 if TYPE_CHECKING:
     from pipelines import DataConfig
+
+
+# Large enough that changing pipelines costs nothing, small enough that a pipeline is made, and a stopped one understood, within
+# seconds. Of remote shards the copies of two segments have to be on the disk.
+SEGMENT_SAMPLES, REMOTE_SEGMENT_SAMPLES = 262_144, 16_384
 
 
 class DALILoader(Loader):
@@ -76,10 +82,17 @@ class DALILoader(Loader):
         quarantine: Path | None = None,
     ) -> None:
         self._shards, self._num_classes, self._world_size = shards, num_classes, world_size
-        self._settings = Settings(train, batch_size, image_size, device, dtype, num_threads, seed, rank, config)
+        segment_samples = config.segment_samples or (REMOTE_SEGMENT_SAMPLES if shards.is_remote else SEGMENT_SAMPLES)
+        self._settings = Settings(
+            train, batch_size, image_size, device, dtype, num_threads, seed, rank, segment_samples, config
+        )
         self._bad = Quarantine(shards, config, quarantine)
-        self._tars = TarWatch()
+        self._watch = TarWatch()
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._held = contextlib.ExitStack()
+        self._cache: ShardCache | None = None
+        if shards.is_remote:
+            self._cache = self._held.enter_context(open_cache(config.cache_dir, config.cache_gigabytes))
         self._upcoming: tuple[Segment, concurrent.futures.Future[SegmentPipeline]] | None = None
         self._current: SegmentPipeline | None = None
         self._sources: Sources | None = None
@@ -107,9 +120,13 @@ class DALILoader(Loader):
             self._go_to(self._following_epoch(), 0)
 
     def close(self) -> None:
+        if self._cache is not None:
+            self._cache.close()  # first, lest the worker wait for copies that nobody needs
         self._prepare(None)
         self._worker.shutdown()
-        self._current, self._sources, self._segments = None, None, []
+        self._set_current(None)
+        self._held.close()
+        self._sources, self._segments = None, []
 
     def state_dict(self) -> dict[str, Any]:
         epoch, batch = self._epoch, self._delivered
@@ -144,7 +161,7 @@ class DALILoader(Loader):
             "augmentation": str([settings.config.crop, *settings.config.augment]),
             "size schedule": " ".join(settings.config.size_schedule),
             "shuffle buffer": settings.config.shuffle_buffer,
-            "segment length": settings.config.segment_samples,
+            "segment length": settings.segment_samples,
             "kind of device": settings.device.type,
             "version of DALI": DALI_VERSION,
         }
@@ -165,7 +182,7 @@ class DALILoader(Loader):
             train=settings.train,
             epoch=epoch,
             batch_size=settings.batch_size,
-            segment_samples=settings.config.segment_samples,
+            segment_samples=settings.segment_samples,
             seed=settings.seed,
             rank=settings.rank,
             world_size=self._world_size,
@@ -175,14 +192,21 @@ class DALILoader(Loader):
         """Makes this the position; the checkpoint is the pipeline's, where the batch is not the first of a segment."""
         self._epoch, self._delivered, self._is_fresh = epoch, batch, True
         self._segments = self._plan(epoch)
-        self._current = None
+        self._set_current(None)
         if not self._segments:
             return
         segment = self._segment()
         if batch == segment.first_batch:
             self._prepare(segment)
         else:
-            self._current = self._open(segment, batch - segment.first_batch, checkpoint)
+            self._set_current(self._open(segment, batch - segment.first_batch, checkpoint))
+
+    def _set_current(self, pipeline: SegmentPipeline | None) -> None:
+        if self._current is not None:
+            self._current.close()
+        self._current = pipeline
+        if pipeline is not None and self._cache is not None:
+            self._cache.prefetch(self._remote(self._following(pipeline.segment)))
 
     def _segment(self) -> Segment:
         """The segment with the next batch."""
@@ -198,21 +222,38 @@ class DALILoader(Loader):
         if self._upcoming is not None:
             if self._upcoming[0] == segment:
                 return
-            concurrent.futures.wait([self._upcoming[1]])
-            self._upcoming = None
+            dropped, self._upcoming = self._upcoming[1], None
+            concurrent.futures.wait([dropped])
+            if dropped.exception() is None:
+                dropped.result().close()
         if segment is not None:
             self._upcoming = segment, self._worker.submit(self._open, segment)
 
     def _open(self, segment: Segment, delivered: int = 0, checkpoint: bytes = b"") -> SegmentPipeline:
-        with self._files(segment) as files:
-            return SegmentPipeline(self._settings_of(segment.epoch), segment, files, delivered, checkpoint)
+        with contextlib.ExitStack() as held:
+            with self._files(segment, held.enter_context(self._tars(segment))) as files:
+                pipeline = SegmentPipeline(self._settings_of(segment.epoch), segment, files, delivered, checkpoint)
+            pipeline.held = held.pop_all()  # from here on they are let go with the pipeline
+            return pipeline
 
     @contextlib.contextmanager
-    def _files(self, segment: Segment) -> Iterator[list[tuple[str, str]]]:
+    def _tars(self, segment: Segment) -> Iterator[list[str]]:
+        """Local path of the tar of each part; of a remote one that of its copy, which stays there until the block ends."""
+        if self._cache is None:
+            yield [self._shards.tars[part.shard] for part in segment.parts]
+            return
+        with self._cache.hold(self._remote(segment)) as copies:
+            yield list(map(str, copies))
+
+    def _remote(self, segment: Segment) -> list[tuple[str, int]]:
+        """URL and bytes of the tar of each part."""
+        return [(self._shards.tars[part.shard], self._shards.sizes[part.shard]) for part in segment.parts]
+
+    @contextlib.contextmanager
+    def _files(self, segment: Segment, tars: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         """The tar and the index of each part, for as long as a pipeline is made: the reader reads an index but once."""
         shards = self._shards
-        tars = [shards.tars[part.shard] for part in segment.parts]
-        self._tars.check(tars, [shards.sizes[part.shard] for part in segment.parts])
+        self._watch.check(tars, [shards.sizes[part.shard] for part in segment.parts])
         with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
             yield index_files(shards, tars, segment.parts, self._bad.by_shard, Path(folder))
 
@@ -239,11 +280,17 @@ class DALILoader(Loader):
     def _advance(self) -> SegmentPipeline:
         """The pipeline with the next batch."""
         if self._current is None or self._current.is_done:
-            self._current = None
-            self._prepare(self._segment())
+            self._set_current(None)
+            segment = self._segment()
+            self._prepare(segment)
             assert self._upcoming is not None
-            self._current = self._upcoming[1].result()
-            self._upcoming = None
+            prepared, self._upcoming = self._upcoming[1], None
+            if isinstance(prepared.exception(), (ValueError, OSError)):
+                # What kept it from being made in advance need not do so now: there was no room for two segments, for one.
+                self._set_current(self._open(segment))
+            else:
+                self._set_current(prepared.result())
+        assert self._current is not None
         return self._current
 
     def _leave_out_what_failed(self, error: RuntimeError) -> None:
@@ -252,27 +299,29 @@ class DALILoader(Loader):
         Raises:
             ValueError: It was something else, or there are too many bad samples.
         """
-        stopped, self._current = self._current, None
+        stopped, segment = self._current, self._segment()
+        self._set_current(None)
         self._prepare(None)
-        parts = self._segment().parts
-        tars = [self._shards.tars[part.shard] for part in parts]
-        self._tars.check(tars, [self._shards.sizes[part.shard] for part in parts], times=True)
-        if stopped is None:  # it could not even be made
-            found = incomplete(self._shards, "cls")
-        else:
-            found = undecodable(self._shards, parts, tars, self._sources_of(stopped), str(error))
+        with self._tars(segment) as tars:
+            sizes = [self._shards.sizes[part.shard] for part in segment.parts]
+            self._watch.check(tars, sizes, times=not self._shards.is_remote)
+            if stopped is None:  # it could not even be made
+                found = incomplete(self._shards, "cls")
+            else:
+                sources = self._sources_of(stopped, tars)
+                found = undecodable(self._shards, segment.parts, tars, sources, str(error))
         # A second failure in one batch: what the first has shown is known by now.
         found = {row: reason for row, reason in found.items() if row not in self._bad}
         if not found:
             raise ValueError(describe(error)) from error
         self._bad.add(found, self._place())
         if stopped is not None:
-            self._current = self._open(stopped.segment, stopped.delivered, stopped.checkpoint)
+            self._set_current(self._open(segment, stopped.delivered, stopped.checkpoint))
 
-    def _sources_of(self, stopped: SegmentPipeline) -> list[str]:
+    def _sources_of(self, stopped: SegmentPipeline, tars: Sequence[str]) -> list[str]:
         """The samples of the batch at which a pipeline stopped, but for stand-ins."""
         if self._sources is None or self._sources.segment != stopped.segment:
-            with self._files(stopped.segment) as files:
+            with self._files(stopped.segment, tars) as files:
                 self._sources = Sources(self._settings, stopped.segment, files)
         return [source for source in self._sources.batch(stopped.delivered) if MARK not in source]
 
@@ -304,8 +353,8 @@ class DALILoader(Loader):
     def _leave_out_labels(self, reasons: Mapping[str, str]) -> None:
         """Sets samples aside, given by source, the labels of which are bad; from the next epoch on they are not read."""
         assert self._current is not None
-        parts = self._current.segment.parts
-        locate = Locator(self._shards, parts, [self._shards.tars[part.shard] for part in parts])
+        with self._tars(self._current.segment) as tars:
+            locate = Locator(self._shards, self._current.segment.parts, tars)
         self._prepare(None)
         self._bad.add({locate(source): reason for source, reason in reasons.items()}, self._place())
 

@@ -5,15 +5,19 @@ in the tar, size in bytes, name of the member. It is what DALI's `wds2idx` write
 """
 
 import hashlib
+import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
+
+from tqdm import tqdm
 
 from pipelines.files import replace_text
+from pipelines.remote import RemoteFile, in_threads, is_url, open_remote, read_text
 
 VERSION = "v1.2"
 
@@ -38,14 +42,21 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def scan_tar(tar_path: Path) -> list[Sample]:
-    """The samples of a tar, in its order.
+def scan_tar(tar: str | Path | RemoteFile) -> list[Sample]:
+    """The samples of a tar, local or at a URL, in its order; of a remote one only the headers are read.
 
     Raises:
         ValueError: The file is not a tar, or is damaged or cut short.
+        OSError: It cannot be read.
     """
-    with open(tar_path, "rb") as file:
-        return group_samples(iter_components(file, str(tar_path)))
+    with _open_tar(tar) as file:
+        return group_samples(iter_components(file, str(tar)))
+
+
+def _open_tar(tar: str | Path | RemoteFile) -> BinaryIO:
+    if isinstance(tar, RemoteFile):
+        return open_remote(tar.url, tar.size)
+    return open_remote(str(tar)) if is_url(str(tar)) else open(tar, "rb")
 
 
 def iter_components(file: BinaryIO, place: str) -> Iterator[Component]:
@@ -111,6 +122,22 @@ def count_samples(index_path: Path) -> int:
         return _parse_header(index_path, file.readline())
 
 
+def ensure_indices(tars: Sequence[Path] | Sequence[RemoteFile], index_dir: str = "") -> list[Path]:
+    """`ensure_index` of each tar; remote ones many at a time. A bar shows the progress where it takes more than a second.
+
+    Raises:
+        ValueError: An index found is not one of its tar, or a tar without one is none.
+        OSError: Something cannot be read.
+    """
+
+    def ensure(tar: Path | RemoteFile) -> Path:
+        return ensure_remote_index(tar, index_dir) if isinstance(tar, RemoteFile) else ensure_index(tar, index_dir)
+
+    remote = any(isinstance(tar, RemoteFile) for tar in tars)
+    indices = in_threads(ensure, list(tars)) if remote else map(ensure, tars)
+    return list(tqdm(indices, "indices", len(tars), unit="tar", delay=1, leave=False, disable=None))
+
+
 def ensure_index(tar_path: Path, index_dir: str = "") -> Path:
     """The path of an index for the tar: from `index_dir`, or beside the tar, or else built once into the user's cache folder.
 
@@ -120,16 +147,47 @@ def ensure_index(tar_path: Path, index_dir: str = "") -> Path:
     folders = [Path(index_dir), tar_path.parent] if index_dir else [tar_path.parent]
     for index_path in (folder / f"{tar_path.stem}.idx" for folder in folders):
         if index_path.exists():
-            _check_belongs(index_path, tar_path)
+            _check_file_belongs(index_path, tar_path)
             return index_path
     status = tar_path.stat()
-    identity = f"{tar_path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / "index"
-    cached = cache / f"{tar_path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.idx"
+    cached = _cache_path(tar_path.stem, f"{tar_path.resolve()} {status.st_size} {status.st_mtime_ns}")
     if not cached.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         write_index(cached, scan_tar(tar_path))
     return cached
+
+
+def ensure_remote_index(tar: RemoteFile, index_dir: str = "") -> Path:
+    """The path of a local index for a remote tar: from `index_dir`, or else from the user's cache folder.
+
+    What is not in the cache folder is copied from beside the tar, or built from the tar's headers.
+
+    Raises:
+        ValueError: The index found is not one of this tar, or the tar is none.
+        OSError: The store cannot be read.
+    """
+    stem = Path(tar.url).stem
+    given = Path(index_dir) / f"{stem}.idx"
+    if index_dir and given.exists():
+        _check_file_belongs(given, tar)
+        return given
+    cached = _cache_path(stem, f"{tar.url} {tar.size} {tar.version}")
+    if not cached.exists():
+        beside = f"{tar.url.removesuffix('.tar')}.idx"
+        try:
+            text = read_text(beside)
+        # Where listing is not allowed, S3 denies access to whatever is not there.
+        except (FileNotFoundError, PermissionError):
+            write_index(cached, scan_tar(tar))
+        else:
+            _check_belongs(io.StringIO(text), beside, tar)
+            replace_text(cached, text)
+    return cached
+
+
+def _cache_path(stem: str, identity: str) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.idx"
 
 
 def as_field(text: str) -> str:
@@ -147,33 +205,36 @@ def check_end_mark(file: BinaryIO, place: str, end: int) -> None:
         raise ValueError(f"{place}: damaged; at byte {end:,} there is neither a member nor an end mark")
 
 
-def _check_belongs(index_path: Path, tar_path: Path) -> None:
+def _check_file_belongs(index_path: Path, tar: Path | RemoteFile) -> None:
+    with open(index_path, errors="replace") as index:
+        _check_belongs(index, str(index_path), tar)
+
+
+def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
     """Folders of indices are put together by hand, and tars replaced; DALI would read anything as an image then.
 
     One sample tells: it is unlikely that another tar has members of the same sizes at the same places.
     """
-    with open(index_path, errors="replace") as index, open(tar_path, "rb") as tar:
-        num_samples = _parse_header(index_path, index.readline())
-        for component in _parse_line(index_path, index.readline()) if num_samples else ():
-            tar.seek(max(0, component.offset - tarfile.BLOCKSIZE))
+    num_samples = _parse_header(place, index.readline())
+    with _open_tar(tar) as file:
+        for component in _parse_line(place, index.readline()) if num_samples else ():
+            file.seek(max(0, component.offset - tarfile.BLOCKSIZE))
             try:
-                size = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
+                size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
             except tarfile.TarError:
                 size = -1
             if size != component.size:
-                raise ValueError(
-                    f"{index_path}: not an index of {tar_path}; remove it, or make it anew with `shards index --overwrite`"
-                )
+                raise ValueError(f"{place}: not an index of {tar}; remove it, or make it anew with `shards index --overwrite`")
 
 
-def _parse_header(index_path: Path, line: str) -> int:
+def _parse_header(index_path: Path | str, line: str) -> int:
     version, _, count = line.strip().partition(" ")
     if version != VERSION or not count.isdigit():
         raise ValueError(f"{index_path}: not an index file; its first line is {line[:60]!r}, not '{VERSION} NUM_SAMPLES'")
     return int(count)
 
 
-def _parse_line(index_path: Path, line: str) -> Iterator[Component]:
+def _parse_line(index_path: Path | str, line: str) -> Iterator[Component]:
     fields = line.split()
     if not fields or len(fields) % 4:
         raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields a component")

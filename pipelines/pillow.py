@@ -255,6 +255,8 @@ def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
+    if shards.is_remote:
+        raise ValueError(f"{shards.tars[0]}: --data.backend pillow reads local shards only; copy them, or use the dali backend")
     return [
         sample
         for tar, index in zip(shards.tars, shards.indices, strict=True)

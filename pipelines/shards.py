@@ -5,7 +5,6 @@ import glob
 import itertools
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipelines.index import Component, Sample, count_samples, ensure_index, read_index
+from pipelines.index import Component, Sample, count_samples, ensure_indices, read_index
+from pipelines.remote import RemoteFile, glob_files, is_url, list_folder, read_text, stat_existing
 
 INFO_FILE = "_info.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2", "pnm", "ppm", "pgm")
@@ -24,9 +24,9 @@ class ShardSet:
     """The shards of one split.
 
     Attributes:
-        tars: Paths, in reading order.
-        indices: The index file of each.
-        lengths: Samples in each.
+        tars: Tar files, in reading order: local paths, or URLs.
+        indices: The index file of each; local ones always.
+        lengths: Samples of each; none is 0.
         sizes: Bytes of each tar.
         classes: Class names by label, or None where the shards come without an `_info.json` that lists them.
     """
@@ -39,7 +39,13 @@ class ShardSet:
 
     @property
     def num_samples(self) -> int:
+        """Over all shards."""
         return sum(self.lengths)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the tars are URLs."""
+        return is_url(self.tars[0])
 
     def num_classes(self) -> int:
         """The number of classes: that of the class names, or else one more than the largest label in the shards."""
@@ -49,8 +55,14 @@ class ShardSet:
         """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
 
         Raises:
-            ValueError: A sample has no `.cls`, or one that is not a number; says which.
+            ValueError: A sample has no `.cls`, or one that is not a number; says which. Or the tars are remote, where each of
+                these reads would be a request.
         """
+        if self.is_remote:
+            raise ValueError(
+                f"{self.tars[0]}: how many classes remote shards have is not looked up in each sample; put an {INFO_FILE} with "
+                "a list of `classes` beside the tars, or name a list with --data.class-file"
+            )
         labels = []
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
@@ -101,30 +113,40 @@ def parse_label(text: bytes, place: str) -> int:
 
 
 def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
-    """The shards that a glob, a brace pattern or a folder names.
+    """The shards that a glob, a brace pattern or a folder names, here or in an object store.
 
     Args:
-        pattern: `shards/train-*.tar`, `shards/train-{000000..000007}.tar`, one tar, or a folder. A folder written by
-            `shards convert` holds several splits; the one called like `split` is meant.
+        pattern: `shards/train-*.tar`, `shards/train-{000000..000007}.tar`, one tar, or a folder; or the URL of one of these, of
+            which a tar ends with `.tar`. A folder written by `shards convert` holds several splits; the one called like
+            `split` is meant.
         split: "train" or "valid".
         index_dir: Folder whose index files are taken before those beside the tars.
 
     Raises:
         ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's.
+        OSError: The store does not answer as it should.
     """
     if index_dir and not os.path.isdir(index_dir):
         raise ValueError(f"{index_dir}: no such folder of index files; `shards index SHARDS --index-dir {index_dir}` makes it")
-    tars = _tars_in_folder(Path(pattern), split) if os.path.isdir(pattern) else _expand(pattern)
-    indices = [ensure_index(tar, index_dir) for tar in tars]
+    tars: list[Path] | list[RemoteFile]
+    if is_url(pattern):
+        tars = _find_remote(pattern, split)
+        sizes = [tar.size for tar in tars]
+        info = _read_remote_info(tars[0].url.rpartition("/")[0])
+    else:
+        tars = _tars_in_folder(Path(pattern), split) if os.path.isdir(pattern) else _expand(pattern)
+        sizes = [tar.stat().st_size for tar in tars]
+        info = read_info(tars[0].parent)
+    indices = ensure_indices(tars, index_dir)
     lengths = [count_samples(index) for index in indices]
     if not any(lengths):
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
-    classes = read_info(tars[0].parent).get("classes")
+    classes = info.get("classes")
     return ShardSet(
         tars=tuple(map(str, itertools.compress(tars, lengths))),  # DALI refuses an index without samples
         indices=tuple(itertools.compress(indices, lengths)),
         lengths=tuple(filter(None, lengths)),
-        sizes=tuple(tar.stat().st_size for tar in itertools.compress(tars, lengths)),
+        sizes=tuple(itertools.compress(sizes, lengths)),
         classes=tuple(classes) if classes else None,
     )
 
@@ -163,9 +185,7 @@ def listed_tars(folder: Path, split_info: dict[str, Any]) -> list[Path]:
         ValueError: Some of them are not there.
     """
     tars = [folder / name for name in split_info["filenames"]]
-    missing = [tar.name for tar in tars if not tar.exists()]
-    if missing:
-        raise ValueError(f"{folder / INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+    _check_complete(str(folder), [tar.name for tar in tars if not tar.exists()])
     return tars
 
 
@@ -193,40 +213,93 @@ def naming_scheme(tar_name: str) -> tuple[str, int]:
 
 
 def _unlisted_tars(folder: Path) -> list[Path]:
-    """The tars of a folder without an `_info.json`, which have to be one set: train must not be mixed with valid."""
+    """The tars of a folder without an `_info.json`."""
     tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise ValueError(f"no .tar files in folder {folder}")
-    schemes = collections.Counter(naming_scheme(tar.name) for tar in tars)
-    if len(schemes) > 1:
-        found = ", ".join(f"{prefix}{'#' * digits}.tar ({count})" for (prefix, digits), count in sorted(schemes.items())[:5])
-        raise ValueError(
-            f"folder {folder} has shards of several naming schemes: {found}; name one, as in '{tars[0].parent}/PREFIX-*.tar'"
-        )
+    _check_one_set(str(folder), [tar.name for tar in tars])
     return tars
 
 
 def _tars_in_folder(folder: Path, split: str) -> list[Path]:
     splits = read_info(folder).get("splits")
-    if not splits:
-        return _unlisted_tars(folder)
+    return listed_tars(folder, _choose_split(str(folder), splits, split)) if splits else _unlisted_tars(folder)
+
+
+def _find_remote(pattern: str, split: str) -> list[RemoteFile]:
+    parts = _split_braces(pattern)
+    if parts == [pattern] and not pattern.endswith(".tar") and not glob.has_magic(pattern):
+        return _remote_tars_in_folder(pattern.rstrip("/"), split)
+    plain = [part for part in parts if not glob.has_magic(part)]
+    there = dict(zip(plain, stat_existing(plain), strict=True))
+    tars: list[RemoteFile] = []
+    for part in parts:
+        tar = there.get(part)
+        found = glob_files(part) if part not in there else [tar] if tar else []
+        if not found:
+            raise ValueError(f"no such shard: {part!r}{f' (part of {pattern!r})' if part != pattern else ''}")
+        tars += found
+    return tars
+
+
+def _remote_tars_in_folder(folder: str, split: str) -> list[RemoteFile]:
+    files = {file.url.rpartition("/")[2]: file for file in list_folder(folder)}
+    splits = _read_remote_info(folder).get("splits") if INFO_FILE in files else None
+    if splits:
+        names = _choose_split(folder, splits, split)["filenames"]
+        _check_complete(folder, [name for name in names if name not in files])
+    else:
+        names = sorted(name for name in files if name.endswith(".tar"))
+        _check_one_set(folder, names)
+    return [files[name] for name in names]
+
+
+def _read_remote_info(folder: str) -> dict[str, Any]:
+    place = f"{folder}/{INFO_FILE}"
+    try:
+        text = read_text(place)
+    except (FileNotFoundError, PermissionError):  # S3 denies access to what is not there, where listing is not allowed
+        return {}
+    return parse_info(text, place)
+
+
+def _choose_split(folder: str, splits: dict[str, Any], split: str) -> dict[str, Any]:
     if split not in splits:
         raise ValueError(
             f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "
             f"name the shards themselves, for example '{folder}/{min(splits)}-*.tar'"
         )
-    return listed_tars(folder, splits[split])
+    found: dict[str, Any] = splits[split]
+    return found
+
+
+def _check_complete(folder: str, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(f"{folder}/{INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+
+
+def _check_one_set(folder: str, names: list[str]) -> None:
+    """The tars of a folder without an `_info.json` have to be one set: train must not be mixed with valid."""
+    if not names:
+        raise ValueError(f"no .tar files in folder {folder}")
+    schemes = collections.Counter(map(naming_scheme, names))
+    if len(schemes) > 1:
+        found = ", ".join(f"{prefix}{'#' * digits}.tar ({count})" for (prefix, digits), count in sorted(schemes.items())[:5])
+        raise ValueError(
+            f"folder {folder} has shards of several naming schemes: {found}; name one, as in '{folder}/PREFIX-*.tar'"
+        )
+
+
+def _split_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{pattern!r}: the braces do not match ({error})") from error
 
 
 def _expand(pattern: str) -> list[Path]:
-    if re.match(r"[a-z0-9]+://", pattern):
-        raise ValueError(f"{pattern!r}: shards on remote storage are not supported; copy them to a local folder")
-    try:
-        parts = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
-        raise ValueError(f"{pattern!r}: the braces do not match ({error})") from error
+    if is_url(pattern):
+        raise ValueError(f"{pattern!r}: shards on remote storage are for training; copy them to a local folder for this")
     tars: list[Path] = []
-    for part in parts:
+    for part in _split_braces(pattern):
         found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
         missing = not found or not os.path.isfile(found[0])
         if missing:

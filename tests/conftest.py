@@ -1,6 +1,7 @@
 """Small data sets that the tests share, made as a user makes them: images in class folders, converted with the real command."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.faults import FaultyProxy
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -50,27 +52,55 @@ def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
 
 
 @pytest.fixture(scope="session")
-def s3_bucket() -> Iterator[str]:
-    """The URL of an empty bucket on an S3 server of this process, which processes that a test starts see as well."""
+def _s3_server() -> Iterator[FaultyProxy]:
+    """An S3 server of this process, which processes that a test starts see as well, and the way to it."""
     moto_server = pytest.importorskip("moto.server")
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with FaultyProxy(f"http://{host}:{port}") as proxy, pytest.MonkeyPatch.context() as monkeypatch:
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs each request
         import s3fs
 
         s3fs.S3FileSystem().mkdir("shards")
-        yield "s3://shards"
+        yield proxy
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(_s3_server: FaultyProxy) -> str:
+    """The URL of a bucket, at first empty."""
+    return "s3://shards"
+
+
+@pytest.fixture
+def faulty(_s3_server: FaultyProxy) -> Iterator[FaultyProxy]:
+    """What stands before the S3 server: its log is empty, and each answer takes 30 ms."""
+    _s3_server.reset(latency=0.03)
+    yield _s3_server
+    _s3_server.reset(latency=0)
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket() -> Iterator[str]:
+    """The URL of an empty bucket on a server with Google's interface; otherwise as `s3_bucket`."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    pytest.importorskip("gcsfs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shards")
+    with server, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        yield "gs://shards"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -161,4 +161,4 @@ def test_shards_of_which_no_sample_is_listed_are_passed_over(tmp_path: Path) -> 
     write_index(tmp_path / "x.idx", [])
     write_index(tmp_path / "y.idx", scan_tar(tmp_path / "y.tar"))
     found = open_shards(str(tmp_path / "{x,y}.tar"), "train")
-    assert (found.tars, found.indices, found.num_samples) == ((str(tmp_path / "y.tar"),), (tmp_path / "y.idx",), 1)
+    assert (found.tars, found.indices, found.num_samples) == ((f"{tmp_path}/y.tar",), (tmp_path / "y.idx",), 1)

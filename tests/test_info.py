@@ -68,7 +68,7 @@ def test_json_equals_what_other_readers_find(shards: Path) -> None:
     for name, split in splits.items():
         found = open_shards(str(shards), name)
         images = []
-        for path in found.tars:
+        for path in map(Path, found.tars):
             with tarfile.open(path) as tar:
                 images += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
         sizes = [Image.open(io.BytesIO(image)).size for image in images]

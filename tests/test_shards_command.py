@@ -31,7 +31,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def read_with_webdataset(tars: Iterable[Path]) -> list[dict[str, Any]]:
+def read_with_webdataset(tars: Iterable[str | Path]) -> list[dict[str, Any]]:
     """The samples as the format's own library reads them, without any of our code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing its files to the garbage collector

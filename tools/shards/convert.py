@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.remote import is_url
 from pipelines.shards import INFO_FILE
 from tools.shards import parallel
 from tools.shards.build import ShardReport, ShardTask, build_shard
@@ -21,7 +22,7 @@ from tools.shards.manifest import REJECTED_FILE, publish, read_info, read_reject
 from tools.shards.plan import Options, Plan, make_plan
 from tools.shards.resume import begin, clear, clear_temporary, find_complete, is_begun, report_name
 from tools.shards.sources import Listing, SourceOptions, open_source
-from tools.shards.storage import LocalStorage, Storage, is_url, open_storage
+from tools.shards.storage import LocalStorage, Storage, open_storage
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`shards index`: index files for tars that something else has written, also for those on remote storage."""
 
 import concurrent.futures
-import contextlib
 import errno
 import itertools
 import json
@@ -9,20 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from pipelines.index import Sample, as_field, group_samples, iter_components, read_index, scan_tar, write_index
+from pipelines.index import Sample, as_field, read_index, scan_tar, write_index
+from pipelines.remote import THREADS, glob_files, is_url, list_folder
 from pipelines.shards import find_splits
 from tools.shards.parallel import as_completed, check_workers, num_cpus, run
-from tools.shards.storage import is_url, storage_errors
-
-# Of a remote tar only headers are asked for: this many bytes a request. It holds the headers of all small members of a sample
-# and of the image that follows, so that a sample costs one request; its images, mostly larger, are passed over.
-READ_AHEAD = 16 * 1024
-REMOTE_THREADS = 16  # they wait for answers nearly all of the time
 
 Action = Literal["written", "replaced", "kept", "refused"]
 
@@ -97,7 +91,7 @@ def index_shards(
     tars = _find_remote_tars(pattern) if remote else _find_local_tars(pattern)
     paths = index_paths(tars, index_dir)
     tasks = [_Task(tar, path, overwrite) for tar, path in zip(tars, paths, strict=True)]
-    num_workers = min(check_workers(num_workers) or (REMOTE_THREADS if remote else num_cpus()), len(tasks))
+    num_workers = min(check_workers(num_workers) or (THREADS if remote else num_cpus()), len(tasks))
     outcomes = (_run_threads if remote else run)(_index_tar, tasks, num_workers)
     by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tasks), unit="tar", disable=None)}
     return Report(tuple(by_path[str(path)] for path in paths))
@@ -136,14 +130,6 @@ def save_index(index_path: Path, samples: list[Sample]) -> None:
         ) from error
 
 
-def open_remote(url: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    """A remote file to be read here and there, a little at a time."""
-    from fsspec.core import url_to_fs
-
-    storage, path = url_to_fs(url)
-    return storage.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
-
-
 def _run_threads(function: Callable[[_Task], Outcome], tasks: list[_Task], num_workers: int) -> Iterator[Outcome]:
     """`parallel.run` for work that is waiting: a thread starts at once, a process has to import the storage's library first."""
     pool = concurrent.futures.ThreadPoolExecutor(num_workers)
@@ -155,7 +141,7 @@ def _run_threads(function: Callable[[_Task], Outcome], tasks: list[_Task], num_w
 
 def _index_tar(task: _Task) -> Outcome:
     try:
-        samples = _scan(task.tar)
+        samples = scan_tar(task.tar)
     except ValueError as error:
         return Outcome(str(task.index_path), "refused", error=str(error))
     action: Action = "written"
@@ -168,13 +154,6 @@ def _index_tar(task: _Task) -> Outcome:
         action = "replaced"
     save_index(task.index_path, samples)
     return Outcome(str(task.index_path), action, len(samples))
-
-
-def _scan(tar: str) -> list[Sample]:
-    if not is_url(tar):
-        return scan_tar(Path(tar))
-    with storage_errors(tar), open_remote(tar) as file:
-        return group_samples(iter_components(file, tar))
 
 
 def _lists(index_path: Path, samples: list[Sample]) -> bool:
@@ -206,14 +185,7 @@ def _find_remote_tars(pattern: str) -> list[str]:
 
 def _list_storage(url: str) -> list[str]:
     """The tars that a URL without braces names, as URLs."""
-    with storage_errors(url):
-        from fsspec.core import url_to_fs
-
-        storage, path = url_to_fs(url)
-        try:
-            found = sorted(storage.glob(f"{path.rstrip('/')}/*.tar" if storage.isdir(path) else path))
-        except FileNotFoundError:  # of the bucket
-            found = []
-        if not found:
-            raise ValueError(f"no such shard: {url!r}")
-        return [storage.unstrip_protocol(tar) for tar in found]
+    found = glob_files(url) or [file for file in list_folder(url.rstrip("/")) if file.url.endswith(".tar")]
+    if not found:
+        raise ValueError(f"no such shard: {url!r}")
+    return [file.url for file in found]

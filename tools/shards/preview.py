@@ -21,6 +21,7 @@ from pipelines.index import Sample, read_index, write_index
 from pipelines.loader import MEAN, STD
 from pipelines.mix import MixConfig, mix
 from pipelines.notation import write_augmentation
+from pipelines.remote import is_url
 from pipelines.shards import IMAGE_EXTENSIONS, find_component, parse_label
 from tools.shards.check import ImageCheck, Verdict
 
@@ -101,6 +102,8 @@ def preview(
     """
     _check_arguments(output, num_samples, num_views, image_size)
     config = DataConfig(crop=crop, augment=augmentations)
+    if is_url(pattern):
+        raise ValueError(f"{pattern}: a preview reads samples here and there; copy some shards to a local folder and name that")
     shards = open_shards(pattern, split, index_dir)
     check = ImageCheck()
     rows = []
@@ -162,7 +165,7 @@ def read_sample(shards: ShardSet, number: int, check: ImageCheck) -> StoredSampl
         class_number = parse_label(file.read(label.size), f"{tar}: {label.name}")
         file.seek(image.offset)
         [verdict] = check([file.read(image.size)])
-    return StoredSample(tar, members, class_number, image.size, image.name.removesuffix(f".{image.extension}"), verdict)
+    return StoredSample(Path(tar), members, class_number, image.size, image.name.removesuffix(f".{image.extension}"), verdict)
 
 
 def _row(

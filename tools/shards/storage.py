@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from pipelines.remote import is_url, storage_errors
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -47,24 +48,6 @@ class Storage(Protocol):
         Raises:
             ValueError: Another process is at work there, and this one is not to wait.
         """
-
-
-def is_url(location: str) -> bool:
-    """Whether it is a URL, as `s3://bucket/prefix` is."""
-    return re.match(r"[a-z0-9]+://", location) is not None
-
-
-@contextlib.contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Errors of the libraries for remote storage, of which each has its own kinds, as ours."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError):
-        raise
-    except ImportError as error:
-        raise ValueError(f"{url}: a package is missing ({error}); pip install 'googlenet-dali[remote]'") from error
-    except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def open_storage(location: str) -> Storage:

@@ -1,0 +1,199 @@
+"""Training from an object store: what URLs name, indices, and the same batches as from a folder."""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import DataConfig, build_loader, open_shards, remote
+from pipelines.index import read_index, scan_tar
+from tests.faults import Fault, FaultyProxy
+
+CPU = torch.device("cpu")
+STORES = ["s3_bucket", "gcs_bucket"]
+
+
+@pytest.fixture(autouse=True)
+def index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user" / "googlenet-dali" / "index"
+
+
+def put(url: str, data: bytes) -> None:
+    files = remote.filesystem(url)
+    files.pipe_file(files._strip_protocol(url), data)
+
+
+def upload(folder: Path, url: str, pattern: str = "*") -> str:
+    for path in folder.glob(pattern):
+        put(f"{url}/{path.name}", path.read_bytes())
+    return url
+
+
+@pytest.fixture(params=STORES)
+def bucket(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def uploaded(bucket: str, shards: Path) -> str:
+    return upload(shards, f"{bucket}/whole")
+
+
+def make_tar(names: list[str], size: int = 1) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for i, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = size + i
+            tar.addfile(member, io.BytesIO(b"0" * member.size))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "/", "/train-*.tar", "/train-{000000..000003}.tar", "/train-00000[0-3].tar", "/{train-000000,train-00000[1-3]}.tar"],
+)
+def test_notations(shards: Path, uploaded: str, pattern: str) -> None:
+    found, local = open_shards(uploaded + pattern, "train"), open_shards(str(shards), "train")
+    assert found.tars == tuple(f"{uploaded}/{Path(tar).name}" for tar in local.tars)
+    assert [read_index(index) for index in found.indices] == [read_index(index) for index in local.indices]
+    assert (found.lengths, found.sizes, found.classes) == (local.lengths, local.sizes, local.classes)
+    assert (found.num_samples, found.num_classes()) == (61, 3)
+
+
+def test_one_tar_and_a_folder_without_info(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/bare", "valid-*.tar")
+    assert open_shards(f"{url}/valid-000001.tar", "train").lengths == (10,)
+    assert open_shards(url, "valid").lengths == (10, 10, 5)
+    put(f"{url}/train-000000.tar", b"")
+    with pytest.raises(
+        ValueError, match=rf"{url} has shards of several naming schemes: train-###### ?.*'{url}/PREFIX-\*\.tar'"
+    ):
+        open_shards(url, "valid")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0}/none", "no .tar files in folder {0}/none"),
+        ("{0}/none/x.tar", "no such shard: '{0}/none/x.tar'"),
+        ("{0}/none/x-*.tar", "no such shard: '{0}/none/x-*.tar'"),
+        ("{0}/whole/train-{{000003..000004}}.tar", "no such shard: '{0}/whole/train-000004.tar' (part of "),
+        ("{0}x/x.tar", "no such shard: '{0}x/x.tar'"),
+        ("{0}x", "no .tar files in folder {0}x"),
+        ("{0}/whole/train-{{0.tar", "the braces do not match"),
+        ("{0}/whole", "folder {0}/whole has the splits train, valid and none called 'test'; name the shards themselves"),
+        ("nosuch://bucket/x.tar", "Protocol not known: nosuch"),
+    ],
+)
+def test_what_is_not_there_is_named(bucket: str, uploaded: str, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message.format(bucket))):
+        open_shards(pattern.format(bucket), "test")
+
+
+def test_shards_that_the_info_lists_in_vain(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/part", "_info.json")
+    with pytest.raises(ValueError, match=rf"{url}/_info\.json lists shards that are not there: train-000000\.tar"):
+        open_shards(url, "train")
+
+
+def test_labels_are_not_read_over_the_network(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/unlabelled", "valid-*.tar")
+    found = open_shards(f"{url}/valid-*.tar", "valid")
+    assert found.classes is None
+    with pytest.raises(ValueError, match=r"unlabelled/valid-000000\.tar: .*_info\.json .*--data\.class-file"):
+        found.num_classes()
+
+
+def test_an_index_beside_the_tar_is_fetched_once(s3_bucket: str, faulty: FaultyProxy, index_cache: Path) -> None:
+    tar = make_tar(["1.jpg", "1.cls", "2.jpg", "2.cls"])
+    put(f"{s3_bucket}/beside/x.tar", tar)
+    put(f"{s3_bucket}/beside/x.idx", b"v1.2 1\njpg 512 1 1.jpg cls 1536 2 1.cls\n")
+    for _ in range(2):
+        found = open_shards(f"{s3_bucket}/beside/x.tar", "train")
+        assert found.lengths == (1,)  # of the two in the tar: it is the index that says so
+        assert found.indices[0].is_relative_to(index_cache)
+    assert len(faulty.bytes_of("x.idx")) == 1
+    put(f"{s3_bucket}/beside/x.tar", make_tar(["1.jpg", "1.cls"], size=7))
+    with pytest.raises(ValueError, match=rf"^{s3_bucket}/beside/x\.idx: not an index of {s3_bucket}/beside/x\.tar; remove it"):
+        open_shards(f"{s3_bucket}/beside/x.tar", "train")
+
+
+def test_an_index_is_built_from_headers(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    """Through faults, once, and without reading the images."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(4):
+            for extension, size in (("jpg", 400_000), ("cls", 1)):
+                member = tarfile.TarInfo(f"{i}.{extension}")
+                member.size = size
+                tar.addfile(member, io.BytesIO(bytes(size)))
+    put(f"{s3_bucket}/headers/x.tar", (tmp_path / "x.tar").read_bytes())
+    met: set[tuple[str, str, int]] = set()
+
+    def fault(*request: object) -> Fault | None:
+        return None if request in met else met.add(request) or "503"  # type: ignore[arg-type,func-returns-value,return-value]
+
+    faulty.fault = fault
+    found = open_shards(f"{s3_bucket}/headers/*.tar", "train")
+    assert read_index(found.indices[0]) == scan_tar(tmp_path / "x.tar")
+    read = sum(size for _, size in faulty.bytes_of("x.tar"))
+    assert 0 < read < found.sizes[0] / 10
+    assert open_shards(f"{s3_bucket}/headers/*.tar", "train").indices == found.indices
+    assert sum(size for _, size in faulty.bytes_of("x.tar")) == read
+    faulty.fault = lambda method, path, start: None
+    # Another tar at the same place gets another index.
+    put(f"{s3_bucket}/headers/x.tar", make_tar(["1.jpg", "1.cls"]))
+    assert open_shards(f"{s3_bucket}/headers/*.tar", "train").lengths == (1,)
+
+
+def test_a_folder_of_indices_comes_first(tmp_path: Path, bucket: str) -> None:
+    put(f"{bucket}/dir/x.tar", make_tar(["1.jpg", "1.cls", "2.jpg", "2.cls"]))
+    (tmp_path / "x.idx").write_text("v1.2 1\njpg 512 1 1.jpg cls 1536 2 1.cls\n")
+    found = open_shards(f"{bucket}/dir/x.tar", "train", str(tmp_path))
+    assert (found.indices, found.lengths) == ((tmp_path / "x.idx",), (1,))
+    (tmp_path / "x.idx").write_text("v1.2 1\njpg 512 7 1.jpg cls 1536 2 1.cls\n")
+    with pytest.raises(ValueError, match=rf"x\.idx: not an index of {bucket}/dir/x\.tar"):
+        open_shards(f"{bucket}/dir/x.tar", "train", str(tmp_path))
+
+
+def test_a_damaged_tar_is_named(bucket: str) -> None:
+    put(f"{bucket}/bad/x.tar", make_tar(["1.jpg", "1.cls"])[:1200])
+    with pytest.raises(ValueError, match=rf"^{bucket}/bad/x\.tar: "):
+        open_shards(f"{bucket}/bad/x.tar", "train")
+
+
+def batches(place: str, split: str, cache_dir: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    config = DataConfig(train=place, valid=place, cache_dir=cache_dir)
+    with build_loader(config, split, batch_size=8, image_size=48, device=CPU, num_threads=2) as loader:  # type: ignore[arg-type]
+        for _ in range(2):
+            yield from ((batch["image"], batch["target"]) for batch in loader)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_same_batches_as_from_a_folder(tmp_path: Path, shards: Path, uploaded: str, split: str, kept: bool) -> None:
+    expected = list(batches(str(shards), split, ""))
+    ours = list(batches(uploaded, split, str(tmp_path / "cache") if kept else ""))
+    assert len(expected) == len(ours) == (14 if split == "train" else 8)
+    for (image, target), (other_image, other_target) in zip(expected, ours, strict=True):
+        assert torch.equal(image, other_image)
+        assert torch.equal(target, other_target)
+    if kept:
+        names = sorted(path.name.split(".")[0] for path in (tmp_path / "cache").glob("*.tar"))
+        assert names == [Path(tar).stem for tar in open_shards(str(shards), split).tars]
+
+
+def test_pillow_reads_local_shards_only(s3_bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{s3_bucket}/pillow")
+    with pytest.raises(ValueError, match=rf"{url}/valid-000000\.tar: --data\.backend pillow reads local shards only"):
+        build_loader(DataConfig(valid=url, backend="pillow"), "valid", batch_size=8, image_size=48, device=CPU)
+
+
+def test_settings_of_the_cache() -> None:
+    with pytest.raises(ValueError, match=r"--data\.cache-gigabytes 0: a positive number is needed"):
+        DataConfig(cache_gigabytes=0)
