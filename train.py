@@ -32,6 +32,7 @@ from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
+from pipelines.order import order_warning
 
 log = logging.getLogger("train")
 
@@ -152,9 +153,12 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
 
-    train_shards = open_shards(config.data.train, "train", config.data.index_dir)
-    valid_shards = open_shards(config.data.valid, "valid", config.data.index_dir)
+    data = config.data
+    train_shards = open_shards(data.train, "train", data.index_dir, data.label_key, data.class_file)
+    valid_shards = open_shards(data.valid, "valid", data.index_dir, data.label_key, data.class_file)
     num_classes = agree_on_classes(train_shards, valid_shards)
+    if data.backend == "dali" and (warning := order_warning(train_shards, data, config.batch_size, num_classes)):
+        log.warning("%s", warning)
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:
         return build_loader(

@@ -14,8 +14,9 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import augment
+from pipelines.labels import LabelReader
 from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet
 
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
@@ -35,7 +36,7 @@ def image_pipeline(
     rank: int,
     world_size: int,
 ) -> tuple[DataNode, DataNode, DataNode]:
-    """Images `(H, W, 3)` of `dtype` on `device`; labels' ASCII bytes and `tar:offset:member`, both uint8 on the CPU."""
+    """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU."""
     order: dict[str, Any] = (
         {
             "random_shuffle": True,
@@ -49,7 +50,7 @@ def image_pipeline(
     encoded, label = fn.readers.webdataset(
         paths=[str(tar) for tar in shards.tars],
         index_paths=[str(index) for index in shards.indices],
-        ext=[";".join(IMAGE_EXTENSIONS), "cls"],
+        ext=[";".join(IMAGE_EXTENSIONS), shards.label_reader.extension],
         case_sensitive_extensions=False,
         missing_component_behavior="error",
         shard_id=rank,
@@ -167,7 +168,7 @@ class DALILoader(Loader):
             image, label, source = (output.as_tensor() for output in self._pipeline.run())
         count = min(self._batch_size, self._num_samples - self._delivered * self._batch_size)
         self._delivered += 1
-        labels = parse_labels(np.asarray(label)[:count], np.asarray(source), self._num_classes)
+        labels = parse_labels(np.asarray(label)[:count], np.asarray(source), self._num_classes, self._shards.label_reader)
         return {
             # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
             "image": from_dlpack(image)[:count].permute(0, 3, 1, 2),
@@ -192,17 +193,19 @@ class DALILoader(Loader):
         self._pipeline = None
 
 
-def parse_labels(text: NDArray[np.uint8], sources: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
-    """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, longest)` padded with zeros.
+def parse_labels(
+    text: NDArray[np.uint8], sources: NDArray[np.uint8], num_classes: int, reader: LabelReader
+) -> NDArray[np.int64]:
+    """Class numbers, int64 `(N,)`, from the bytes of labels, uint8 `(N, longest)` padded with zeros.
 
     Raises:
-        ValueError: A label is not a number or not below `num_classes`; names the sample from `sources`.
+        ValueError: A label is no class or not below `num_classes`; names the sample from `sources`.
     """
     labels = np.empty(len(text), np.int64)
-    for i, digits in enumerate(text):
-        raw = digits.tobytes().rstrip(b"\0")
+    for i, padded in enumerate(text):
+        raw = padded.tobytes().rstrip(b"\0")
         place = sources[i].tobytes().rstrip(b"\0").decode(errors="replace")
-        labels[i] = parse_label(raw, place)
+        labels[i] = reader.parse(raw, place)
         if labels[i] >= num_classes:
             raise ValueError(f"{place}: class {labels[i]} is out of range; there are {num_classes} classes, from 0 on")
     return labels

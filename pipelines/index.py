@@ -99,7 +99,7 @@ def read_index(index_path: Path) -> list[Sample]:
     """
     with open(index_path, errors="replace") as file:
         num_samples = _parse_header(index_path, file.readline())
-        samples = [list(_parse_line(index_path, line)) for line in file]
+        samples = [list(parse_line(index_path, line)) for line in file]
     if len(samples) != num_samples:
         raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {len(samples)} listed")
     return samples
@@ -154,7 +154,7 @@ def _check_belongs(index_path: Path, tar_path: Path) -> None:
     """
     with open(index_path, errors="replace") as index, open(tar_path, "rb") as tar:
         num_samples = _parse_header(index_path, index.readline())
-        for component in _parse_line(index_path, index.readline()) if num_samples else ():
+        for component in parse_line(index_path, index.readline()) if num_samples else ():
             tar.seek(max(0, component.offset - tarfile.BLOCKSIZE))
             try:
                 size = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
@@ -173,7 +173,12 @@ def _parse_header(index_path: Path, line: str) -> int:
     return int(count)
 
 
-def _parse_line(index_path: Path, line: str) -> Iterator[Component]:
+def parse_line(index_path: Path, line: str) -> Iterator[Component]:
+    """The components that a line of an index lists.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     fields = line.split()
     if not fields or len(fields) % 4:
         raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields a component")

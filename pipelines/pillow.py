@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from pipelines.index import Sample, read_index
+from pipelines.labels import LabelReader
 from pipelines.loader import MEAN, STD, Batch, Loader, rank_extent, resize_shorter_for
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
 
 Mode = Literal["Train", "Valid"]
+
+
+class Located(NamedTuple):
+    """An image and its label: `size` bytes at `offset` of the file at `path` (-1: to its end), and what messages call it."""
+
+    path: str
+    offset: int
+    size: int
+    label: int
+    place: str
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
@@ -44,16 +55,13 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
         self.image_size, self.mode, self.crop_scale, self.crop_ratio = image_size, mode, crop_scale, crop_ratio
-        # Where each image's bytes lie: file, offset, size (-1: to the end); and its label.
-        self.samples: list[tuple[str, int, int, int]] = (
-            _shard_samples(images) if isinstance(images, ShardSet) else _folder_samples(Path(images))
-        )
+        self.samples: list[Located] = _shard_samples(images) if isinstance(images, ShardSet) else _folder_samples(Path(images))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        path, offset, size, label = self.samples[index]
+        path, offset, size, label, _ = self.samples[index]
         with open(path, "rb") as file:
             file.seek(offset)
             encoded = file.read(size)
@@ -141,9 +149,11 @@ def pillow_loader(
 ) -> CUDAPrefetcher:
     """The pair put together as the old training script did; arguments as for `DALILoader`."""
     train = dataset.mode == "Train"
-    for path, _, _, label in dataset.samples:
-        if label >= num_classes:
-            raise ValueError(f"{path}: class {label} is out of range; there are {num_classes} classes, from 0 on")
+    for sample in dataset.samples:
+        if sample.label >= num_classes:
+            raise ValueError(
+                f"{sample.place}: class {sample.label} is out of range; there are {num_classes} classes, from 0 on"
+            )
     if train and len(dataset) // world_size < batch_size:
         raise ValueError(
             f"{len(dataset)} training samples over {world_size} rank(s) do not fill one batch of {batch_size}; "
@@ -189,10 +199,10 @@ def random_resized_crop(image: Image.Image, size: int, scale: tuple[float, float
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
+def _folder_samples(folder: Path) -> list[Located]:
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
     samples = [
-        (str(path), 0, -1, label)
+        Located(str(path), 0, -1, label, str(path))
         for label, name in enumerate(classes)
         for path in sorted((folder / name).iterdir())
         if path.is_file()
@@ -202,20 +212,18 @@ def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
     return samples
 
 
-def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
+def _shard_samples(shards: ShardSet) -> list[Located]:
     return [
         sample
         for tar, index in zip(shards.tars, shards.indices, strict=True)
-        for sample in _tar_samples(tar, read_index(index))
+        for sample in _tar_samples(tar, read_index(index), shards.label_reader)
     ]
 
 
-def _tar_samples(tar: Path, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
+def _tar_samples(tar: Path, samples: list[Sample], reader: LabelReader) -> list[Located]:
     located = []
     with open(tar, "rb") as file:
         for sample in samples:
-            label = find_component(sample, ("cls",), tar)
-            image = find_component(sample, IMAGE_EXTENSIONS, tar)
-            file.seek(label.offset)
-            located.append((str(tar), image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
+            image, label = find_component(sample, IMAGE_EXTENSIONS, tar), read_label(file, sample, tar, reader)
+            located.append(Located(str(tar), image.offset, image.size, label, f"{tar}:{image.offset}:{image.name}"))
     return located

@@ -9,11 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipelines.index import Component, Sample, count_samples, ensure_index, read_index
+from pipelines.labels import LabelReader, open_labels
 
 INFO_FILE = "_info.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2", "pnm", "ppm", "pgm")
@@ -27,13 +28,15 @@ class ShardSet:
         tars: Tar files, in reading order.
         indices: The index file of each.
         num_samples: Over all shards.
-        classes: Class names by label, or None where the shards come without an `_info.json` that lists them.
+        classes: Class names by label, or None where neither an `_info.json` nor a class file lists them.
+        label_reader: Finds and reads the label of a sample.
     """
 
     tars: tuple[Path, ...]
     indices: tuple[Path, ...]
     num_samples: int
     classes: tuple[str, ...] | None
+    label_reader: LabelReader = LabelReader()
 
     def num_classes(self) -> int:
         """The number of classes: that of the class names, or else one more than the largest label in the shards."""
@@ -43,19 +46,16 @@ class ShardSet:
         """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
 
         Raises:
-            ValueError: A sample has no `.cls`, or one that is not a number; says which.
+            ValueError: A sample has no label, or one that is no class; says which.
         """
         labels = []
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
-                for sample in read_index(index):
-                    label = find_component(sample, ("cls",), tar)
-                    file.seek(label.offset)
-                    labels.append(parse_label(file.read(label.size), f"{tar}: {label.name}"))
+                labels += [read_label(file, sample, tar, self.label_reader) for sample in read_index(index)]
         return labels
 
 
-def find_component(sample: Sample, extensions: Sequence[str], tar: Path) -> Component:
+def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -> Component:
     """The component of a sample that has one of the extensions, in lower or upper case.
 
     Raises:
@@ -67,19 +67,18 @@ def find_component(sample: Sample, extensions: Sequence[str], tar: Path) -> Comp
     raise ValueError(f"{tar}: the sample of {sample[0].name} has no member that ends in .{' .'.join(extensions)}")
 
 
-def parse_label(text: bytes, place: str) -> int:
-    """The class number in the bytes of a `.cls` member: ASCII digits, blanks around them allowed.
+def read_label(file: BinaryIO, sample: Sample, tar: str | Path, reader: LabelReader) -> int:
+    """The class number of a sample, from the tar, which is open as `file`.
 
     Raises:
-        ValueError: Anything else; names `place`.
+        ValueError: There is none; names tar, offset and member.
     """
-    digits = text.strip()
-    if not digits.isdigit():
-        raise ValueError(f"{place}: the label is {text[:40]!r}; a class number in ASCII digits is needed")
-    return int(digits)
+    label = find_component(sample, (reader.extension,), tar)
+    file.seek(label.offset)
+    return reader.parse(file.read(label.size), f"{tar}:{label.offset}:{label.name}")
 
 
-def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
+def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = "", class_file: str = "") -> ShardSet:
     """The shards that a glob, a brace pattern or a folder names.
 
     Args:
@@ -87,9 +86,12 @@ def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
             `shards convert` holds several splits; the one called like `split` is meant.
         split: "train" or "valid".
         index_dir: Folder whose index files are taken before those beside the tars.
+        label_key: See `open_labels`.
+        class_file: The same.
 
     Raises:
-        ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's.
+        ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's, or the
+            class file is none or not theirs.
     """
     if index_dir and not os.path.isdir(index_dir):
         raise ValueError(f"{index_dir}: no such folder of index files; `shards index SHARDS --index-dir {index_dir}` makes it")
@@ -98,12 +100,13 @@ def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
     lengths = [count_samples(index) for index in indices]
     if not any(lengths):
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
-    classes = read_info(tars[0].parent).get("classes")
+    label_reader = open_labels(label_key, class_file, read_info(tars[0].parent).get("classes"))
     return ShardSet(
         tars=tuple(itertools.compress(tars, lengths)),  # DALI refuses an index without samples
         indices=tuple(itertools.compress(indices, lengths)),
         num_samples=sum(lengths),
-        classes=tuple(classes) if classes else None,
+        classes=label_reader.classes,
+        label_reader=label_reader,
     )
 
 
