@@ -34,6 +34,7 @@ from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
 from pipelines.mix import MixConfig, mix
+from pipelines.order import order_warning
 from pipelines.quarantine import FILE_NAME as QUARANTINE
 
 log = logging.getLogger("train")
@@ -173,9 +174,12 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
 
-    train_shards = open_shards(config.data.train, "train", config.data.index_dir)
-    valid_shards = open_shards(config.data.valid, "valid", config.data.index_dir)
+    data = config.data
+    train_shards = open_shards(data.train, "train", data.index_dir, data.label_key, data.class_file)
+    valid_shards = open_shards(data.valid, "valid", data.index_dir, data.label_key, data.class_file)
     num_classes = agree_on_classes(train_shards, valid_shards)
+    if data.backend == "dali" and (warning := order_warning(train_shards, data, config.batch_size, num_classes)):
+        log.warning("%s", warning)
     run_path = config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:

@@ -27,6 +27,10 @@ class DataConfig:
     """Validation shards, in the same notation."""
     index_dir: str = ""
     """Folder of index files that are taken before those beside the tars: `shards index` and `shards verify` write such."""
+    label_key: str = ""
+    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
+    class_file: str = ""
+    """File of class names, one a line in the order of their numbers. Labels may be names then, in .cls as in .json."""
     backend: Literal["dali", "pillow", "synthetic"] = "dali"
     """dali: the pipeline. For comparison: pillow, the DataLoader pair that it replaces; synthetic, batches without cost."""
     threads: int | None = None
@@ -126,7 +130,9 @@ def build_loader(
         ValueError: No such shards, or too few samples for a batch.
     """
     train = split == "train"
-    shards = shards or open_shards(config.train if train else config.valid, split, config.index_dir)
+    shards = shards or open_shards(
+        config.train if train else config.valid, split, config.index_dir, config.label_key, config.class_file
+    )
     num_classes = num_classes or shards.num_classes()
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader

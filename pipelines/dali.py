@@ -25,13 +25,15 @@ DALI_VERSION: str = nvidia.dali.__version__
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 
-def read(tars: Sequence[str], indices: Sequence[str], shuffle_buffer: int, seed: int, mmap: bool) -> tuple[DataNode, DataNode]:
+def read(
+    tars: Sequence[str], indices: Sequence[str], label_extension: str, shuffle_buffer: int, seed: int, mmap: bool
+) -> tuple[DataNode, DataNode]:
     """Encoded images and the bytes of their labels, both 1-D uint8 on the CPU; shuffled where the buffer is not 0."""
     shuffle = {"random_shuffle": True, "initial_fill": shuffle_buffer, "seed": seed} if shuffle_buffer else {}
     encoded, label = fn.readers.webdataset(
         paths=tars,
         index_paths=indices,
-        ext=[";".join(IMAGE_EXTENSIONS), "cls"],
+        ext=[";".join(IMAGE_EXTENSIONS), label_extension],
         case_sensitive_extensions=False,
         missing_component_behavior="error",
         # Reading from a mapped file that somebody cuts short ends the process; a read that fails is an error like others.
@@ -52,6 +54,7 @@ def padded_source(encoded: DataNode) -> DataNode:
 def image_pipeline(
     tars: Sequence[str],
     indices: Sequence[str],
+    label_extension: str,
     *,
     train: bool,
     device: augment.Device,
@@ -62,7 +65,7 @@ def image_pipeline(
     shuffle_seed: int,
 ) -> tuple[DataNode, DataNode, DataNode]:
     """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU."""
-    encoded, label = read(tars, indices, shuffle_buffer, shuffle_seed, mmap=False)
+    encoded, label = read(tars, indices, label_extension, shuffle_buffer, shuffle_seed, mmap=False)
     if train:
         image = augment.training_images(
             encoded, config.crop, config.augment, size=image_size, device=device, dtype=DTYPES[dtype]
@@ -73,9 +76,11 @@ def image_pipeline(
 
 
 @pipeline_def(exec_dynamic=True)
-def source_pipeline(tars: Sequence[str], indices: Sequence[str], shuffle_buffer: int, shuffle_seed: int) -> DataNode:
+def source_pipeline(
+    tars: Sequence[str], indices: Sequence[str], label_extension: str, shuffle_buffer: int, shuffle_seed: int
+) -> DataNode:
     """Only what the reader of `image_pipeline` would read, without reading it: mapped files, whose pages nobody touches."""
-    encoded, _ = read(tars, indices, shuffle_buffer, shuffle_seed, mmap=True)
+    encoded, _ = read(tars, indices, label_extension, shuffle_buffer, shuffle_seed, mmap=True)
     return padded_source(encoded)
 
 
@@ -92,6 +97,7 @@ class Settings:
     seed: int
     rank: int
     segment_samples: int
+    label_extension: str
     config: "DataConfig"
 
 
@@ -108,6 +114,7 @@ def _reader_options(settings: Settings, segment: Segment, files: Sequence[tuple[
     return {
         "tars": tars,
         "indices": indices,
+        "label_extension": settings.label_extension,
         "shuffle_buffer": min(settings.config.shuffle_buffer, segment.num_samples) if settings.train else 0,
         "shuffle_seed": _seeds(settings, segment)[1],
         "batch_size": settings.batch_size,

@@ -18,12 +18,14 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.cache import ShardCache, open_cache
 from pipelines.dali import DALI_VERSION, SegmentPipeline, Settings, Sources, describe, texts
-from pipelines.diagnose import Locator, TarWatch, incomplete, undecodable
+from pipelines.diagnose import Locator, TarWatch, undecodable
+from pipelines.labels import LabelReader
 from pipelines.loader import Batch, Loader, check_state
-from pipelines.quarantine import Quarantine
+from pipelines.quarantine import Quarantine, RowId
 from pipelines.segments import Segment, plan_epoch
-from pipelines.shards import ShardSet, parse_label
+from pipelines.shards import ShardSet
 from pipelines.substitute import MARK, index_files
+from pipelines.usable import unusable
 
 if TYPE_CHECKING:
     from pipelines import DataConfig
@@ -84,7 +86,8 @@ class DALILoader(Loader):
         self._shards, self._num_classes, self._world_size = shards, num_classes, world_size
         segment_samples = config.segment_samples or (REMOTE_SEGMENT_SAMPLES if shards.is_remote else SEGMENT_SAMPLES)
         self._settings = Settings(
-            train, batch_size, image_size, device, dtype, num_threads, seed, rank, segment_samples, config
+            *(train, batch_size, image_size, device, dtype, num_threads, seed, rank),
+            *(segment_samples, shards.label_reader.extension, config),
         )
         self._bad = Quarantine(shards, config, quarantine)
         self._watch = TarWatch()
@@ -306,7 +309,8 @@ class DALILoader(Loader):
             sizes = [self._shards.sizes[part.shard] for part in segment.parts]
             self._watch.check(tars, sizes, times=not self._shards.is_remote)
             if stopped is None:  # it could not even be made
-                found = incomplete(self._shards, "cls")
+                lacking = unusable(self._shards, self._settings.label_extension)
+                found = {RowId(sample.shard, sample.row): sample.reason for sample in lacking}
             else:
                 sources = self._sources_of(stopped, tars)
                 found = undecodable(self._shards, segment.parts, tars, sources, str(error))
@@ -335,7 +339,7 @@ class DALILoader(Loader):
         num_left = sum(segment.num_samples for segment in self._segments) - self._delivered * settings.batch_size
         count = min(settings.batch_size, num_left)
         sources = np.asarray(source)[:count]
-        labels, reasons = parse_labels(np.asarray(text)[:count], self._num_classes)
+        labels, reasons = parse_labels(np.asarray(text)[:count], self._shards.label_reader, self._num_classes)
         bad = {i for i, name in enumerate(texts(sources)) if MARK in name} if MARK.encode() in sources.tobytes() else set()
         if not reasons.keys() <= bad:
             self._leave_out_labels({texts(sources)[i]: reason for i, reason in reasons.items() if i not in bad})
@@ -359,16 +363,16 @@ class DALILoader(Loader):
         self._bad.add({locate(source): reason for source, reason in reasons.items()}, self._place())
 
 
-def parse_labels(text: NDArray[np.uint8], num_classes: int) -> tuple[NDArray[np.int64], dict[int, str]]:
-    """Class numbers, int64 `(N,)`, from ASCII digits, uint8 `(N, longest)` padded with zeros.
+def parse_labels(text: NDArray[np.uint8], reader: LabelReader, num_classes: int) -> tuple[NDArray[np.int64], dict[int, str]]:
+    """Class numbers, int64 `(N,)`, from the bytes of labels, uint8 `(N, longest)` padded with zeros.
 
     Returns:
-        The numbers, and for each that is not one, or not below `num_classes`, what is wrong.
+        The numbers, and for each that is none, or not below `num_classes`, what is wrong.
     """
     labels, reasons = np.zeros(len(text), np.int64), {}
-    for i, digits in enumerate(text):
+    for i, padded in enumerate(text):
         try:
-            labels[i] = parse_label(digits.tobytes().rstrip(b"\0"), "")
+            labels[i] = reader.parse(padded.tobytes().rstrip(b"\0"), "")
         except ValueError as error:
             reasons[i] = str(error).removeprefix(": ")
         if labels[i] >= num_classes:

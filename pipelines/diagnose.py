@@ -3,13 +3,12 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipelines.check import why_undecodable
 from pipelines.index import read_index
 from pipelines.quarantine import RowId
 from pipelines.segments import Part
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, image_or_first, read_image
+from pipelines.shards import ShardSet, image_or_first, read_image
 
 
 @dataclass
@@ -91,16 +90,3 @@ def undecodable(
     found = {row: reason for row, reason in zip(rows, why_undecodable(images), strict=True) if reason}
     named = (row for row, source in zip(rows, dict.fromkeys(sources), strict=True) if source in message)
     return found or dict.fromkeys(named, "the pipeline cannot decode it")
-
-
-def incomplete(shards: ShardSet, label_extension: str) -> dict[RowId, str]:
-    """The samples of all shards that lack an image or a label, with the reason."""
-    found = {}
-    for shard, index in enumerate(map(Path, shards.indices)):
-        for row, sample in enumerate(read_index(index)):
-            extensions = {component.extension.lower() for component in sample}
-            if extensions.isdisjoint(IMAGE_EXTENSIONS):
-                found[RowId(shard, row)] = f"no image (.{' .'.join(sorted(extensions))})"
-            elif label_extension not in extensions:
-                found[RowId(shard, row)] = f"no .{label_extension} with its label"
-    return found

@@ -110,7 +110,7 @@ def read_index(index_path: Path) -> list[Sample]:
     """
     with open(index_path, errors="replace") as file:
         num_samples = _parse_header(index_path, file.readline())
-        samples = [list(_parse_line(index_path, line)) for line in file]
+        samples = [list(parse_line(index_path, line)) for line in file]
     if len(samples) != num_samples:
         raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {len(samples)} listed")
     return samples
@@ -217,7 +217,7 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
     """
     num_samples = _parse_header(place, index.readline())
     with _open_tar(tar) as file:
-        for component in _parse_line(place, index.readline()) if num_samples else ():
+        for component in parse_line(place, index.readline()) if num_samples else ():
             file.seek(max(0, component.offset - tarfile.BLOCKSIZE))
             try:
                 size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
@@ -234,7 +234,12 @@ def _parse_header(index_path: Path | str, line: str) -> int:
     return int(count)
 
 
-def _parse_line(index_path: Path | str, line: str) -> Iterator[Component]:
+def parse_line(index_path: Path | str, line: str) -> Iterator[Component]:
+    """The components that a line of an index lists.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     fields = line.split()
     if not fields or len(fields) % 4:
         raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields a component")

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.index import Sample, read_index
+from pipelines.labels import LabelReader
 from pipelines.loader import MEAN, STD, Batch, Loader, check_state, rank_extent, resize_shorter_for
 from pipelines.segments import num_train_batches
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
 
 Mode = Literal["Train", "Valid"]
 CROP, FLIPS = RandomResizedCrop(), (HorizontalFlip(),)
+
+
+class Located(NamedTuple):
+    """An image and its label: `size` bytes at `offset` of the file at `path` (-1: to its end), and what messages call it."""
+
+    path: str
+    offset: int
+    size: int
+    label: int
+    place: str
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
@@ -51,16 +62,13 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.seed = seed
         self.image_size, self.mode, self.crop, self.flips = image_size, mode, crop, flips
-        # Where each image's bytes lie: file, offset, size (-1: to the end); and its label.
-        self.samples: list[tuple[str, int, int, int]] = (
-            _shard_samples(images) if isinstance(images, ShardSet) else _folder_samples(Path(images))
-        )
+        self.samples: list[Located] = _shard_samples(images) if isinstance(images, ShardSet) else _folder_samples(Path(images))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        path, offset, size, label = self.samples[index % len(self)]
+        path, offset, size, label, _ = self.samples[index % len(self)]
         with open(path, "rb") as file:
             file.seek(offset)
             encoded = file.read(size)
@@ -200,9 +208,11 @@ def pillow_loader(
     world_size: int = 1,
 ) -> CUDAPrefetcher:
     """The pair put together as the old training script did; arguments as for `DALILoader`."""
-    for path, _, _, label in dataset.samples:
-        if label >= num_classes:
-            raise ValueError(f"{path}: class {label} is out of range; there are {num_classes} classes, from 0 on")
+    for sample in dataset.samples:
+        if sample.label >= num_classes:
+            raise ValueError(
+                f"{sample.place}: class {sample.label} is out of range; there are {num_classes} classes, from 0 on"
+            )
     dataloader: DataLoader[dict[str, Tensor]] = DataLoader(
         dataset,
         batch_sampler=EpochBatches(dataset, batch_size, rank, world_size),
@@ -241,10 +251,10 @@ def random_resized_crop(image: Image.Image, size: int, crop: RandomResizedCrop, 
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
+def _folder_samples(folder: Path) -> list[Located]:
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
     samples = [
-        (str(path), 0, -1, label)
+        Located(str(path), 0, -1, label, str(path))
         for label, name in enumerate(classes)
         for path in sorted((folder / name).iterdir())
         if path.is_file()
@@ -254,22 +264,20 @@ def _folder_samples(folder: Path) -> list[tuple[str, int, int, int]]:
     return samples
 
 
-def _shard_samples(shards: ShardSet) -> list[tuple[str, int, int, int]]:
+def _shard_samples(shards: ShardSet) -> list[Located]:
     if shards.is_remote:
         raise ValueError(f"{shards.tars[0]}: --data.backend pillow reads local shards only; copy them, or use the dali backend")
     return [
         sample
         for tar, index in zip(shards.tars, shards.indices, strict=True)
-        for sample in _tar_samples(tar, read_index(index))
+        for sample in _tar_samples(tar, read_index(index), shards.label_reader)
     ]
 
 
-def _tar_samples(tar: str, samples: list[Sample]) -> list[tuple[str, int, int, int]]:
+def _tar_samples(tar: str, samples: list[Sample], reader: LabelReader) -> list[Located]:
     located = []
     with open(tar, "rb") as file:
         for sample in samples:
-            label = find_component(sample, ("cls",), tar)
-            image = find_component(sample, IMAGE_EXTENSIONS, tar)
-            file.seek(label.offset)
-            located.append((tar, image.offset, image.size, parse_label(file.read(label.size), f"{tar}: {label.name}")))
+            image, label = find_component(sample, IMAGE_EXTENSIONS, tar), read_label(file, sample, tar, reader)
+            located.append(Located(tar, image.offset, image.size, label, f"{tar}:{image.offset}:{image.name}"))
     return located

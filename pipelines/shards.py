@@ -8,11 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipelines.index import Component, Sample, count_samples, ensure_indices, read_index
+from pipelines.labels import LabelReader, open_labels
 from pipelines.remote import RemoteFile, glob_files, is_url, list_folder, read_text, stat_existing
 
 INFO_FILE = "_info.json"
@@ -28,7 +29,8 @@ class ShardSet:
         indices: The index file of each; local ones always.
         lengths: Samples of each; none is 0.
         sizes: Bytes of each tar.
-        classes: Class names by label, or None where the shards come without an `_info.json` that lists them.
+        classes: Class names by label, or None where neither an `_info.json` nor a class file lists them.
+        label_reader: Finds and reads the label of a sample.
     """
 
     tars: tuple[str, ...]
@@ -36,6 +38,7 @@ class ShardSet:
     lengths: tuple[int, ...]
     sizes: tuple[int, ...]
     classes: tuple[str, ...] | None
+    label_reader: LabelReader = LabelReader()
 
     @property
     def num_samples(self) -> int:
@@ -48,28 +51,41 @@ class ShardSet:
         return is_url(self.tars[0])
 
     def num_classes(self) -> int:
-        """The number of classes: that of the class names, or else one more than the largest label in the shards."""
-        return len(self.classes) if self.classes is not None else max(self.labels()) + 1
+        """The number of classes: that of the class names, or else one more than the largest label in the shards.
 
-    def labels(self) -> list[int]:
-        """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
+        Labels that cannot be read do not count: what becomes of their samples is for the loader to decide.
 
         Raises:
-            ValueError: A sample has no `.cls`, or one that is not a number; says which. Or the tars are remote, where each of
-                these reads would be a request.
+            ValueError: There is no label that can be read; or the tars are remote, see `labels`.
+        """
+        return len(self.classes) if self.classes is not None else max(self.labels(skip_bad=True)) + 1
+
+    def labels(self, *, skip_bad: bool = False) -> list[int]:
+        """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
+
+        Args:
+            skip_bad: Pass over samples without a label, or with one that is no class.
+
+        Raises:
+            ValueError: There is such a sample and they are not to be passed over, or nothing else; says which. Or the tars are
+                remote, where each of these reads would be a request.
         """
         if self.is_remote:
             raise ValueError(
                 f"{self.tars[0]}: how many classes remote shards have is not looked up in each sample; put an {INFO_FILE} with "
                 "a list of `classes` beside the tars, or name a list with --data.class-file"
             )
-        labels = []
+        labels: list[int] = []
+        error: ValueError | None = None
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
                 for sample in read_index(index):
-                    label = find_component(sample, ("cls",), tar)
-                    file.seek(label.offset)
-                    labels.append(parse_label(file.read(label.size), f"{tar}: {label.name}"))
+                    try:
+                        labels.append(read_label(file, sample, tar, self.label_reader))
+                    except ValueError as bad:
+                        error = error or bad
+        if error is not None and not (skip_bad and labels):
+            raise error
         return labels
 
 
@@ -100,19 +116,18 @@ def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -
     raise ValueError(f"{tar}: the sample of {sample[0].name} has no member that ends in .{' .'.join(extensions)}")
 
 
-def parse_label(text: bytes, place: str) -> int:
-    """The class number in the bytes of a `.cls` member: ASCII digits, blanks around them allowed.
+def read_label(file: BinaryIO, sample: Sample, tar: str | Path, reader: LabelReader) -> int:
+    """The class number of a sample, from the tar, which is open as `file`.
 
     Raises:
-        ValueError: Anything else; names `place`.
+        ValueError: There is none; names tar, offset and member.
     """
-    digits = text.strip()
-    if not digits.isdigit():
-        raise ValueError(f"{place}: the label is {text[:40]!r}; a class number in ASCII digits is needed")
-    return int(digits)
+    label = find_component(sample, (reader.extension,), tar)
+    file.seek(label.offset)
+    return reader.parse(file.read(label.size), f"{tar}:{label.offset}:{label.name}")
 
 
-def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
+def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = "", class_file: str = "") -> ShardSet:
     """The shards that a glob, a brace pattern or a folder names, here or in an object store.
 
     Args:
@@ -121,9 +136,12 @@ def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
             `split` is meant.
         split: "train" or "valid".
         index_dir: Folder whose index files are taken before those beside the tars.
+        label_key: See `open_labels`.
+        class_file: The same.
 
     Raises:
-        ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's.
+        ValueError: Nothing matches, or the folder has no such split, or it has no samples, or an index is not its tar's, or the
+            class file is none or not theirs.
         OSError: The store does not answer as it should.
     """
     if index_dir and not os.path.isdir(index_dir):
@@ -141,13 +159,14 @@ def open_shards(pattern: str, split: str, index_dir: str = "") -> ShardSet:
     lengths = [count_samples(index) for index in indices]
     if not any(lengths):
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
-    classes = info.get("classes")
+    label_reader = open_labels(label_key, class_file, info.get("classes"))
     return ShardSet(
         tars=tuple(map(str, itertools.compress(tars, lengths))),  # DALI refuses an index without samples
         indices=tuple(itertools.compress(indices, lengths)),
         lengths=tuple(filter(None, lengths)),
         sizes=tuple(itertools.compress(sizes, lengths)),
-        classes=tuple(classes) if classes else None,
+        classes=label_reader.classes,
+        label_reader=label_reader,
     )
 
 

@@ -203,11 +203,10 @@ def test_bad_labels(tmp_path: Path, images: list[bytes], good: Path, caplog: pyt
     labels = {4: b"", 20: b"cat", 41: b"60"}
     damaged = write_shards(tmp_path / "bad", images, labels)
     assert same(epochs(make(damaged), 3), without(epochs(make(good), 3), set(labels)))
-    assert sorted(record.message.partition(".tar:")[2].partition(":")[2] for record in caplog.records) == [
-        "0004.jpg: the label is b''; a class number in ASCII digits is needed",
-        "0020.jpg: the label is b'cat'; a class number in ASCII digits is needed",
-        "0041.jpg: class 60 is out of range; there are 60 classes, from 0 on",
-    ]
+    warnings = sorted(record.message.partition(".tar:")[2].partition(":")[2] for record in caplog.records)
+    starts = ("0004.jpg: the label is b'';", "0020.jpg: the label is b'cat';", "0041.jpg: class 60 is out of range")
+    for warning, start in zip(warnings, starts, strict=True):
+        assert warning.startswith(start)
 
 
 def test_later_runs_read_the_quarantine(

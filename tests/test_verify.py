@@ -78,7 +78,7 @@ def test_everything_is_found(tmp_path: Path, image: bytes) -> None:
         "a.tar": [
             *good(image, "1", "2"),
             *(("3.jpg", image[: len(image) // 2]), ("3.cls", b"0")),
-            *(("4.jpg", image), ("4.cls", b"cat")),
+            *(("4.jpg", image), ("4.cls", b"cow")),
             *(("5.jpg", image), ("5.cls", b" 3\n")),
             *(("6.txt", b""), ("6.cls", b"0")),
             ("7.JPEG", image),
@@ -128,7 +128,7 @@ def test_everything_is_found(tmp_path: Path, image: bytes) -> None:
         "member": "3.jpg",
         "detail": "damaged jpeg image",
     }
-    assert "b'cat'" in details["4.cls"]["detail"]
+    assert "'cow', which is none of the 3 classes" in details["4.cls"]["detail"]
     assert "class 3 is out of range; there are 3 classes" in details["5.cls"]["detail"]
     assert report["counts"]["bad-label"] == 2
     assert (report["num_tars"], report["num_left_out"]) == (6, 0)

@@ -48,8 +48,11 @@ class Convert:
     """CSV, TSV or blank-separated file of image path and class; or a class a line, for the images in sorted order."""
     class_names: Path | None = None
     """File of two columns, label as --labels has it and class name."""
-    label_key: str = "label"
-    """Where the label is: the key in a shard's .json (a.b for nested ones), or the column of a Parquet file."""
+    label_key: str | None = None
+    """Where the label is: the key in a shard's .json (a.b for nested ones), or the column of a Parquet file. By default it is
+    'label', and a shard's .cls comes first."""
+    class_file: str = ""
+    """For shards: file of class names, one a line in the order of their numbers; by default those beside them, or sorted."""
     image_key: str = "image"
     """The column of a Parquet file that has the images."""
     source: Literal["auto", "folders", "tar", "webdataset", "parquet"] = "auto"
@@ -91,7 +94,9 @@ class Convert:
                 shard_bytes=None if self.shard_bytes is None else parse_bytes(self.shard_bytes),
                 shape=Shape(check=self.check, resize=self.resize, quality=self.quality, format=self.format),
             ),
-            source_options=SourceOptions(self.source, self.labels, self.class_names, self.label_key, self.image_key),
+            source_options=SourceOptions(
+                self.source, self.labels, self.class_names, self.label_key, self.image_key, self.class_file
+            ),
             num_workers=self.workers,
             scheduler=self.executor,
             scratch=self.scratch,
@@ -112,6 +117,10 @@ class Info:
     """Print one JSON object; docs/data-format.md has its keys."""
     index_dir: str = ""
     """Folder of index files that are taken before those beside the tars."""
+    label_key: str = ""
+    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
+    class_file: str = ""
+    """File of class names, one a line in the order of their numbers."""
     sample: int = 20_000
     """Images whose headers are read for sizes and formats, evenly spaced over the data set."""
     workers: int | None = None
@@ -120,7 +129,14 @@ class Info:
     def run(self) -> int:
         from tools.shards.info import as_json, as_text, collect
 
-        splits = collect(self.shards, index_dir=self.index_dir, sample=self.sample, num_workers=self.workers)
+        splits = collect(
+            self.shards,
+            index_dir=self.index_dir,
+            label_key=self.label_key,
+            class_file=self.class_file,
+            sample=self.sample,
+            num_workers=self.workers,
+        )
         print(as_json(splits) if self.json else as_text(splits))
         return 0
 
@@ -137,6 +153,10 @@ class Preview:
     """Split to show, where SHARDS is a folder with several."""
     index_dir: str = ""
     """Folder of index files that are taken before those beside the tars."""
+    label_key: str = ""
+    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
+    class_file: str = ""
+    """File of class names, one a line in the order of their numbers."""
     samples: int = 8
     """Rows: samples, drawn at random in equal distances."""
     views: int = 6
@@ -159,6 +179,8 @@ class Preview:
                 self.output,
                 split=self.split,
                 index_dir=self.index_dir,
+                label_key=self.label_key,
+                class_file=self.class_file,
                 num_samples=self.samples,
                 num_views=self.views,
                 image_size=self.image_size,
@@ -188,6 +210,10 @@ class Verify:
     """Write index files that leave the bad samples out."""
     index_dir: Path | None = None
     """Folder of index files that are taken before those beside the tars; --quarantine writes them there."""
+    label_key: str = ""
+    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
+    class_file: str = ""
+    """File of class names, one a line in the order of their numbers."""
     json: bool = False
     """Print one JSON object with all findings."""
 
@@ -200,6 +226,8 @@ class Verify:
             num_workers=self.workers,
             quarantine=self.quarantine,
             index_dir=self.index_dir,
+            label_key=self.label_key,
+            class_file=self.class_file,
         )
         print(report.as_json() if self.json else report)
         return 3 if report.findings else 0

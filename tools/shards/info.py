@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pipelines.index import count_samples, ensure_index, read_index
-from pipelines.shards import IMAGE_EXTENSIONS, find_component, find_splits, parse_label, read_info
+from pipelines.labels import LabelReader, open_labels
+from pipelines.shards import IMAGE_EXTENSIONS, find_component, find_splits, read_info, read_label
 from tools.shards.check import ImageCheck
 from tools.shards.parallel import num_cpus, run
 
@@ -45,7 +46,7 @@ class SplitInfo:
         shard_bytes: Size of the tars.
         image_bytes: Size of the encoded images of all samples, which an epoch of training reads.
         label_bytes: The same of the labels.
-        class_names: By class number; None where no `_info.json` lists them.
+        class_names: By class number; None where neither a class file nor an `_info.json` lists them.
         class_counts: Samples of each class, by class number.
         num_headers: Images of which the header was read: all, or an evenly spaced sample.
         unreadable: Among these, what training could not decode: images by reason.
@@ -78,6 +79,7 @@ class _Shard:
     """What is asked of a worker; `headers` are the numbers of the samples whose images it looks at."""
 
     split: str
+    label_reader: LabelReader
     tar: Path
     index: Path
     headers: frozenset[int]
@@ -96,13 +98,21 @@ class _ShardResult:
 
 
 def collect(
-    pattern: str, *, index_dir: str = "", sample: int = SAMPLE_SIZE, num_workers: int | None = None
+    pattern: str,
+    *,
+    index_dir: str = "",
+    label_key: str = "",
+    class_file: str = "",
+    sample: int = SAMPLE_SIZE,
+    num_workers: int | None = None,
 ) -> dict[str, SplitInfo]:
     """What the splits of a data set hold.
 
     Args:
         pattern: A folder, a glob, a brace pattern or a tar; shards without an `_info.json` are one split.
         index_dir: Folder whose index files are taken before those beside the tars.
+        label_key: See `open_labels`.
+        class_file: The same.
         sample: Images whose headers are read, evenly spaced over the data set; all where there are no more.
         num_workers: Processes; by default one for a small data set and one a CPU otherwise.
 
@@ -120,7 +130,8 @@ def collect(
         small = sum(tar.stat().st_size for tar in tars) < BYTES_FOR_ONE_PROCESS
         num_workers = 1 if small else min(num_cpus(), len(tars))
     indices = dict(_each(functools.partial(_find_index, index_dir=index_dir), tars, num_workers, "indices"))
-    shards = list(_assign_headers(splits, indices, sample))
+    label_reader = open_labels(label_key, class_file, read_info(tars[0].parent).get("classes"))
+    shards = list(_assign_headers(splits, label_reader, indices, sample))
     results = collections.defaultdict(list)
     for result in _each(_read_shard, shards, num_workers, "shards"):
         results[result.shard.split].append(result)
@@ -135,7 +146,9 @@ def _find_index(tar: Path, index_dir: str) -> tuple[Path, Path]:
     return tar, ensure_index(tar, index_dir)
 
 
-def _assign_headers(splits: dict[str, list[Path]], indices: dict[Path, Path], sample: int) -> Iterator[_Shard]:
+def _assign_headers(
+    splits: dict[str, list[Path]], label_reader: LabelReader, indices: dict[Path, Path], sample: int
+) -> Iterator[_Shard]:
     """The shards, with `sample` samples chosen at equal distances over all of them together."""
     counts = {tar: count_samples(index) for tar, index in indices.items()}
     total = sum(counts[tar] for tars in splits.values() for tar in tars)
@@ -145,7 +158,7 @@ def _assign_headers(splits: dict[str, list[Path]], indices: dict[Path, Path], sa
         for tar in tars:
             numbers = range(first, first + counts[tar])
             chosen = (i - first for i in numbers if i * sample // total < (i + 1) * sample // total)
-            yield _Shard(name, tar, indices[tar], frozenset(chosen))
+            yield _Shard(name, label_reader, tar, indices[tar], frozenset(chosen))
             first += counts[tar]
 
 
@@ -159,10 +172,10 @@ def _read_shard(shard: _Shard) -> _ShardResult:
     check = ImageCheck("structure")
     with open(shard.tar, "rb") as file:
         for number, sample in enumerate(samples):
-            image, label = find_component(sample, IMAGE_EXTENSIONS, shard.tar), find_component(sample, ("cls",), shard.tar)
-            image_bytes, label_bytes = image_bytes + image.size, label_bytes + label.size
-            file.seek(label.offset)
-            labels[parse_label(file.read(label.size), f"{shard.tar}: {label.name}")] += 1
+            image = find_component(sample, IMAGE_EXTENSIONS, shard.tar)
+            labels[read_label(file, sample, shard.tar, shard.label_reader)] += 1
+            image_bytes += image.size
+            label_bytes += find_component(sample, (shard.label_reader.extension,), shard.tar).size
             if number in shard.headers:
                 file.seek(image.offset)
                 [verdict] = check([file.read(image.size)])
@@ -176,7 +189,7 @@ def _read_shard(shard: _Shard) -> _ShardResult:
 
 def _split_info(name: str, results: list[_ShardResult]) -> SplitInfo:
     info = read_info(results[0].shard.tar.parent)
-    class_names = info.get("classes")
+    class_names = results[0].shard.label_reader.classes
     labels = _total(result.labels for result in results)
     # A label beyond the listed classes is shown, not hidden; that it is an error is for `verify` to say.
     num_classes = max([len(class_names or ()), *(label + 1 for label in labels)])
@@ -189,7 +202,7 @@ def _split_info(name: str, results: list[_ShardResult]) -> SplitInfo:
         shard_bytes=sum(result.shard.tar.stat().st_size for result in results),
         image_bytes=sum(result.image_bytes for result in results),
         label_bytes=sum(result.label_bytes for result in results),
-        class_names=class_names,
+        class_names=list(class_names) if class_names else None,
         class_counts=[labels[label] for label in range(num_classes)],
         num_headers=sum(len(result.shard.headers) for result in results),
         unreadable=dict(_total(result.unreadable for result in results).most_common()),

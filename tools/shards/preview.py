@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from pipelines import DataConfig, ShardSet, build_loader, open_shards
 from pipelines.augment import Augmentation, RandomResizedCrop
 from pipelines.index import Sample, read_index, write_index
+from pipelines.labels import LabelReader
 from pipelines.loader import MEAN, STD
 from pipelines.mix import MixConfig, mix
 from pipelines.notation import write_augmentation
 from pipelines.remote import is_url
-from pipelines.shards import IMAGE_EXTENSIONS, find_component, parse_label
+from pipelines.shards import IMAGE_EXTENSIONS, find_component, read_label
 from tools.shards.check import ImageCheck, Verdict
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -74,6 +75,8 @@ def preview(
     *,
     split: str = "train",
     index_dir: str = "",
+    label_key: str = "",
+    class_file: str = "",
     num_samples: int = 8,
     num_views: int = 6,
     image_size: int = 224,
@@ -89,6 +92,8 @@ def preview(
         output: A `.png` or `.jpg` in a folder that is there; replaced where there is one.
         split: Which, where the pattern is a folder with several.
         index_dir: The same.
+        label_key: The same.
+        class_file: The same.
         num_samples: Rows; fewer where there are fewer samples.
         num_views: Random training views of each sample.
         image_size: Side of the images, pixels.
@@ -104,12 +109,12 @@ def preview(
     config = DataConfig(crop=crop, augment=augmentations)
     if is_url(pattern):
         raise ValueError(f"{pattern}: a preview reads samples here and there; copy some shards to a local folder and name that")
-    shards = open_shards(pattern, split, index_dir)
+    shards = open_shards(pattern, split, index_dir, label_key, class_file)
     check = ImageCheck()
     rows = []
     for number in choose(shards.num_samples, num_samples, seed):
         sample = read_sample(shards, number, check)
-        rows.append(_row(sample, shards.classes, config, num_views, image_size, seed + number))
+        rows.append(_row(sample, shards.label_reader, config, num_views, image_size, seed + number))
     source = f"{pattern}, {split}" if os.path.isdir(pattern) else pattern
     title = f"{len(rows):,} of {shards.num_samples:,} samples of {source}"
     subtitle = f"training: at {image_size} pixels, {describe(config, mix_config)}"
@@ -152,25 +157,23 @@ def read_sample(shards: ShardSet, number: int, check: ImageCheck) -> StoredSampl
     """The sample of that number, in the order of the shards.
 
     Raises:
-        ValueError: It has no image or no label that is a number; says which sample.
+        ValueError: It has no image or no label; says which sample.
     """
     shard = 0
     while number >= shards.lengths[shard]:
         number -= shards.lengths[shard]
         shard += 1
     tar, members = Path(shards.tars[shard]), read_index(shards.indices[shard])[number]
-    image, label = find_component(members, IMAGE_EXTENSIONS, tar), find_component(members, ("cls",), tar)
+    image = find_component(members, IMAGE_EXTENSIONS, tar)
     with open(tar, "rb") as file:
-        file.seek(label.offset)
-        class_number = parse_label(file.read(label.size), f"{tar}: {label.name}")
+        class_number = read_label(file, members, tar, shards.label_reader)
         file.seek(image.offset)
         [verdict] = check([file.read(image.size)])
     return StoredSample(Path(tar), members, class_number, image.size, image.name.removesuffix(f".{image.extension}"), verdict)
 
 
-def _row(
-    sample: StoredSample, classes: tuple[str, ...] | None, config: DataConfig, num_views: int, image_size: int, seed: int
-) -> Row:
+def _row(sample: StoredSample, labels: LabelReader, config: DataConfig, num_views: int, image_size: int, seed: int) -> Row:
+    classes = labels.classes
     name = classes[sample.label] if classes and sample.label < len(classes) else ""
     verdict = sample.verdict
     size = f"{verdict.width} x {verdict.height} {verdict.extension}, " if verdict.extension else ""
@@ -178,14 +181,20 @@ def _row(
     if verdict.pixels is None:
         return Row(name, details, None, (), f"cannot be decoded: {verdict.reason}")
     views = [
-        *pipeline_views(sample, config, "train", num_views, image_size, seed),
-        *pipeline_views(sample, config, "valid", 1, image_size, seed),
+        *pipeline_views(sample, labels, config, "train", num_views, image_size, seed),
+        *pipeline_views(sample, labels, config, "valid", 1, image_size, seed),
     ]
     return Row(name, details, verdict.pixels, tuple(views), "")
 
 
 def pipeline_views(
-    sample: StoredSample, config: DataConfig, split: Literal["train", "valid"], count: int, image_size: int, seed: int
+    sample: StoredSample,
+    labels: LabelReader,
+    config: DataConfig,
+    split: Literal["train", "valid"],
+    count: int,
+    image_size: int,
+    seed: int,
 ) -> Iterator[Pixels]:
     """What the loader of a split makes of one sample, `count` times: uint8 `(image_size, image_size, 3)` each."""
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +204,7 @@ def pipeline_views(
         loader = build_loader(
             config,
             split,
-            shards=ShardSet((str(sample.tar),), (index,), (count,), (sample.tar.stat().st_size,), None),
+            shards=ShardSet((str(sample.tar),), (index,), (count,), (sample.tar.stat().st_size,), None, labels),
             batch_size=count,
             image_size=image_size,
             device=torch.device("cpu"),

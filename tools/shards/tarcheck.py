@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.index import Component, Sample, as_field, group_samples, iter_components, read_index, split_name
-from pipelines.shards import IMAGE_EXTENSIONS, parse_label
+from pipelines.labels import LabelReader
+from pipelines.shards import IMAGE_EXTENSIONS
 from tools.shards.check import ImageCheck
 from tools.shards.shape import Level
 
 # Read and decoded together in one process; fewer where they are large.
 IMAGES_AT_ONCE = 16
 BYTES_AT_ONCE = 32e6
-LABEL_BYTES = 64  # enough for any class number
+LABEL_BYTES = 2**24  # what is larger is no label; training would read it all the same
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Task:
 
     tar: Path
     index_path: Path | None
-    num_classes: int | None
+    label_reader: LabelReader
     level: Level
 
 
@@ -140,7 +141,7 @@ def read_contents(task: Task) -> Contents:
         size = os.fstat(file.fileno()).st_size
     samples = group_samples(components)
     if damage:
-        samples = _whole(samples, size)
+        samples = _whole(samples, size, task.label_reader.extension)
     listed, index_error = _listed(samples, task.index_path) if task.index_path else (samples, "")
     # Of a damaged tar an index may well list more than is left of it: that is the same finding.
     return Contents(listed, len(samples), damage, "" if damage else index_error)
@@ -156,21 +157,21 @@ def key_of(sample: Sample) -> str:
     return split_name(sample[0].name)[0]
 
 
-def _whole(samples: list[Sample], tar_size: int) -> list[Sample]:
+def _whole(samples: list[Sample], tar_size: int, label_extension: str) -> list[Sample]:
     """The samples before the damage of a tar; the last one may lack members, and the last member bytes."""
     if not samples:
         return []
     *before, last = samples
     cut = any(component.offset + component.size > tar_size for component in last)
-    return before if cut or not (_images(last) and _labels(last)) else samples
+    return before if cut or not (_images(last) and _labels(last, label_extension)) else samples
 
 
 def _images(sample: Sample) -> list[Component]:
     return [component for component in sample if component.extension.lower() in IMAGE_EXTENSIONS]
 
 
-def _labels(sample: Sample) -> list[Component]:
-    return [component for component in sample if component.extension.lower() == "cls"]
+def _labels(sample: Sample, extension: str) -> list[Component]:
+    return [component for component in sample if component.extension.lower() == extension]
 
 
 def _listed(samples: list[Sample], index_path: Path) -> tuple[list[Sample], str]:
@@ -227,18 +228,19 @@ def _check_keys(samples: list[Sample], result: TarResult) -> None:
 
 
 def _check_label(file: BinaryIO, sample: Sample, result: TarResult) -> None:
-    labels, num_classes = _labels(sample), result.task.num_classes
+    reader = result.task.label_reader
+    labels = _labels(sample, reader.extension)
     if not labels:
-        result.add_bad("missing-label", sample, sample[0], "the sample has no .cls member")
+        result.add_bad("missing-label", sample, sample[0], f"the sample has no .{reader.extension} member")
         return
     file.seek(labels[0].offset)
     try:
-        label = parse_label(file.read(min(labels[0].size, LABEL_BYTES)), "")
+        label = reader.parse(file.read(min(labels[0].size, LABEL_BYTES)), "")
     except ValueError as error:
         result.add_bad("bad-label", sample, labels[0], str(error).removeprefix(": "))
         return
-    if num_classes is not None and label >= num_classes:
-        detail = f"class {label} is out of range; there are {num_classes} classes, from 0 on"
+    if reader.classes is not None and label >= len(reader.classes):
+        detail = f"class {label} is out of range; there are {len(reader.classes)} classes, from 0 on"
         result.add_bad("bad-label", sample, labels[0], detail)
 
 

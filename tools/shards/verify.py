@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pipelines.labels import open_labels
 from pipelines.shards import INFO_FILE, find_splits, naming_scheme, read_info
 from tools.shards.index import index_paths, save_index
 from tools.shards.parallel import check_workers, num_cpus, run
@@ -70,10 +71,10 @@ class Report:
 
 @dataclass(frozen=True)
 class _Split:
-    """Tars of one split, and what an `_info.json` says of them: the number of classes, samples by tar."""
+    """Tars of one split, and what an `_info.json` says of them: its class names, samples by tar."""
 
     tars: list[Path]
-    num_classes: int | None
+    classes: list[str] | None
     lengths: dict[Path, int]
 
 
@@ -84,6 +85,8 @@ def verify(
     num_workers: int | None = None,
     quarantine: bool = False,
     index_dir: Path | None = None,
+    label_key: str = "",
+    class_file: str = "",
 ) -> Report:
     """Checks tars, index files, keys, labels, images and the counts in `_info.json`.
 
@@ -93,15 +96,23 @@ def verify(
         num_workers: Processes; by default one a CPU.
         quarantine: Write index files that leave the bad samples out.
         index_dir: Folder of index files that are taken before those beside the tars, and where `quarantine` writes.
+        label_key: See `open_labels`.
+        class_file: The same.
 
     Raises:
-        ValueError: Nothing matches, or index files cannot be read from or written to where they should be.
+        ValueError: Nothing matches, or the class file cannot be used, or index files cannot be read from or written to
+            where they should be.
     """
     splits, findings = _find_splits(pattern)
     tars = [tar for split in splits for tar in split.tars]
     targets = dict(zip(tars, index_paths(list(map(str, tars)), index_dir), strict=True))
     _check_folders({target.parent for target in targets.values()}, index_dir, quarantine)
-    tasks = [Task(tar, _existing_index(tar, targets[tar]), split.num_classes, level) for split in splits for tar in split.tars]
+    readers = [open_labels(label_key, class_file, split.classes) for split in splits]
+    tasks = [
+        Task(tar, _existing_index(tar, targets[tar]), reader, level)
+        for split, reader in zip(splits, readers, strict=True)
+        for tar in split.tars
+    ]
     results = _check_tars(tasks, min(check_workers(num_workers) or num_cpus(), max(1, len(tasks))))
     for split in splits:
         _check_lengths(results, split.lengths)
@@ -131,7 +142,7 @@ def _find_splits(pattern: str) -> tuple[list[_Split], list[Finding]]:
     lengths = [_lengths(tars[0].parent, split) for split in info.get("splits", {}).values()]
     listed = dict(itertools.chain.from_iterable(length.items() for length in lengths))
     tars = list(dict.fromkeys(tars))
-    return [_Split(tars, _num_classes(info), {tar: listed[tar] for tar in tars if tar in listed})], findings
+    return [_Split(tars, info.get("classes"), {tar: listed[tar] for tar in tars if tar in listed})], findings
 
 
 def _splits_of_folder(folder: Path) -> tuple[list[_Split], list[Finding]]:
@@ -142,13 +153,14 @@ def _splits_of_folder(folder: Path) -> tuple[list[_Split], list[Finding]]:
             by_scheme[naming_scheme(tar.name)].append(tar)
         if not by_scheme:
             raise ValueError(f"no .tar files in folder {folder}")
-        return [_Split(tars, _num_classes(info), {}) for tars in by_scheme.values()], findings
+        return [_Split(tars, info.get("classes"), {}) for tars in by_scheme.values()], findings
     splits = []
     for name, split in sorted(info["splits"].items()):
         findings += _check_counts(folder, name, split)
         tars = [folder / filename for filename in split["filenames"]]
         findings += [Finding("missing-tar", str(tar), None, "", f"{INFO_FILE} lists it") for tar in tars if not tar.exists()]
-        splits.append(_Split([tar for tar in tars if tar.exists()], _num_classes(info), _lengths(folder, split)))
+        present = [tar for tar in tars if tar.exists()]
+        splits.append(_Split(present, info.get("classes"), _lengths(folder, split)))
     return splits, findings
 
 
@@ -158,10 +170,6 @@ def _read_info(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
     except ValueError as error:
         path = str(folder / INFO_FILE)
         return {}, [Finding("wrong-info", path, None, "", str(error).removeprefix(f"{path}: "))]
-
-
-def _num_classes(info: dict[str, Any]) -> int | None:
-    return len(info["classes"]) if info.get("classes") else None
 
 
 def _lengths(folder: Path, split: dict[str, Any]) -> dict[Path, int]:

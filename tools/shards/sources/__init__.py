@@ -29,8 +29,9 @@ class SourceOptions:
     kind: Kind = "auto"
     labels: Path | None = None
     class_names: Path | None = None
-    label_key: str = "label"
+    label_key: str | None = None
     image_key: str = "image"
+    class_file: str = ""
 
 
 def open_source(location: str, options: SourceOptions, scratch: Path | None, num_workers: int) -> Source:
@@ -52,6 +53,8 @@ def open_source(location: str, options: SourceOptions, scratch: Path | None, num
     kind = _guess(location, files) if options.kind == "auto" else options.kind
     if labels is not None and kind in ("webdataset", "parquet"):
         raise ValueError(f"{location}: --labels is for folders and tars of images; this is {kind}")
+    if options.class_file and kind != "webdataset":
+        raise ValueError(f"{location}: --class-file is for WebDataset shards; this is {kind}")
     if kind == "folders":
         return ClassFolders(Path(location)) if labels is None else LabelledFolder(Path(location), labels)
     if not files:
@@ -63,10 +66,10 @@ def open_source(location: str, options: SourceOptions, scratch: Path | None, num
             raise ValueError(
                 f"{location}: Parquet files are unpacked before they are shuffled; name a folder for it as --scratch"
             )
-        return ParquetFiles(location, files, options.image_key, options.label_key, scratch, num_workers)
+        return ParquetFiles(location, files, options.image_key, options.label_key or "label", scratch, num_workers)
     if kind == "tar":
         return ImageTars(location, files, labels)
-    return WebDatasetShards(location, files, options.label_key, num_workers)
+    return WebDatasetShards(location, files, options.label_key, options.class_file, num_workers)
 
 
 def _files(location: str) -> tuple[Path, ...]:

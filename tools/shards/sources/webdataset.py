@@ -1,30 +1,34 @@
 """Images in WebDataset shards: to shuffle and part anew, to resize, to bring a label out of `.json`."""
 
 import functools
-import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.index import Component, Sample, scan_tar, split_name
-from pipelines.shards import read_info
+from pipelines.labels import LabelReader, json_label, open_labels
+from pipelines.shards import IMAGE_EXTENSIONS, read_info
 from tools.shards import parallel
 from tools.shards.sources.listing import ALL_EXTENSIONS, Extent, Extents, Listing, labelled
 
 LABEL_EXTENSIONS = ("cls", "json")
+DEFAULT_KEY = "label"
 
 
 @dataclass(frozen=True)
 class WebDatasetShards:
-    """Tars of samples with an image and a `.cls` (a number or a name) or a `.json` with the label under `label_key`.
+    """Tars of samples with an image and a label: a class number or name in `.cls`, or in `.json`.
 
-    Other members of a sample are passed over.
+    Where `label_key` is given, labels are in `.json`; else in `.cls`, or in the `.json` of a sample without one. Other members
+    of a sample are passed over. Classes are numbered as by the class file or the `_info.json` beside the tars.
     """
 
     location: str
     tars: tuple[Path, ...]
-    label_key: str
+    label_key: str | None
+    class_file: str
     num_workers: int
 
     def listing(self) -> Listing:
@@ -41,14 +45,26 @@ class WebDatasetShards:
             raise ValueError(
                 f"{self.location}: no sample with an image and a label; {left_out[0] if left_out else 'it is empty'}"
             )
-        names = read_info(self.tars[0].parent).get("classes")
-        listing = labelled(self.location, extents, labels, names)
+        reader = open_labels("", self.class_file, read_info(self.tars[0].parent).get("classes"))
+        numbered = _numbered(self.location, extents, labels, reader) if reader.classes else None
+        listing = numbered or labelled(self.location, extents, labels)
         listing.left_out = left_out
         return listing
 
 
-def _first(left_out: list[tuple[str, str]]) -> str:
-    return f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "it is empty"
+def _numbered(location: str, extents: Extents, labels: Sequence[str], reader: LabelReader) -> Listing:
+    """A listing with the classes that the reader knows, which reads labels as it will in training.
+
+    Raises:
+        ValueError: A label is none of them; says whose.
+    """
+    classes, numbers = reader.classes or (), array("i")
+    for name, label in zip(extents.names, labels, strict=True):
+        number = reader.parse(label.encode("utf-8", "replace"), f"{location}: {name}")
+        if number >= len(classes):
+            raise ValueError(f"{location}: {name}: class {number} is out of range; there are {len(classes)} classes, from 0 on")
+        numbers.append(number)
+    return Listing(location, extents, numbers, classes)
 
 
 Found = tuple[list[tuple[Extent, str]], list[tuple[str, str]]]
@@ -66,7 +82,7 @@ def _in_order(results: Iterable[tuple[Path, Found]], tars: Sequence[Path]) -> It
             tar = next(remaining, Path())
 
 
-def _scan(tar: Path, label_key: str) -> tuple[Path, Found]:
+def _scan(tar: Path, label_key: str | None) -> tuple[Path, Found]:
     """The samples of a tar with their labels, and those that lack something, with the reason."""
     samples: list[tuple[Extent, str]] = []
     modified = tar.stat().st_mtime_ns
@@ -75,11 +91,14 @@ def _scan(tar: Path, label_key: str) -> tuple[Path, Found]:
     try:
         for sample in scan_tar(tar):
             key = f"{tar.stem}/{split_name(sample[0].name)[0]}"
-            image, label = _find(sample, ALL_EXTENSIONS), _find(sample, LABEL_EXTENSIONS)
+            # Of several images the one that training would read.
+            image = _first(sample, IMAGE_EXTENSIONS) or _first(sample, ALL_EXTENSIONS)
+            label = (_first(sample, ("cls",)) if label_key is None else None) or _first(sample, ("json",))
             try:
                 if image is None or label is None:
-                    raise ValueError("no image in the sample" if image is None else "no .cls or .json in the sample")
-                text = parse_label(label, os.pread(descriptor, label.size, label.offset), label_key)
+                    lacks_label = f"no {'.cls or ' if label_key is None else ''}.json in the sample"
+                    raise ValueError("no image in the sample" if image is None else lacks_label)
+                text = parse_label(label, os.pread(descriptor, label.size, label.offset), label_key or DEFAULT_KEY)
             except ValueError as error:
                 left_out.append((key, str(error)))
             else:
@@ -90,10 +109,9 @@ def _scan(tar: Path, label_key: str) -> tuple[Path, Found]:
     return tar, (samples, left_out)
 
 
-def _find(sample: Sample, extensions: Iterable[str]) -> Component | None:
-    """The component with the first of these extensions."""
-    by_extension = {component.extension.lower(): component for component in sample}
-    return next((by_extension[extension] for extension in extensions if extension in by_extension), None)
+def _first(sample: Sample, extensions: Sequence[str]) -> Component | None:
+    """The first component that has one of these extensions."""
+    return next((component for component in sample if component.extension.lower() in extensions), None)
 
 
 def parse_label(component: Component, data: bytes, label_key: str) -> str:
@@ -106,13 +124,11 @@ def parse_label(component: Component, data: bytes, label_key: str) -> str:
         label: object = data.decode("utf-8", "replace").strip()
     else:
         try:
-            label = json.loads(data)
-        except ValueError as error:
-            raise ValueError(f"damaged .json ({error})") from error
-        for part in label_key.split("."):
-            if not isinstance(label, dict) or part not in label:
-                raise ValueError(f"no {label_key!r} in .json; --label-key names another")
-            label = label[part]
+            label = json_label(data, label_key)
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}; --label-key names another") from error
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
     if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
         raise ValueError(f"label {label!r} is neither a class number nor a class name")
     return str(label)
