@@ -197,46 +197,50 @@ def train(config: Config) -> None:
             quarantine=run_path / QUARANTINE,
         )
 
-    train_loader, valid_loader = loader_of("train", train_shards), loader_of("valid", valid_shards)
-    job = build_job(config, num_classes, train_shards.classes, device, autocast_dtype, len(train_loader))
-    run = RunFolder(run_path, config)
-    meter = Meter(device)
-    run.restore(job, train_loader, meter)
-    log.info(
-        "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
-        num_classes,
-        f"{train_shards.num_samples:,}",
-        f"{valid_shards.num_samples:,}",
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        str(autocast_dtype or torch.float32).removeprefix("torch."),
-        torch_threads,
-        loader_threads,
-        run.path,
-    )
+    with loader_of("train", train_shards) as train_loader, loader_of("valid", valid_shards) as valid_loader:
+        job = build_job(config, num_classes, train_shards.classes, device, autocast_dtype, len(train_loader))
+        meter = Meter(device)
+        with RunFolder(run_path, config) as run:
+            run.restore(job, train_loader, meter)
+            log.info(
+                "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
+                num_classes,
+                f"{train_shards.num_samples:,}",
+                f"{valid_shards.num_samples:,}",
+                torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+                str(autocast_dtype or torch.float32).removeprefix("torch."),
+                torch_threads,
+                loader_threads,
+                run.path,
+            )
+            train_epochs(config, job, train_loader, valid_loader, meter, run)
+        if num_bad := train_loader.num_bad_samples + valid_loader.num_bad_samples:
+            log.warning(
+                "%d bad samples were left out, see %s; later runs leave them out from the start with --data.quarantine %s",
+                *(num_bad, run.path / QUARANTINE, run.path),
+            )
+    print(report(job.scores, meter.total, run.path, time.perf_counter() - started))
 
-    num_steps = len(train_loader)
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=config.epochs * num_steps, initial=job.step, unit="step", disable=None) as progress,
-    ):
+
+def train_epochs(
+    config: Config, job: "Job", train_loader: Loader, valid_loader: Loader, meter: Meter, run: "RunFolder"
+) -> None:
+    """All epochs, or those that are left, each with its validation and its checkpoint."""
+    steps = len(train_loader)
+    with logging_redirect_tqdm(), tqdm(total=config.epochs * steps, initial=job.step, unit="step", disable=None) as progress:
         for epoch in range(job.validated + 1, config.epochs + 1):
             job.epoch = epoch
-            if job.step < job.epoch * num_steps:
+            if job.step < epoch * steps:  # what is resumed may lack the validation alone
                 train_epoch(config, job, train_loader, meter, run, progress)
             job.scores = evaluate(job, valid_loader)
             log.info(
                 "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
-                *(job.epoch, config.epochs, *(job.scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
+                *(epoch, config.epochs, *(job.scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
             )
-            run.write(
-                {"split": "valid", "epoch": job.epoch, **job.scores, "bad_samples": valid_loader.num_bad_samples}, job.step
-            )
-            job.validated = job.epoch
+            bad_samples = valid_loader.num_bad_samples
+            run.write({"split": "valid", "epoch": epoch, **job.scores, "bad_samples": bad_samples}, job.step)
+            job.validated = epoch
             run.save(job, train_loader, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
-    run.close()
-    train_loader.close()
-    valid_loader.close()
-    print(report(job.scores, meter.total, run.path, time.perf_counter() - started))
 
 
 def choose_device(name: str) -> torch.device:
@@ -474,7 +478,7 @@ class RunFolder:
         (path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n")
         # What a killed run wrote after it last saved its state will be written again.
         kept = self._saved["metrics_bytes"] if self._saved else 0
-        self._metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `close`)
+        self._metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `__exit__`)
         self._metrics.truncate(kept)
         self._tensorboard = SummaryWriter(str(path), purge_step=self._saved["step"] + 1 if self._saved else None)
 
@@ -514,7 +518,10 @@ class RunFolder:
         for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
             save_checkpoint(self.path / name, state)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._metrics.close()
         self._tensorboard.close()
 

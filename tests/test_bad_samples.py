@@ -16,6 +16,7 @@ from pipelines import Batch, DataConfig, Loader, build_loader
 from pipelines.augment import RandomResizedCrop
 from tests.conftest import write_image
 from tests.loader_contract import same, saved, take
+from tools.shards.verify import verify
 
 NUM_SAMPLES, PER_SHARD, BATCH_SIZE = 60, 13, 6
 CPU = torch.device("cpu")
@@ -233,6 +234,24 @@ def test_later_runs_read_the_quarantine(
         config_of_listed = epochs(make_with_quarantine(damaged, listed), 2)
         assert same(config_of_listed, without(epochs(make(good), 2), bad))
     assert not caplog.records
+
+
+def test_verify_reads_the_quarantine(tmp_path: Path, images: list[bytes]) -> None:
+    """Without looking at the images again; the index files that it writes leave the samples out."""
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in (3, 30) else image for i, image in enumerate(images)])
+    (tmp_path / "run").mkdir()
+    epochs(make(damaged, quarantine=tmp_path / "run" / "quarantine.jsonl"), 2)
+    report = verify(str(damaged), level="none", known=[tmp_path / "run"], quarantine=True, index_dir=tmp_path / "indices")
+    assert [(finding.kind, finding.member) for finding in report.findings] == [
+        ("bad-in-training", "0003.jpg"),
+        ("bad-in-training", "0030.jpg"),
+    ]
+    assert all("left out by a run: " in finding.detail for finding in report.findings)
+    with make(damaged, index_dir=str(tmp_path / "indices"), on_error="stop") as loader:
+        targets = {target for _ in range(8) for batch in loader for target in batch["target"].tolist()}
+    assert targets == set(range(NUM_SAMPLES)) - {3, 30}
+    with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
+        verify(str(damaged), known=[tmp_path / "nothing.jsonl"])
 
 
 def make_with_quarantine(shards: Path, listed: Path) -> Loader:

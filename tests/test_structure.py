@@ -61,6 +61,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         *(("shards", [verb, "--help"]) for verb in SHARDS_VERBS),
         ("throughput", ["--help"]),
         ("throughput", ["convert", "--help"]),
+        ("throughput", ["remote", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

@@ -214,6 +214,8 @@ class Verify:
     """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
     class_file: str = ""
     """File of class names, one a line in the order of their numbers."""
+    known: tuple[Path, ...] = ()
+    """Files quarantine.jsonl of runs, or the runs' folders: samples that training has left out are findings, too."""
     json: bool = False
     """Print one JSON object with all findings."""
 
@@ -228,6 +230,7 @@ class Verify:
             index_dir=self.index_dir,
             label_key=self.label_key,
             class_file=self.class_file,
+            known=self.known,
         )
         print(report.as_json() if self.json else report)
         return 3 if report.findings else 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines.index import Component, Sample, as_field, group_samples, iter_components, read_index, split_name
 from pipelines.labels import LabelReader
-from pipelines.shards import IMAGE_EXTENSIONS
+from pipelines.shards import IMAGE_EXTENSIONS, image_or_first
 from tools.shards.check import ImageCheck
 from tools.shards.shape import Level
 
@@ -29,7 +29,7 @@ class Finding:
 
     Attributes:
         kind: damaged-tar, missing-tar, wrong-index, wrong-info, duplicate-key, blank-in-key, missing-image, missing-label,
-            repeated-member, bad-label or bad-image.
+            repeated-member, bad-label, bad-image or bad-in-training.
         tar: The tar, or the `_info.json`.
         offset: Of the member's data in the tar; None where the whole file is meant.
         member: Its name; empty for the whole file.
@@ -49,12 +49,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Task:
-    """A tar to check; without an index file, all of its samples."""
+    """A tar to check; without an index file, all of its samples.
+
+    Attributes:
+        known: Samples that a run has found bad, and why, by the offset of the image or else of the first member.
+    """
 
     tar: Path
     index_path: Path | None
     label_reader: LabelReader
     level: Level
+    known: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,9 @@ def _check_samples(file: BinaryIO, samples: list[Sample], result: TarResult) -> 
         _check_label(file, sample, result)
         if not _images(sample):
             result.add_bad("missing-image", sample, sample[0], f"the sample has no .{' .'.join(IMAGE_EXTENSIONS)} member")
+        named = image_or_first(sample)
+        if (reason := result.task.known.get(named.offset)) is not None:
+            result.add_bad("bad-in-training", sample, named, f"left out by a run: {reason}")
     if result.task.level != "none":
         for chunk in _chunks(samples):
             _check_images(file, chunk, result.task.level, result)

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.labels import open_labels
+from pipelines.quarantine import location, read_quarantine
 from pipelines.shards import INFO_FILE, find_splits, naming_scheme, read_info
 from tools.shards.index import index_paths, save_index
 from tools.shards.parallel import check_workers, num_cpus, run
@@ -87,6 +88,7 @@ def verify(
     index_dir: Path | None = None,
     label_key: str = "",
     class_file: str = "",
+    known: Sequence[Path] = (),
 ) -> Report:
     """Checks tars, index files, keys, labels, images and the counts in `_info.json`.
 
@@ -98,18 +100,22 @@ def verify(
         index_dir: Folder of index files that are taken before those beside the tars, and where `quarantine` writes.
         label_key: See `open_labels`.
         class_file: The same.
+        known: Files `quarantine.jsonl` of runs, or the runs' folders: the samples that they list are bad, too.
 
     Raises:
-        ValueError: Nothing matches, or the class file cannot be used, or index files cannot be read from or written to
-            where they should be.
+        ValueError: Nothing matches, or the class file or a list of samples cannot be used, or index files cannot be read from
+            or written to where they should be.
     """
     splits, findings = _find_splits(pattern)
     tars = [tar for split in splits for tar in split.tars]
     targets = dict(zip(tars, index_paths(list(map(str, tars)), index_dir), strict=True))
     _check_folders({target.parent for target in targets.values()}, index_dir, quarantine)
+    met: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for sample in itertools.chain.from_iterable(map(read_quarantine, known)):
+        met[sample.tar][sample.offset] = sample.reason
     readers = [open_labels(label_key, class_file, split.classes) for split in splits]
     tasks = [
-        Task(tar, _existing_index(tar, targets[tar]), reader, level)
+        Task(tar, _existing_index(tar, targets[tar]), reader, level, met.get(location(str(tar)), {}))
         for split, reader in zip(splits, readers, strict=True)
         for tar in split.tars
     ]
