@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipelines import Batch, Loader
+from pipelines import Batch
 from pipelines.meter import Meter
+from pipelines.synthetic import SyntheticLoader
 
 
 class Clock:
@@ -17,26 +18,18 @@ class Clock:
         return self.now
 
 
-class SlowLoader(Loader):
+class SlowLoader(SyntheticLoader):
     """Four batches of 8, each after 3 seconds."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.left = clock, 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def reset(self) -> None:
-        self.left = 4
+        cpu = torch.device("cpu")
+        super().__init__(32, train=True, batch_size=8, image_size=1, device=cpu, dtype=torch.float32, num_classes=2)
+        self.clock = clock
 
     def next(self) -> Batch | None:
-        if not self.left:
-            return None
-        self.left -= 1
-        self.clock.now += 3
-        return {"image": torch.zeros(8, 3, 1, 1), "target": torch.zeros(8, dtype=torch.int64)}
-
-    def close(self) -> None: ...
+        batch = super().next()
+        self.clock.now += 3 if batch is not None else 0
+        return batch
 
 
 def test_wait_and_rate_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
