@@ -31,6 +31,7 @@ from model.loss import googlenet_loss
 from model.optim import OptimConfig, build_optimizer, build_scheduler
 from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
 from pipelines.augment import RandomResizedCrop
+from pipelines.files import replace_text
 from pipelines.loader import MEAN, STD
 from pipelines.meter import Meter, Rates
 from pipelines.mix import MixConfig, mix
@@ -201,7 +202,7 @@ def train(config: Config) -> None:
         job = build_job(config, num_classes, train_shards.classes, device, autocast_dtype, len(train_loader))
         meter = Meter(device)
         with RunFolder(run_path, config) as run:
-            run.restore(job, train_loader, meter)
+            run.begin(job, train_loader, meter)
             log.info(
                 "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
                 num_classes,
@@ -316,10 +317,16 @@ class Job:
         return {
             **{name: getattr(self, name).state_dict() for name in STATEFUL},
             **{name: getattr(self, name) for name in (*NUMBERS, "losses")},
+            "autocast_dtype": str(self.autocast_dtype),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["autocast_dtype"] != str(self.autocast_dtype):
+            raise ValueError(
+                f"--resume auto: the run was begun with arithmetic in {state['autocast_dtype']}, and on this device it would "
+                f"be in {self.autocast_dtype}; --precision sets it"
+            )
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
@@ -445,6 +452,8 @@ def evaluate(job: Job, loader: Loader) -> dict[str, float]:
         loss = cross_entropy(logits.float(), target, reduction="sum")
         sums += torch.stack([*top1_top5(logits, target), *top1_top5(ema_logits, target), loss])
         count += len(target)
+    if not count:
+        raise ValueError("not one validation sample can be used; `shards verify` says why")
     top1, top5, ema_top1, ema_top5, loss_sum = sums.tolist()
     return {
         "top1": 100 * top1 / count,
@@ -467,30 +476,30 @@ class RunFolder:
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self._config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        self._saved = load_checkpoint(path / "last.pt") if config.resume == "auto" and (path / "last.pt").exists() else None
+        self._resume = config.resume == "auto"
+        self._saved = load_checkpoint(path / "last.pt") if self._resume and (path / "last.pt").exists() else None
         if self._saved is not None:
             check_same_run(self._saved["config"], self._config)
-        elif config.resume == "no" and (path / "metrics.jsonl").exists():
+        elif not self._resume and (path / "metrics.jsonl").exists():
             raise ValueError(
                 f"--run-dir {path} holds a run already; go on with it (--resume auto), name another folder, or remove it"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n")
-        # What a killed run wrote after it last saved its state will be written again.
-        kept = self._saved["metrics_bytes"] if self._saved else 0
-        self._metrics = open(path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `__exit__`)
-        self._metrics.truncate(kept)
-        self._tensorboard = SummaryWriter(str(path), purge_step=self._saved["step"] + 1 if self._saved else None)
 
-    def restore(self, job: Job, loader: Loader, meter: Meter) -> None:
-        """Brings everything to where the run last saved its state, if it is being resumed."""
-        if self._saved is None:
-            return
-        loader.load_state_dict(self._saved["loader"])
-        job.load_state_dict(self._saved)
-        meter.total = Rates(**self._saved["rates"])
-        log.info("resuming %s after step %d", self.path, job.step)
-        self._saved = None
+    def begin(self, job: Job, loader: Loader, meter: Meter) -> None:
+        """Opens the files; if the run is being resumed, brings everything to where it last saved its state."""
+        saved = self._saved
+        if saved is not None:
+            loader.load_state_dict(saved["loader"])
+            job.load_state_dict(saved)
+            meter.total = Rates(**saved["rates"])
+            log.info("resuming %s after step %d", self.path, job.step)
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
+        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `__exit__`)
+        # What a killed run wrote after it last saved its state will be written again.
+        self._metrics.truncate(min(saved["metrics_bytes"] if saved else 0, self._metrics.tell()))
+        self._metrics.seek(0, os.SEEK_END)  # `tell` would go on from what was there before
+        self._tensorboard = SummaryWriter(str(self.path), purge_step=job.step + 1 if self._resume else None)
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """One line of metrics.jsonl, and its numbers as scalars `SPLIT/NAME` for TensorBoard."""
@@ -515,7 +524,7 @@ class RunFolder:
             "metrics_bytes": self._metrics.tell(),
             "config": self._config,
         }
-        for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the run validates again
             save_checkpoint(self.path / name, state)
 
     def __enter__(self) -> "RunFolder":
@@ -529,7 +538,8 @@ class RunFolder:
 # Settings that may change when a run is resumed: they change neither the batches nor the arithmetic, or not knowingly.
 FREE_SETTINGS = (
     *("run_dir", "resume", "checkpoint", "log_every", "device", "torch_threads"),
-    *(f"data.{name}" for name in ("threads", "index_dir", "on_error", "max_bad_fraction", "quarantine")),
+    *(f"data.{name}" for name in ("threads", "index_dir", "cache_dir", "cache_gigabytes")),
+    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
 )
 
 
@@ -543,7 +553,7 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], prefix: str = 
         if f"{prefix}{name}" in FREE_SETTINGS:
             continue
         if isinstance(value, dict):
-            check_same_run(saved[name], value, f"{prefix}{name}.")
+            check_same_run(saved.get(name, {}), value, f"{prefix}{name}.")
         elif saved.get(name) != value:
             flag = f"--{prefix}{name}".replace("_", "-")
             raise ValueError(f"--resume auto: the run was begun with {flag} {saved.get(name)}, and now it is {value}")

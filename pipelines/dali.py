@@ -135,6 +135,7 @@ class SegmentPipeline:
     Attributes:
         delivered: Batches that have been had.
         checkpoint: The pipeline's state after them.
+        before: Both, before the last batch that was had.
         held: What keeps the tars where they are, closed with the pipeline.
     """
 
@@ -146,7 +147,8 @@ class SegmentPipeline:
         delivered: int = 0,
         checkpoint: bytes = b"",
     ) -> None:
-        self.segment, self.delivered, self.checkpoint = segment, delivered, checkpoint
+        self.settings, self.segment, self.delivered, self.checkpoint = settings, segment, delivered, checkpoint
+        self.before = delivered, checkpoint
         self.held = contextlib.ExitStack()
         self._num_scheduled = delivered
         self._pipeline: Pipeline = image_pipeline(
@@ -187,6 +189,7 @@ class SegmentPipeline:
             self._schedule()
         outputs = self._pipeline.share_outputs()
         self._pipeline.release_outputs()
+        self.before = self.delivered, self.checkpoint
         self.delivered += 1
         self.checkpoint = self._pipeline.checkpoint()
         return tuple(output.as_tensor() for output in outputs)

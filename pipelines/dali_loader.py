@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import tempfile
 import zlib
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.cache import ShardCache, open_cache
 from pipelines.dali import DALI_VERSION, SegmentPipeline, Settings, Sources, describe, texts
 from pipelines.diagnose import Locator, TarWatch, undecodable
+from pipelines.index import read_index
 from pipelines.labels import LabelReader
 from pipelines.loader import Batch, Loader, check_state
 from pipelines.quarantine import Quarantine, RowId
-from pipelines.segments import Segment, plan_epoch
-from pipelines.shards import ShardSet
+from pipelines.segments import Part, Segment, plan_epoch
+from pipelines.shards import ShardSet, read_image
 from pipelines.substitute import MARK, index_files
 from pipelines.usable import unusable
 
@@ -45,7 +48,8 @@ class DALILoader(Loader):
     no batch.
 
     A sample that cannot be used is left out: its batch is smaller by one, and everything else is as if it had been good.
-    (A batch of training in which every sample is bad is made of substitutes, so that all ranks take equally many steps.)
+    (A batch of training with fewer than two good samples is made up to two with others, so that all ranks take equally many
+    steps, and batch normalization has something to average.)
 
     Args:
         shards: What to read.
@@ -90,7 +94,7 @@ class DALILoader(Loader):
             *(segment_samples, shards.label_reader.extension, config),
         )
         self._bad = Quarantine(shards, config, quarantine)
-        self._watch = TarWatch()
+        self._watch = TarWatch([] if shards.is_remote else shards.tars)
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._held = contextlib.ExitStack()
         self._cache: ShardCache | None = None
@@ -100,6 +104,7 @@ class DALILoader(Loader):
         self._current: SegmentPipeline | None = None
         self._sources: Sources | None = None
         self._segments: list[Segment] = []
+        self._unusable = ""
         self._go_to(0, 0)
 
     def __len__(self) -> int:
@@ -110,17 +115,27 @@ class DALILoader(Loader):
         return len(self._bad)
 
     def next(self) -> Batch | None:
-        while self._delivered < len(self):
-            batch = self._take(*self._run())
-            self._delivered += 1
-            self._is_fresh = False
-            if batch is not None:
-                return batch
+        self._check_usable()
+        try:
+            while self._delivered < len(self):
+                batch = self._read()
+                self._delivered += 1
+                self._is_fresh = False
+                if batch is not None:
+                    return batch
+        except Exception:
+            self._unusable = "the loader was stopped by an error; load a state, or make a new one"
+            raise
         return None
 
     def reset(self) -> None:
+        self._check_usable()
         if not self._is_fresh:
             self._go_to(self._following_epoch(), 0)
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise ValueError(self._unusable)
 
     def close(self) -> None:
         if self._cache is not None:
@@ -130,8 +145,10 @@ class DALILoader(Loader):
         self._set_current(None)
         self._held.close()
         self._sources, self._segments = None, []
+        self._unusable = "the loader is closed"
 
     def state_dict(self) -> dict[str, Any]:
+        self._check_usable()
         epoch, batch = self._epoch, self._delivered
         if batch == len(self):
             epoch, batch = self._following_epoch(), 0
@@ -146,13 +163,17 @@ class DALILoader(Loader):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state(state, self._fingerprint())
+        self._prepare(None)  # it was made with what was bad before
+        self._unusable = ""
         self._bad.load_state_dict(state["bad_samples"])
         self._go_to(state["epoch"], state["batch"], zlib.decompress(bytes(state["pipeline"].tolist())))
 
     def _fingerprint(self) -> dict[str, int | str]:
         """What the batches depend on, but for the position."""
         shards, settings = self._shards, self._settings
-        parts = [f"{os.path.basename(tar)} {length}" for tar, length in zip(shards.tars, shards.lengths, strict=True)]
+        parts = [
+            f"{os.path.basename(tar)} {n} {m}" for tar, n, m in zip(shards.tars, shards.lengths, shards.sizes, strict=True)
+        ]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
         return {
             "data set": f"{shards.num_samples:,} samples in {len(shards.tars):,} shards ({digest})",
@@ -161,6 +182,9 @@ class DALILoader(Loader):
             "number of ranks": self._world_size,
             "rank": settings.rank,
             "image size": settings.image_size,
+            "number of classes": self._num_classes,
+            "label key": shards.label_reader.key,
+            "dtype": str(settings.dtype),
             "augmentation": str([settings.config.crop, *settings.config.augment]),
             "size schedule": " ".join(settings.config.size_schedule),
             "shuffle buffer": settings.config.shuffle_buffer,
@@ -196,6 +220,7 @@ class DALILoader(Loader):
         self._epoch, self._delivered, self._is_fresh = epoch, batch, True
         self._segments = self._plan(epoch)
         self._set_current(None)
+        self._sources = None
         if not self._segments:
             return
         segment = self._segment()
@@ -256,12 +281,12 @@ class DALILoader(Loader):
     def _files(self, segment: Segment, tars: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         """The tar and the index of each part, for as long as a pipeline is made: the reader reads an index but once."""
         shards = self._shards
-        self._watch.check(tars, [shards.sizes[part.shard] for part in segment.parts])
+        self._watch.check_sizes(tars, [shards.sizes[part.shard] for part in segment.parts])
         with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
-            yield index_files(shards, tars, segment.parts, self._bad.by_shard, Path(folder))
+            yield index_files(shards, tars, segment.parts, self._bad.by_shard, self._num_classes, Path(folder))
 
-    def _run(self) -> tuple[Any, ...]:
-        """The outputs for the next batch, after leaving out what keeps it from being read."""
+    def _read(self) -> Batch | None:
+        """The next batch, once all that is bad in it has been left out; None where nothing is left of it."""
         while True:
             try:
                 pipeline = self._advance()
@@ -269,16 +294,23 @@ class DALILoader(Loader):
             except RuntimeError as error:
                 self._leave_out_what_failed(error)
                 continue
-            if 2 * pipeline.delivered >= pipeline.segment.num_batches:
-                self._prepare(self._following(pipeline.segment))
-            if (
-                pipeline.is_idle
-                and self._upcoming is not None
-                and self._upcoming[1].done()
-                and not self._upcoming[1].exception()
-            ):
-                self._upcoming[1].result().start()  # so that the threads have work while the last batches are used
-            return outputs
+            images, labels, sources, reasons = self._unpack(*outputs)
+            if reasons:
+                with self._tars(pipeline.segment) as tars:
+                    locate = Locator(self._shards, pipeline.segment.parts, tars)
+                found = {row: reason for i, reason in reasons.items() for row in locate(sources[i])}
+                self._leave_out(found, pipeline.segment, *pipeline.before)
+                continue
+            self._make_ready_what_follows(pipeline)
+            return self._batch(images, labels, sources)
+
+    def _make_ready_what_follows(self, pipeline: SegmentPipeline) -> None:
+        if self._upcoming is None and 2 * pipeline.delivered >= pipeline.segment.num_batches:
+            self._prepare(self._following(pipeline.segment))
+        if pipeline.is_idle and self._upcoming is not None:
+            prepared = self._upcoming[1]
+            if prepared.done() and prepared.exception() is None:
+                prepared.result().start()  # so that the threads have work while the last batches are used
 
     def _advance(self) -> SegmentPipeline:
         """The pipeline with the next batch."""
@@ -288,11 +320,11 @@ class DALILoader(Loader):
             self._prepare(segment)
             assert self._upcoming is not None
             prepared, self._upcoming = self._upcoming[1], None
-            if isinstance(prepared.exception(), (ValueError, OSError)):
+            if prepared.exception() is None:
+                self._set_current(prepared.result())
+            else:
                 # What kept it from being made in advance need not do so now: there was no room for two segments, for one.
                 self._set_current(self._open(segment))
-            else:
-                self._set_current(prepared.result())
         assert self._current is not None
         return self._current
 
@@ -306,61 +338,76 @@ class DALILoader(Loader):
         self._set_current(None)
         self._prepare(None)
         with self._tars(segment) as tars:
-            sizes = [self._shards.sizes[part.shard] for part in segment.parts]
-            self._watch.check(tars, sizes, times=not self._shards.is_remote)
+            self._watch.check_sizes(tars, [self._shards.sizes[part.shard] for part in segment.parts])
             if stopped is None:  # it could not even be made
                 lacking = unusable(self._shards, self._settings.label_extension)
                 found = {RowId(sample.shard, sample.row): sample.reason for sample in lacking}
             else:
-                sources = self._sources_of(stopped, tars)
-                found = undecodable(self._shards, segment.parts, tars, sources, str(error))
+                found = self._undecodable(stopped, tars, str(error))
         # A second failure in one batch: what the first has shown is known by now.
         found = {row: reason for row, reason in found.items() if row not in self._bad}
         if not found:
             raise ValueError(describe(error)) from error
-        self._bad.add(found, self._place())
-        if stopped is not None:
-            self._set_current(self._open(segment, stopped.delivered, stopped.checkpoint))
+        self._leave_out(found, segment, *((stopped.delivered, stopped.checkpoint) if stopped else (0, b"")))
 
-    def _sources_of(self, stopped: SegmentPipeline, tars: Sequence[str]) -> list[str]:
-        """The samples of the batch at which a pipeline stopped, but for stand-ins."""
-        if self._sources is None or self._sources.segment != stopped.segment:
-            with self._files(stopped.segment, tars) as files:
-                self._sources = Sources(self._settings, stopped.segment, files)
-        return [source for source in self._sources.batch(stopped.delivered) if MARK not in source]
+    def _leave_out(self, found: Mapping[RowId, str], segment: Segment, delivered: int, checkpoint: bytes) -> None:
+        """Sets samples aside, and goes on at that position of the segment without them."""
+        self._set_current(None)
+        self._prepare(None)
+        self._bad.add(found, self._place())
+        self._set_current(self._open(segment, delivered, checkpoint))
+
+    def _undecodable(self, stopped: SegmentPipeline, tars: Sequence[str], message: str) -> dict[RowId, str]:
+        """The samples because of which a pipeline stopped, and what is wrong with them."""
+        segment = stopped.segment
+        if self._sources is None or self._sources.segment != segment:
+            with self._files(segment, tars) as files:
+                self._sources = Sources(self._settings, segment, files)
+        sources = [source for source in dict.fromkeys(self._sources.batch(stopped.delivered)) if MARK not in source]
+        locate = Locator(self._shards, segment.parts, tars)
+        rows = [locate(source) for source in sources]
+        paths = {part.shard: tar for part, tar in zip(segment.parts, tars, strict=True)}
+        images = [read_image(paths[row.shard], read_index(self._shards.indices[row.shard])[row.row]) for row, *_ in rows]
+
+        def stops_alone(i: int) -> bool:
+            shard, row = rows[i][0]
+            alone = Segment(segment.epoch, segment.number, 0, 1, (Part(shard, row, row + 1),))
+            try:
+                with self._files(alone, [paths[shard]]) as files:
+                    SegmentPipeline(dataclasses.replace(stopped.settings, batch_size=1), alone, files).run()
+            except RuntimeError:
+                return True
+            return False
+
+        reasons = undecodable(images, sources, message, stops_alone)
+        self._watch.check_content((paths[row.shard], i in reasons) for i, (row, *_) in enumerate(rows))
+        return {row: reason for i, reason in reasons.items() for row in rows[i]}
 
     def _place(self) -> str:
-        split = "training" if self._settings.train else "validation"
-        return f"{split}, epoch {self._epoch + 1}, batch {self._delivered + 1}, rank {self._settings.rank}"
+        split = f"training, epoch {self._epoch + 1}" if self._settings.train else "validation"
+        return f"{split}, batch {self._delivered + 1}, rank {self._settings.rank}"
 
-    def _take(self, image: Any, text: Any, source: Any) -> Batch | None:
-        """A batch out of a pipeline's outputs, without what is bad; None where nothing is left of it."""
-        settings = self._settings
-        num_left = sum(segment.num_samples for segment in self._segments) - self._delivered * settings.batch_size
-        count = min(settings.batch_size, num_left)
-        sources = np.asarray(source)[:count]
+    def _unpack(self, image: Any, text: Any, source: Any) -> tuple[Tensor, NDArray[np.int64], list[str], dict[int, str]]:
+        """Images, labels, sources, and what is wrong with labels, out of a pipeline's outputs, up to the end of the epoch."""
+        batch_size = self._settings.batch_size
+        num_left = sum(segment.num_samples for segment in self._segments) - self._delivered * batch_size
+        count = min(batch_size, num_left)
         labels, reasons = parse_labels(np.asarray(text)[:count], self._shards.label_reader, self._num_classes)
-        bad = {i for i, name in enumerate(texts(sources)) if MARK in name} if MARK.encode() in sources.tobytes() else set()
-        if not reasons.keys() <= bad:
-            self._leave_out_labels({texts(sources)[i]: reason for i, reason in reasons.items() if i not in bad})
-        kept = [i for i in range(count) if i not in bad and i not in reasons]
-        if not kept and settings.train:
-            kept = [i for i in range(count) if i not in reasons]
-            if not kept:
-                raise ValueError(f"not one sample of a batch can be used ({self._place()}); `shards verify` says why")
         # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
-        images, target = from_dlpack(image)[:count].permute(0, 3, 1, 2), torch.from_numpy(labels)
-        if len(kept) < count:
-            images, target = images[kept], target[kept]
-        return {"image": images, "target": target.to(settings.device, non_blocking=True)} if kept else None
+        return from_dlpack(image)[:count].permute(0, 3, 1, 2), labels, texts(np.asarray(source)[:count]), reasons
 
-    def _leave_out_labels(self, reasons: Mapping[str, str]) -> None:
-        """Sets samples aside, given by source, the labels of which are bad; from the next epoch on they are not read."""
-        assert self._current is not None
-        with self._tars(self._current.segment) as tars:
-            locate = Locator(self._shards, self._current.segment.parts, tars)
-        self._prepare(None)
-        self._bad.add({locate(source): reason for source, reason in reasons.items()}, self._place())
+    def _batch(self, images: Tensor, labels: NDArray[np.int64], sources: Sequence[str]) -> Batch | None:
+        """The batch without the stand-ins; None where nothing is left of it."""
+        target = torch.from_numpy(labels)
+        kept = [i for i, source in enumerate(sources) if MARK not in source]
+        if self._settings.train:
+            stand_ins = (i for i in range(len(sources)) if i not in kept)
+            kept += itertools.islice(stand_ins, max(0, 2 - len(kept)))
+        if not kept:
+            return None
+        if len(kept) < len(sources):
+            images, target = images[kept], target[kept]
+        return {"image": images, "target": target.to(self._settings.device, non_blocking=True)}
 
 
 def parse_labels(text: NDArray[np.uint8], reader: LabelReader, num_classes: int) -> tuple[NDArray[np.int64], dict[int, str]]:

@@ -140,14 +140,15 @@ class CUDAPrefetcher(Loader):
 
     def __init__(self, dataloader: DataLoader[dict[str, Tensor]], device: torch.device) -> None:
         assert isinstance(dataloader.batch_sampler, EpochBatches)
-        self.dataloader, self.device, self._sampler = dataloader, device, dataloader.batch_sampler
+        self.device, self._sampler = device, dataloader.batch_sampler
+        self.dataloader: DataLoader[dict[str, Tensor]] | None = dataloader
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[dict[str, Tensor]] = iter([])
         self._next: Batch | None = None
         self._go_to(0, 0)
 
     def __len__(self) -> int:
-        return len(self.dataloader)
+        return len(self._sampler)
 
     def reset(self) -> None:
         if not self._is_fresh:
@@ -178,10 +179,13 @@ class CUDAPrefetcher(Loader):
 
     def close(self) -> None:
         self._batches, self._next = iter([]), None
+        self.dataloader = None  # and with it its worker processes
 
     def _go_to(self, epoch: int, batch: int) -> None:
         self._sampler.epoch, self._sampler.first_batch = epoch, batch
         self._delivered, self._is_fresh = batch, True
+        if self.dataloader is None:
+            raise ValueError("the loader is closed")
         self._batches = iter(self.dataloader)
         self._preload()
 

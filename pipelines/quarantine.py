@@ -73,6 +73,10 @@ def read_quarantine(path: Path) -> list[BadSample]:
             samples.append(
                 BadSample(str(fields["tar"]), int(fields["offset"]), str(fields["member"]), str(fields.get("reason", "")))
             )
+        except json.JSONDecodeError as error:
+            if line.endswith("}"):
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+            continue  # its run was killed while it wrote it
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: an object with "tar", "offset" and "member" is needed ({error})'
@@ -94,10 +98,9 @@ class Quarantine:
 
     def __init__(self, shards: ShardSet, config: "DataConfig", path: Path | None = None) -> None:
         self._shards, self._config, self._path = shards, config, path
-        written = read_quarantine(path) if path and path.exists() else []
-        self._written = {(sample.tar, sample.offset) for sample in written}
         self.by_shard: dict[int, dict[int, str]] = defaultdict(dict)
-        self._take([sample for file in config.quarantine for sample in read_quarantine(Path(file))])
+        self._take_known()
+        self._check()
 
     def __len__(self) -> int:
         return sum(map(len, self.by_shard.values()))
@@ -126,21 +129,23 @@ class Quarantine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.by_shard.clear()
+        self._take_known()
         for (shard, row), reason in zip(state["rows"], state["reasons"], strict=True):
             self.by_shard[shard][row] = reason
 
-    def _take(self, known: list[BadSample]) -> None:
-        """Takes those samples of an earlier run that are in these shards."""
+    def _take_known(self) -> None:
+        """Takes those samples of earlier runs that are in these shards."""
         shards = {location(tar): number for number, tar in enumerate(self._shards.tars)}
-        wanted: dict[int, dict[int, str]] = defaultdict(dict)
-        for sample in known:
-            if sample.tar in shards:
-                wanted[shards[sample.tar]][sample.offset] = sample.reason
-        for shard, reasons in wanted.items():
-            for row, sample_row in enumerate(read_index(self._shards.indices[shard])):
-                offset = image_or_first(sample_row).offset
-                if offset in reasons:
-                    self.by_shard[shard][row] = reasons[offset]
+        reasons: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+        for file in self._config.quarantine:
+            for sample in read_quarantine(Path(file)):
+                if sample.tar in shards:
+                    reasons[shards[sample.tar]][sample.offset, sample.member] = sample.reason
+        for shard, known in reasons.items():
+            for row, members in enumerate(read_index(self._shards.indices[shard])):
+                named = image_or_first(members)
+                if (named.offset, named.name) in known:
+                    self.by_shard[shard][row] = known[named.offset, named.name]
 
     def _describe(self, row: RowId, reason: str) -> BadSample:
         component = image_or_first(read_index(self._shards.indices[row.shard])[row.row])
@@ -148,7 +153,7 @@ class Quarantine:
 
     def _check(self) -> None:
         """Raises ValueError, with a table, where there are too many; one is never too many, unless none is allowed."""
-        allowed = math.ceil(self._config.max_bad_fraction * self._shards.num_samples)
+        allowed = math.ceil(round(self._config.max_bad_fraction * self._shards.num_samples, 6))
         if len(self) <= allowed:
             return
         rows = [RowId(shard, row) for shard, bad in self.by_shard.items() for row in bad]
@@ -162,8 +167,13 @@ class Quarantine:
         )
 
     def _write(self, sample: BadSample, place: str) -> None:
-        if self._path is None or (sample.tar, sample.offset) in self._written:
+        if self._path is None:
             return
-        self._written.add((sample.tar, sample.offset))
-        with open(self._path, "a") as file:  # one write of one line: other loaders and ranks may have the file open
-            file.write(json.dumps({**asdict(sample), "found": place}) + "\n")
+        if self._path.exists():
+            listed = ((other.tar, other.offset) for other in read_quarantine(self._path))
+            if (sample.tar, sample.offset) in listed:  # by another rank, or before the run was resumed
+                return
+        with open(self._path, "a+b") as file:  # one write of one line: other loaders and ranks may have the file open
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * torn + json.dumps({**asdict(sample), "found": place}).encode() + b"\n")

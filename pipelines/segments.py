@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_TARS = 512  # of a segment: each is an open file, and a process may often have no more than 1,024
+# Of a segment. Each is an open file; a process may often have no more than 1,024, and up to four segments are open at once: of
+# training and of validation, one that is read and one that is made ready.
+MAX_TARS = 128
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,18 @@ def plan_epoch(
     if train:
         last = first + num_train_batches(int(ends[-1]), batch_size, world_size) * batch_size
     num_batches = -(-(last - first) // batch_size)
-    num_tars = int(np.searchsorted(ends, last)) - int(np.searchsorted(ends, first, "right")) + 1
-    num_segments = min(num_batches, max(-(-(last - first) // segment_samples), -(-num_tars // MAX_TARS)))
-    segments = []
-    for number in range(num_segments):
-        start, stop = (num_batches * i // num_segments for i in (number, number + 1))
+    # The tar with the first sample of each batch, and that with the last.
+    begins = np.searchsorted(ends, first + batch_size * np.arange(num_batches), "right")
+    finals = np.searchsorted(ends, np.minimum(last, first + batch_size * np.arange(1, num_batches + 1)) - 1, "right")
+    # As equal as possible, lest the last one be too short to shuffle in.
+    most_batches = -(-num_batches // max(1, -(-(last - first) // segment_samples)))
+    segments, start = list[Segment](), 0
+    while start < num_batches:
+        fitting = int(np.searchsorted(finals, begins[start] + MAX_TARS))
+        stop = max(start + 1, min(start + most_batches, fitting, num_batches))
         parts = _parts(order, ends, first + start * batch_size, min(last, first + stop * batch_size))
-        segments.append(Segment(epoch, number, start, stop - start, parts))
+        segments.append(Segment(epoch, len(segments), start, stop - start, parts))
+        start = stop
     return segments
 
 

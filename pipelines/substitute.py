@@ -5,14 +5,14 @@ and the loader drops it from its batch.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pipelines.check import why_undecodable
 from pipelines.index import Sample, read_index, write_index
 from pipelines.segments import Part
-from pipelines.shards import ShardSet, read_image
+from pipelines.shards import ShardSet, read_image, read_label
 
 # Nothing that a tar could hold as a member's name by accident; new in each process.
 MARK = f"stand-in-{secrets.token_hex(8)}:"
@@ -21,7 +21,7 @@ BadRows = Mapping[int, Mapping[int, str]]
 
 
 def index_files(
-    shards: ShardSet, tars: Sequence[str], parts: Sequence[Part], bad: BadRows, folder: Path
+    shards: ShardSet, tars: Sequence[str], parts: Sequence[Part], bad: BadRows, num_classes: int, folder: Path
 ) -> list[tuple[str, str]]:
     """For each part the tar and the index with which the reader reads it.
 
@@ -30,10 +30,11 @@ def index_files(
         tars: Local path of the tar of each part.
         parts: Rows to read.
         bad: Bad rows by shard.
+        num_classes: Labels of stand-ins are below it.
         folder: Where index files are written that differ from those of the shards.
 
     Raises:
-        ValueError: There is no good sample in any of these shards.
+        ValueError: There is no good sample to be had.
     """
     files = []
     for number, (part, tar) in enumerate(zip(parts, tars, strict=True)):
@@ -43,9 +44,9 @@ def index_files(
             continue
         rows = read_index(shards.indices[part.shard])[part.start : part.stop]
         if bad_rows:
-            place, stand_in = _stand_in(shards, tars, parts, bad, number)
-            if place != number:  # none of this part's rows is good
-                tar, rows = tars[place], [stand_in] * len(rows)
+            place, stand_in = _stand_in(shards, [(tar, part), *_others(shards, tars, parts, number)], bad, num_classes)
+            if place != tar:  # none of this part's rows is good
+                tar, rows = place, [stand_in] * len(rows)
             for row in bad_rows:
                 rows[row - part.start] = stand_in
         index = folder / f"{number}.idx"
@@ -54,14 +55,28 @@ def index_files(
     return files
 
 
-def _stand_in(shards: ShardSet, tars: Sequence[str], parts: Sequence[Part], bad: BadRows, number: int) -> tuple[int, Sample]:
-    """A good sample with its names marked, and the number of its part: that of the number given, where it has one."""
-    for place in [*range(number, len(parts)), *range(number)]:
-        part = parts[place]
+def _others(shards: ShardSet, tars: Sequence[str], parts: Sequence[Part], number: int) -> Iterator[tuple[str, Part]]:
+    """Where else a stand-in may be found: in the other parts, and then in all shards that are here."""
+    yield from ((tar, part) for i, (tar, part) in enumerate(zip(tars, parts, strict=True)) if i != number)
+    if not shards.is_remote:
+        yield from ((tar, Part(i, 0, shards.lengths[i])) for i, tar in enumerate(shards.tars))
+
+
+def _stand_in(shards: ShardSet, places: Iterable[tuple[str, Part]], bad: BadRows, num_classes: int) -> tuple[str, Sample]:
+    """The first good sample, its names marked, and its tar."""
+    for tar, part in places:
         samples = read_index(shards.indices[part.shard])
         for row in range(part.start, part.stop):
             # What is not known to be bad may be so all the same.
-            if row not in bad.get(part.shard, ()) and not why_undecodable([read_image(tars[place], samples[row])])[0]:
-                return place, [replace(component, name=MARK + component.name) for component in samples[row]]
-    names = ", ".join(shards.tars[part.shard] for part in parts[:5])
-    raise ValueError(f"there is not one good sample in {names}; `shards verify` says what is wrong with them")
+            if row not in bad.get(part.shard, ()) and _is_good(shards, tar, samples[row], num_classes):
+                return tar, [replace(component, name=MARK + component.name) for component in samples[row]]
+    raise ValueError(f"there is not one good sample in {shards.tars[0]} and the other shards; `shards verify` says why")
+
+
+def _is_good(shards: ShardSet, tar: str, sample: Sample, num_classes: int) -> bool:
+    try:
+        with open(tar, "rb") as file:
+            label = read_label(file, sample, tar, shards.label_reader)
+    except ValueError:
+        return False
+    return label < num_classes and not why_undecodable([read_image(tar, sample)])[0]

@@ -63,7 +63,7 @@ class SyntheticLoader(Loader):
         return -(-self._share // self._batch_size)
 
     def next(self) -> Batch | None:
-        if self._delivered == len(self):
+        if self._delivered >= len(self):
             return None
         count = min(self._batch_size, self._share - self._delivered * self._batch_size)
         self._delivered += 1

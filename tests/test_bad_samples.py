@@ -144,6 +144,59 @@ def test_validation_in_order_and_an_empty_batch(tmp_path: Path, images: list[byt
         assert all(len(batch["target"]) for batch in found)
 
 
+def test_batch_of_bad_labels(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """Is made up with others as well, the stand-ins having good labels; also where one good sample is left."""
+    undisturbed = epochs(make(good), 1)
+    bad = {*undisturbed[2]["target"].tolist(), *undisturbed[5]["target"].tolist()[1:], 0, 13}
+    damaged = write_shards(tmp_path / "bad", images, dict.fromkeys(bad, b"?"))
+    found = epochs(make(damaged), 1)
+    assert [len(batch["target"]) for batch in found] == [
+        max(2, sum(target not in bad for target in batch["target"].tolist())) for batch in undisturbed
+    ]
+    assert not bad & {target for batch in found for target in batch["target"].tolist()}
+
+
+def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> None:
+    """In the same loader, where a bad sample is met again; and after an error it does not go on as if nothing had been."""
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i % 9 == 2 else image for i, image in enumerate(images)])
+    with make(damaged) as loader:
+        take(loader, 1)
+        state = loader.state_dict()
+        batches = take(loader, 12)
+        loader.load_state_dict(state)
+        assert same(take(loader, 12), batches)
+    with make(damaged, max_bad_fraction=0.01) as loader:
+        with pytest.raises(ValueError, match="bad samples of 60"):
+            take(loader, 30)
+        for call in (loader.next, loader.state_dict, loader.reset):
+            with pytest.raises(ValueError, match="the loader was stopped by an error"):
+                call()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        loader.next()
+
+
+def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """A BMP with so many bits a pixel is one for the decoder by itself, and none for DALI, which does not say which it was."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(file, "BMP")
+    bmp = bytearray(file.getvalue())
+    bmp[28] = 3  # bits a pixel
+    damaged = write_shards(tmp_path / "bad", [bytes(bmp) if i == 30 else image for i, image in enumerate(images)])
+    assert same(epochs(make(damaged), 2), without(epochs(make(good), 2), {30}))
+
+
+def test_touched_tars(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """A new time alone, as after a copy put in its place, does not make a bad sample anything else."""
+    undisturbed = epochs(make(good), 1)
+    bad = set(undisturbed[6]["target"].tolist()[:1])
+    damaged = write_shards(tmp_path / "bad", [damage(image, 2) if i in bad else image for i, image in enumerate(images)])
+    with make(damaged) as loader:
+        batches = take(loader, 3)
+        for tar in damaged.glob("*.tar"):
+            os.utime(tar, (1, 1))
+        assert same([*batches, *take(loader, 7)], without(undisturbed, bad))
+
+
 def test_whole_batch_and_whole_shard(tmp_path: Path, images: list[bytes], good: Path) -> None:
     """A training batch without a good sample is made of others, so that each rank takes as many steps."""
     undisturbed = epochs(make(good), 1)

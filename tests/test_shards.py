@@ -33,6 +33,7 @@ def test_a_folder_gives_the_split_of_that_name(shards: Path) -> None:
         ("{0}/nothing-*.tar", r"no such shard: '.*nothing-\*\.tar'"),
         ("{0}/train-{{000002..000007}}.tar", r"no such shard: '.*train-000004\.tar' \(part of '.*\{{000002\.\.000007\}}"),
         ("{0}/train-{{0..3.tar", "the braces do not match"),
+        ("{0}/train-{{000001,*}}.tar", r"names \S+train-000001\.tar twice"),
         ("{0}/empty", r"no \.tar files in folder"),
     ],
 )

@@ -152,7 +152,7 @@ def test_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
         }
         return [sys.executable, "-W", "error", str(TRAIN), *(str(word) for pair in options.items() for word in pair)]
 
-    for name, kills in (("whole", ()), ("killed", (2, 5))):
+    for name, kills in (("whole", ()), ("killed", (2, 2, 5))):  # the second before the resumed run has written a line
         run = tmp_path / name
         for num_lines in kills:
             process = subprocess.Popen(command(run), cwd=tmp_path, stdout=subprocess.DEVNULL)
