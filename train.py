@@ -538,6 +538,7 @@ class RunFolder:
 # Settings that may change when a run is resumed: they change neither the batches nor the arithmetic, or not knowingly.
 FREE_SETTINGS = (
     *("run_dir", "resume", "checkpoint", "log_every", "device", "torch_threads"),
+    *("data.train", "data.valid"),  # they may have been moved; the loader compares what they hold
     *(f"data.{name}" for name in ("threads", "index_dir", "cache_dir", "cache_gigabytes")),
     *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
 )

@@ -43,7 +43,7 @@ class DataConfig:
     cache_dir: str = ""
     """Folder for local copies of remote shards, kept between runs and shared by them; by default a temporary one."""
     cache_gigabytes: float = 64.0
-    """How much the folder for copies may hold, in 10^9 bytes."""
+    """How much the folder for copies may hold, in 10^9 bytes; a temporary one is of one loader."""
     shuffle_buffer: int = 2048
     """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
     segment_samples: int | None = None
@@ -58,7 +58,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
-        if self.cache_gigabytes <= 0:
+        if not 0 < self.cache_gigabytes < float("inf"):
             raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
         for name in ("shuffle_buffer", "segment_samples"):
             value = getattr(self, name)

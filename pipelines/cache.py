@@ -6,6 +6,7 @@ DALI reads from S3 itself, but a piece of a sample at a time; whole shards come 
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import tempfile
 import threading
 import time
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from pipelines.cache_folder import Busy, CacheFolder, Full, object_key
 from pipelines.remote import RemoteFile, Stopped, stat
 from pipelines.transfer import Changed, Transfer, warn_once
+
+log = logging.getLogger(__name__)
 
 BUSY_SECONDS, FULL_SECONDS = 0.2, 0.5  # until it is tried again
 
@@ -82,6 +85,9 @@ class ShardCache:
     def hold(self, shards: Iterable[tuple[str, int]]) -> Iterator[list[Path]]:
         """Waits until all of these shards are here, and keeps them here until the block ends.
 
+        Where others read so much that there is no room it waits for that, too. A holder should not wait for a second set of
+        shards while it holds the first: two such would wait for each other.
+
         Args:
             shards: URLs and their sizes in bytes.
 
@@ -94,7 +100,8 @@ class ShardCache:
         """
         shards = list(shards)
         try:
-            with self._folder.lease(shards):
+            with contextlib.ExitStack() as lease:
+                self._wait_for_room(shards, lease)
                 yield self._wait_for(shards)
         finally:
             with self._condition:
@@ -111,6 +118,19 @@ class ShardCache:
         for task in self._tasks.values():
             task.result.set_exception(Stopped())
         self._tasks.clear()
+
+    def _wait_for_room(self, shards: list[tuple[str, int]], lease: contextlib.ExitStack) -> None:
+        told = False
+        while True:
+            try:
+                lease.enter_context(self._folder.lease(shards))
+                return
+            except Full as error:
+                if not told:
+                    log.warning("waiting for room: %s", error)
+                told = True
+            if self._stop.wait(FULL_SECONDS):
+                raise Stopped
 
     def _wait_for(self, shards: list[tuple[str, int]]) -> list[Path]:
         with self._condition:

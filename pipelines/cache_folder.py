@@ -68,14 +68,16 @@ class CacheFolder:
         """Keeps copies from being deleted by any process, also those that are to come; URLs and sizes.
 
         Raises:
-            ValueError: Together with what others read they would not fit.
+            ValueError: They do not fit.
+            Full: They would, but for what others read just now; says so.
         """
         wanted = {object_key(url): size for url, size in shards}
         with self._locked():
             others = self._leased()
             needed = sum({**others, **wanted}.values())
             if needed > self._max_bytes:
-                raise ValueError(self._too_small(needed, needed - sum(wanted.values())))
+                by_others = needed - sum(wanted.values())
+                raise (Full if needed - by_others <= self._max_bytes else ValueError)(self._too_small(needed, by_others))
             path = self._path / f"{uuid.uuid4().hex}.lease"
             file = _open_locked(path)
             assert file, path
@@ -223,7 +225,7 @@ class CacheFolder:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
     def _too_small(self, needed: int, by_others: int) -> str:
-        others = f", {_gigabytes(by_others)} of them for other processes," if by_others else ""
+        others = f", {_gigabytes(by_others)} of them for other loaders," if by_others else ""
         return (
             f"{self._path}: the shards that are read at once take {_gigabytes(needed)}{others} and --data.cache-gigabytes "
             f"allows {_gigabytes(self._max_bytes)}; raise it, or write smaller shards"

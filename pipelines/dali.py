@@ -1,6 +1,7 @@
 """The one DALI graph, for training and validation, CPU and GPU; and the pipeline that runs it over a segment."""
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,10 @@ def _reader_options(settings: Settings, segment: Segment, files: Sequence[tuple[
     }
 
 
+# Of pipelines: DALI's automatic augmentations switch warnings off for a while, for all threads, and must not do so crosswise.
+_making = threading.Lock()
+
+
 class SegmentPipeline:
     """The pipeline of one segment, and how far it is.
 
@@ -151,17 +156,18 @@ class SegmentPipeline:
         self.before = delivered, checkpoint
         self.held = contextlib.ExitStack()
         self._num_scheduled = delivered
-        self._pipeline: Pipeline = image_pipeline(
-            train=settings.train,
-            device="gpu" if settings.device.type == "cuda" else "cpu",
-            image_size=settings.image_size,
-            dtype=settings.dtype,
-            config=settings.config,
-            device_id=settings.device.index if settings.device.type == "cuda" else None,
-            seed=_seeds(settings, segment)[0],
-            checkpoint=checkpoint or None,
-            **_reader_options(settings, segment, files),
-        )
+        with _making:
+            self._pipeline: Pipeline = image_pipeline(
+                train=settings.train,
+                device="gpu" if settings.device.type == "cuda" else "cpu",
+                image_size=settings.image_size,
+                dtype=settings.dtype,
+                config=settings.config,
+                device_id=settings.device.index if settings.device.type == "cuda" else None,
+                seed=_seeds(settings, segment)[0],
+                checkpoint=checkpoint or None,
+                **_reader_options(settings, segment, files),
+            )
         self._pipeline.build()
 
     @property

@@ -7,10 +7,11 @@ import hashlib
 import itertools
 import os
 import tempfile
+import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from pipelines import DataConfig
 
 
+T = TypeVar("T")
+
 # Large enough that changing pipelines costs nothing, small enough that a pipeline is made, and a stopped one understood, within
-# seconds. Of remote shards the copies of two segments have to be on the disk.
+# seconds. Of remote shards the copies of a segment have to be on the disk, and should be of two.
 SEGMENT_SAMPLES, REMOTE_SEGMENT_SAMPLES = 262_144, 16_384
 
 
@@ -95,7 +98,6 @@ class DALILoader(Loader):
         )
         self._bad = Quarantine(shards, config, quarantine)
         self._watch = TarWatch([] if shards.is_remote else shards.tars)
-        self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._held = contextlib.ExitStack()
         self._cache: ShardCache | None = None
         if shards.is_remote:
@@ -105,7 +107,11 @@ class DALILoader(Loader):
         self._sources: Sources | None = None
         self._segments: list[Segment] = []
         self._unusable = ""
-        self._go_to(0, 0)
+        try:
+            self._go_to(0, 0)
+        except Exception:
+            self._held.close()
+            raise
 
     def __len__(self) -> int:
         return sum(segment.num_batches for segment in self._segments)
@@ -126,6 +132,7 @@ class DALILoader(Loader):
         except Exception:
             self._unusable = "the loader was stopped by an error; load a state, or make a new one"
             raise
+        self._set_current(None)  # lets go of the shards, which others may be waiting for
         return None
 
     def reset(self) -> None:
@@ -141,7 +148,6 @@ class DALILoader(Loader):
         if self._cache is not None:
             self._cache.close()  # first, lest the worker wait for copies that nobody needs
         self._prepare(None)
-        self._worker.shutdown()
         self._set_current(None)
         self._held.close()
         self._sources, self._segments = None, []
@@ -188,7 +194,7 @@ class DALILoader(Loader):
             "augmentation": str([settings.config.crop, *settings.config.augment]),
             "size schedule": " ".join(settings.config.size_schedule),
             "shuffle buffer": settings.config.shuffle_buffer,
-            "segment length": settings.segment_samples,
+            "segment length": min(settings.segment_samples, shards.num_samples),
             "kind of device": settings.device.type,
             "version of DALI": DALI_VERSION,
         }
@@ -224,10 +230,10 @@ class DALILoader(Loader):
         if not self._segments:
             return
         segment = self._segment()
-        if batch == segment.first_batch:
-            self._prepare(segment)
-        else:
+        if batch != segment.first_batch:
             self._set_current(self._open(segment, batch - segment.first_batch, checkpoint))
+        elif self._cache is not None:
+            self._cache.prefetch(self._remote(segment))
 
     def _set_current(self, pipeline: SegmentPipeline | None) -> None:
         if self._current is not None:
@@ -255,7 +261,7 @@ class DALILoader(Loader):
             if dropped.exception() is None:
                 dropped.result().close()
         if segment is not None:
-            self._upcoming = segment, self._worker.submit(self._open, segment)
+            self._upcoming = segment, _in_thread(lambda: self._open(segment))
 
     def _open(self, segment: Segment, delivered: int = 0, checkpoint: bytes = b"") -> SegmentPipeline:
         with contextlib.ExitStack() as held:
@@ -305,6 +311,8 @@ class DALILoader(Loader):
             return self._batch(images, labels, sources)
 
     def _make_ready_what_follows(self, pipeline: SegmentPipeline) -> None:
+        if self._cache is not None:  # to hold two segments at once would be to wait for room and to keep it from others
+            return
         if self._upcoming is None and 2 * pipeline.delivered >= pipeline.segment.num_batches:
             self._prepare(self._following(pipeline.segment))
         if pipeline.is_idle and self._upcoming is not None:
@@ -316,14 +324,12 @@ class DALILoader(Loader):
         """The pipeline with the next batch."""
         if self._current is None or self._current.is_done:
             self._set_current(None)
+            self._sources = None
             segment = self._segment()
-            self._prepare(segment)
-            assert self._upcoming is not None
-            prepared, self._upcoming = self._upcoming[1], None
-            if prepared.exception() is None:
-                self._set_current(prepared.result())
-            else:
-                # What kept it from being made in advance need not do so now: there was no room for two segments, for one.
+            prepared, self._upcoming = self._upcoming, None
+            if prepared is not None and prepared[0] == segment and prepared[1].exception() is None:
+                self._set_current(prepared[1].result())
+            else:  # what kept it from being made in advance need not do so now
                 self._set_current(self._open(segment))
         assert self._current is not None
         return self._current
@@ -408,6 +414,20 @@ class DALILoader(Loader):
         if len(kept) < len(sources):
             images, target = images[kept], target[kept]
         return {"image": images, "target": target.to(self._settings.device, non_blocking=True)}
+
+
+def _in_thread(function: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """What the function gives, by a thread that does not keep the process from ending, as those of a pool do."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def parse_labels(text: NDArray[np.uint8], reader: LabelReader, num_classes: int) -> tuple[NDArray[np.int64], dict[int, str]]:

@@ -164,7 +164,7 @@ def json_label(raw: bytes, key: str) -> Any:
     """
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"damaged .json ({error})") from error
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:

@@ -92,10 +92,11 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: after broken connections, timeouts, and answers that say so."""
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes up to Python 3.10
         return True
-    never = FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, AttributeError, NotImplementedError
+    never = FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, AttributeError, AssertionError, LookupError
     # The names are botocore's, which is not there for other stores.
     if (
         isinstance(error, never)
+        or (isinstance(error, RuntimeError) and not isinstance(error, OSError))
         or _is_forbidden(error)
         or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
     ):
