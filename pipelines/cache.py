@@ -17,8 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipelines.cache_folder import Busy, CacheFolder, Full, object_key
-from pipelines.remote import RemoteFile, Stopped, stat
-from pipelines.transfer import Changed, Transfer, warn_once
+from pipelines.remote import RemoteFile, Stopped, stat, warn_once
+from pipelines.transfer import Changed, Transfer
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,8 @@ READ_AHEAD = 16 * 1024
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class Interruption(Exception):  # noqa: N818  (nothing went wrong)
     """Ends `retrying`, and is passed on as it is."""
@@ -105,6 +107,18 @@ def is_transient(error: BaseException) -> bool:
     return status is None or status < 400 or status in (408, 425, 429) or status >= 500
 
 
+def warn_once(url: str) -> Callable[[BaseException], None]:
+    """Something to tell of faults, which tells the log of the first one."""
+    told = threading.Event()
+
+    def on_fault(error: BaseException) -> None:
+        if not told.is_set():
+            told.set()
+            log.warning("%s: trying again after %s", url, describe(error))
+
+    return on_fault
+
+
 def retrying(
     url: str,
     call: Callable[[], T],
@@ -118,7 +132,7 @@ def retrying(
         url: What to call it in messages.
         call: Asks the store.
         stop: Ends the waiting early.
-        on_fault: Is told of each fault after which it is tried again.
+        on_fault: Is told of each fault after which it is tried again; without it the log is, of the first.
 
     Raises:
         FileNotFoundError: There is no such object.
@@ -127,7 +141,7 @@ def retrying(
         OSError: Any other lasting error; or nothing but faults for three minutes; names the last one.
         Stopped: By `stop`.
     """
-    stop = stop or threading.Event()
+    stop, on_fault = stop or threading.Event(), on_fault or warn_once(url)
     give_up, pause = time.monotonic() + PATIENCE_SECONDS, 0.2
     while True:
         try:
@@ -140,8 +154,7 @@ def retrying(
                 raise OSError(
                     f"{url}: nothing but faults for {PATIENCE_SECONDS:.0f} s, the last one {describe(error)}"
                 ) from error
-            if on_fault:
-                on_fault(error)
+            on_fault(error)
         # Drawn at random, lest those that failed together come back together.
         if stop.wait(pause * random.uniform(0.5, 1)):
             raise Stopped

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from io import FileIO
 from typing import Any
 
-from pipelines.remote import Interruption, RemoteFile, describe, read_range, retrying, stat, stat_once
+from pipelines.remote import Interruption, RemoteFile, read_range, retrying, stat, stat_once
 
 CHUNK_BYTES = 8_000_000  # what a fault costs at most
 ATTEMPTS = 3  # at content that fits its checksum
@@ -97,18 +97,6 @@ class Transfer:
     def _check_unchanged(self, now: RemoteFile) -> None:
         if (now.version, now.size) != (self._file.version, self._file.size):
             raise Changed(self._file.url)
-
-
-def warn_once(url: str) -> Callable[[BaseException], None]:
-    """Something to tell of faults, which tells the log of the first one."""
-    told = threading.Event()
-
-    def on_fault(error: BaseException) -> None:
-        if not told.is_set():
-            told.set()
-            log.warning("%s: trying again after %s", url, describe(error))
-
-    return on_fault
 
 
 def _checksum(file: RemoteFile) -> tuple[Any, bytes]:
