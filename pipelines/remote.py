@@ -269,12 +269,30 @@ class _Ranges(io.RawIOBase):
 
 
 def in_threads(function: Callable[[Any], T], tasks: list[Any]) -> Iterator[T]:
-    """`map` over tasks that wait for a store, in order; an error ends it without waiting for the rest."""
-    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    """`map` over tasks that wait for a store, in order; an error ends it without waiting for the rest.
+
+    Nor does the process wait for them when it ends, as it would for the threads of a pool.
+    """
+    results: list[concurrent.futures.Future[T]] = [concurrent.futures.Future() for _ in tasks]
+    waiting = iter(list(zip(tasks, results, strict=True)))  # the threads share it: to take the next one is atomic
+    stop = threading.Event()
+
+    def work() -> None:
+        for task, result in waiting:
+            if stop.is_set():
+                return
+            try:
+                result.set_result(function(task))
+            except Exception as error:
+                result.set_exception(error)
+
+    for _ in range(min(THREADS, len(tasks))):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        yield from pool.map(function, tasks)
+        for result in results:
+            yield result.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
 
 
 def _call(url: str, method: str, stop: threading.Event | None, **options: Any) -> Any:
