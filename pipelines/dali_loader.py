@@ -41,6 +41,8 @@ T = TypeVar("T")
 # seconds. Of remote shards the copies of a segment have to be on the disk, and should be of two.
 SEGMENT_SAMPLES, REMOTE_SEGMENT_SAMPLES = 262_144, 16_384
 
+CLOSED = "the loader is closed"
+
 
 class DALILoader(Loader):
     """Decodes and augments on `device` while the model computes.
@@ -146,12 +148,12 @@ class DALILoader(Loader):
 
     def close(self) -> None:
         if self._cache is not None:
-            self._cache.close()  # first, lest the worker wait for copies that nobody needs
+            self._cache.close()
         self._prepare(None)
         self._set_current(None)
         self._held.close()
         self._sources, self._segments = None, []
-        self._unusable = "the loader is closed"
+        self._unusable = CLOSED
 
     def state_dict(self) -> dict[str, Any]:
         self._check_usable()
@@ -168,6 +170,8 @@ class DALILoader(Loader):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._unusable == CLOSED:
+            raise ValueError(CLOSED)
         check_state(state, self._fingerprint())
         self._prepare(None)  # it was made with what was bad before
         self._unusable = ""

@@ -171,8 +171,9 @@ def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> Non
         for call in (loader.next, loader.state_dict, loader.reset):
             with pytest.raises(ValueError, match="the loader was stopped by an error"):
                 call()
-    with pytest.raises(ValueError, match="the loader is closed"):
-        loader.next()
+    for closed in (loader.next, lambda: loader.load_state_dict(state)):
+        with pytest.raises(ValueError, match="the loader is closed"):
+            closed()
 
 
 def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[bytes], good: Path) -> None:
