@@ -1,17 +1,20 @@
 """Training from an object store: what URLs name, indices, and the same batches as from a folder."""
 
+import concurrent.futures
 import io
 import re
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipelines import DataConfig, build_loader, open_shards, remote
+from pipelines import Batch, DataConfig, Loader, build_loader, open_shards, remote
 from pipelines.index import read_index, scan_tar
 from tests.faults import Fault, FaultyProxy
+from tests.loader_contract import same, saved, take
 
 CPU = torch.device("cpu")
 STORES = ["s3_bucket", "gcs_bucket"]
@@ -186,6 +189,51 @@ def test_the_same_batches_as_from_a_folder(tmp_path: Path, shards: Path, uploade
     if kept:
         names = sorted(path.name.split(".")[0] for path in (tmp_path / "cache").glob("*.tar"))
         assert names == [Path(tar).stem for tar in open_shards(str(shards), split).tars]
+
+
+def test_training_goes_on_through_faults(
+    tmp_path: Path, shards: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slow answers, faults, the server gone for a while, room for two of four shards, and resumed with an empty cache."""
+    url = upload(shards, f"{s3_bucket}/faults")
+    kinds: list[Fault] = ["reset", "503", "cut", "short"]
+    faulty.fault = lambda method, path, start: kinds.pop() if kinds and start >= 0 else None
+
+    def make(location: str, cache: str) -> Loader:
+        room = 2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
+        config = DataConfig(train=location, cache_dir=str(tmp_path / cache), cache_gigabytes=room, segment_samples=16)
+        return build_loader(config, "train", batch_size=4, image_size=32, device=CPU, num_threads=1)
+
+    with make(str(shards), "none") as loader:
+        expected = take(loader, 32)
+    with make(url, "one") as loader:
+        batches = take(loader, 10)
+        faulty.go_away()
+        back = threading.Timer(2, faulty.come_back)
+        back.start()
+        batches += take(loader, 10)
+        back.join()
+        state = saved(loader.state_dict())
+        assert len(list((tmp_path / "one").glob("*.tar"))) <= 2
+    with make(url, "other") as loader:
+        loader.load_state_dict(state)
+        assert same([*batches, *take(loader, 12)], expected)
+
+
+def test_loaders_that_share_little_room_take_turns(tmp_path: Path, shards: Path, s3_bucket: str) -> None:
+    """Two ranks, and room for what one of them reads: one waits for the other, and neither for ever."""
+    url = upload(shards, f"{s3_bucket}/room")
+    room = 2.2 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
+
+    def epoch(rank: int, location: str) -> list[Batch]:
+        config = DataConfig(train=location, cache_dir=str(tmp_path / "cache"), cache_gigabytes=room, segment_samples=8)
+        options = {"batch_size": 4, "image_size": 32, "num_threads": 1, "rank": rank, "world_size": 2}
+        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+            return take(loader, 14)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        remote_ones = list(threads.map(lambda rank: epoch(rank, url), range(2)))
+    assert all(same(ours, epoch(rank, str(shards))) for rank, ours in enumerate(remote_ones))
 
 
 def test_pillow_reads_local_shards_only(s3_bucket: str, shards: Path) -> None:
