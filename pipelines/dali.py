@@ -44,6 +44,19 @@ def read(
     return encoded, label
 
 
+def with_headers_read(encoded: DataNode) -> DataNode:
+    """The encoded images, once all their headers could be read.
+
+    The decoder parses the headers of a batch in several threads, and where one cannot be read it may leave before the others
+    are through (DALI 2.4, `imgcodec/image_decoder.h`): they go on in memory that is no longer theirs, and the process ends
+    with a segmentation fault. `peek_image_shape` waits for all of them, and gives an error that can be dealt with.
+    """
+    height_width_channels = fn.peek_image_shape(encoded)
+    # Nothing is reshaped: it makes the decoder wait for the line above.
+    size = fn.cast(encoded.shape(), dtype=types.INT32) + 0 * fn.cast(height_width_channels[0], dtype=types.INT32)
+    return fn.reshape(encoded, shape=size)
+
+
 def padded_source(encoded: DataNode) -> DataNode:
     """`tar:offset:member` of each image, uint8; texts differ in length, and padded with zeros a batch of them is one tensor."""
     return fn.pad(fn.get_property(encoded, key="source_info"))
@@ -67,13 +80,14 @@ def image_pipeline(
 ) -> tuple[DataNode, DataNode, DataNode]:
     """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU."""
     encoded, label = read(tars, indices, label_extension, shuffle_buffer, shuffle_seed, mmap=False)
+    source, encoded = padded_source(encoded), with_headers_read(encoded)
     if train:
         image = augment.training_images(
             encoded, config.crop, config.augment, size=image_size, device=device, dtype=DTYPES[dtype]
         )
     else:
         image = augment.validation_images(encoded, size=image_size, device=device, dtype=DTYPES[dtype])
-    return image, fn.pad(label), padded_source(encoded)
+    return image, fn.pad(label), source
 
 
 @pipeline_def(exec_dynamic=True)

@@ -421,7 +421,7 @@ class DALILoader(Loader):
 
 
 def _in_thread(function: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """What the function gives, by a thread that does not keep the process from ending, as those of a pool do."""
+    """What the function gives, by a thread of its own, which the process waits for when it ends: DALI must not be cut off."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -430,7 +430,7 @@ def _in_thread(function: Callable[[], T]) -> concurrent.futures.Future[T]:
         except Exception as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run).start()
     return future
 
 

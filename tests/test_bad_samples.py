@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,22 @@ def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[by
     bmp[28] = 3  # bits a pixel
     damaged = write_shards(tmp_path / "bad", [bytes(bmp) if i == 30 else image for i, image in enumerate(images)])
     assert same(epochs(make(damaged), 2), without(epochs(make(good), 2), {30}))
+
+
+def test_a_header_that_the_decoder_must_not_meet(tmp_path: Path, images: list[bytes]) -> None:
+    """In the last of the parts into which it divides the headers of a batch: there DALI's decoder ends the process."""
+    write_shards(tmp_path / "bad", [images[0][:100] + b"\3" * 900 if i == 160 else images[i % 60] for i in range(256)])
+    script = f"""
+import torch
+from pipelines import DataConfig, build_loader
+config = DataConfig(valid={str(tmp_path / "bad")!r}, max_bad_fraction=1)
+for num_threads in (1, 2, 3):
+    options = dict(batch_size=64, image_size=32, num_threads=num_threads, num_classes=256)
+    with build_loader(config, "valid", device=torch.device("cpu"), **options) as loader:
+        print(sum(len(batch["target"]) for batch in loader), loader.num_bad_samples)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "255 1\n" * 3), done.stderr
 
 
 def test_touched_tars(tmp_path: Path, images: list[bytes], good: Path) -> None:
