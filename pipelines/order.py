@@ -54,7 +54,7 @@ def order_warning(shards: ShardSet, data: "DataConfig", batch_size: int, num_cla
         ValueError: An index is damaged.
     """
     window = data.shuffle_buffer + batch_size
-    if window >= shards.num_samples or "://" in data.train:  # of remote shards each label would be a request
+    if window >= shards.num_samples or shards.is_remote:  # of remote shards each label would be a request
         return None
     found = _read_some(shards, window)
     size = round(window * found.share)

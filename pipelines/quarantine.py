@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.index import read_index
+from pipelines.remote import is_url
 from pipelines.shards import ShardSet, image_or_first
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class BadSample:
 
 def location(tar: str) -> str:
     """A shard as the file names it: a URL as it is, a path made absolute."""
-    return tar if "://" in tar else os.path.abspath(tar)
+    return tar if is_url(tar) else os.path.abspath(tar)
 
 
 def read_quarantine(path: Path) -> list[BadSample]:

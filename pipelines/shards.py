@@ -155,9 +155,9 @@ def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = 
         tars = _tars_in_folder(Path(pattern), split) if os.path.isdir(pattern) else _expand(pattern)
         sizes = [tar.stat().st_size for tar in tars]
         info = read_info(tars[0].parent)
-    names = list(map(str, tars))
-    if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
-        raise ValueError(f"{pattern!r} names {twice} twice; each shard is read once an epoch")
+    [(name, count)] = collections.Counter(map(str, tars)).most_common(1)
+    if count > 1:
+        raise ValueError(f"{pattern!r} names {name} twice; each shard is read once an epoch")
     indices = ensure_indices(tars, index_dir)
     lengths = [count_samples(index) for index in indices]
     if not any(lengths):
