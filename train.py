@@ -1,9 +1,10 @@
 """WebDataset shards in, a trained GoogLeNet out: `python train.py --help`.
 
-Read it from top to bottom: the configuration, `main`, one epoch, validation, the run's folder.
+Read it from top to bottom: `main`, the run, one epoch, what is said of it. The settings are in training/config.py, the step in
+training/job.py, validation in training/evaluation.py, the run's folder in training/run_folder.py.
 """
 
-import dataclasses
+import contextlib
 import json
 import logging
 import math
@@ -11,129 +12,55 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from model import googlenet
-from model.checkpoint import load_checkpoint, save_checkpoint
-from model.ema import EMA
-from model.loss import googlenet_loss
-from model.optim import OptimConfig, build_optimizer, build_scheduler
-from pipelines import DataConfig, Loader, ShardSet, build_loader, open_shards
-from pipelines.augment import RandomResizedCrop
-from pipelines.files import replace_text
-from pipelines.loader import MEAN, STD
+from pipelines import Loader, ShardSet, build_loader, open_shards
 from pipelines.meter import Meter, Rates
-from pipelines.mix import MixConfig, mix
+from pipelines.mix import mix
 from pipelines.order import order_warning
 from pipelines.quarantine import FILE_NAME as QUARANTINE
+from training.config import Config, choose_autocast_dtype, share_threads
+from training.evaluation import Evaluation, evaluate
+from training.initial import read_initial_weights
+from training.job import HEADS, Job, build_job, global_batch_size, train_step
+from training.leave import EXIT_CODE, Leave, Left
+from training.profile import profiled
+from training.recipes import DEMO_DATA, RECIPES
+from training.run_folder import RunFolder
+from training.trained import load_trained
+from training.world import World, join_world
 
 log = logging.getLogger("train")
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network, its loss and its average."""
-
-    aux_logits: bool = True
-    """Train with the two auxiliary heads; they are not used afterwards."""
-    aux_weight: float = 0.3
-    """Weight of each auxiliary head's loss."""
-    dropout: float = 0.2
-    """Probability of dropping a feature before the last layer."""
-    label_smoothing: float = 0.1
-    """Part of a target's probability that is spread over all classes."""
-    ema_decay: float = 0.999
-    """How much of the averaged weights stays at each step; the average looks back on about 1 / (1 - decay) steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("dropout", "label_smoothing", "ema_decay"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When a run saves its state, besides at the end of each epoch."""
-
-    every_steps: int | None = None
-    """Steps between two saves; a run that is resumed repeats what came after the last one."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"--checkpoint.every-steps {self.every_steps}: at least 1 is needed")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Train GoogLeNet on WebDataset shards. Without --data.train: the embedded demo, with images that it draws itself."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    epochs: int = 30
-    """Passes over the training shards."""
-    batch_size: int = 64
-    """Images a step, on each device."""
-    image_size: int = 224
-    """Side of the images that the network sees, pixels; at least 32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the arithmetic. auto: on a GPU bf16, or fp16 with loss scaling where the GPU has no bf16; on a CPU fp32."""
-    torch_threads: int | None = None
-    """CPU threads for the arithmetic; by default shared out with the data threads, see docs/performance.md."""
-    seed: int = 0
-    """Of the initial weights, the order of the samples, augmentation and dropout."""
-    run_dir: Path | None = None
-    """Folder for what the run writes; by default runs/DATE-TIME-PROCESS."""
-    resume: Literal["no", "auto"] = "no"
-    """auto: go on with the run in --run-dir where it last saved its state, or begin it where there is none."""
-    log_every: int = 20
-    """Steps between two log lines."""
-
-    def __post_init__(self) -> None:
-        # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
-        least = {"epochs": 1, "batch_size": 2, "image_size": 32, "log_every": 1, "torch_threads": 1, "seed": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
-        if self.resume == "auto" and self.run_dir is None:
-            raise ValueError("--resume auto needs --run-dir, the folder of the run to go on with")
-
-
-DEMO_DATA = Path(__file__).parent / "data" / "demo"
-DEMO = Config(
-    data=DataConfig(train=str(DEMO_DATA), valid=str(DEMO_DATA), crop=RandomResizedCrop(scale=(0.5, 1.0))),
-    model=ModelConfig(ema_decay=0.98),
-    optim=OptimConfig(lr=0.02),
-    epochs=4,
-    batch_size=16,  # so small a set needs many steps more than it needs large ones
-    image_size=48,
-)
+# Steps between two times that the ranks agree on whether to save or to leave: each is a round trip of the hosts.
+AGREE_EVERY = 10
+SAVE, LEAVE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         config = parse(arguments)
-        if config.data.train == str(DEMO_DATA):
-            make_demo_data()
-        train(config)
+        with join_world(config.device) as world:
+            if not world.is_main:
+                log.setLevel(logging.WARNING)
+            if config.evaluate is not None:
+                evaluate_only(config, world)
+            else:
+                train(config, world)
+    except Left as left:
+        print(left)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole, and --resume auto goes on from it")
+        sys.exit(130)
     except BrokenPipeError:  # whoever read the output, `head` for one, has gone
         sys.exit(1)
     except (ValueError, OSError) as error:
@@ -141,14 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
-    """The configuration that the command line asks for; its flags override the demo's settings where the demo runs."""
+    """The configuration that the command line asks for; its flags override the settings of the recipe."""
     config = tyro.cli(Config, args=arguments, prog="train.py")
-    if config.data.train and config.data.valid:
+    if config.evaluate is not None:
+        if not config.data.valid:
+            raise ValueError("--evaluate needs --data.valid, the shards to score the checkpoint on")
         return config
-    if config.data.train or config.data.valid:
+    if bool(config.data.train) != bool(config.data.valid):
         given, missing = ("train", "valid") if config.data.train else ("valid", "train")
         raise ValueError(f"--data.{given} is given and --data.{missing} is not; training needs both")
-    return tyro.cli(Config, args=arguments, prog="train.py", default=DEMO)
+    recipe = config.recipe or (None if config.data.train else "demo")
+    if recipe not in (None, "demo") and not config.data.train:
+        raise ValueError(f"--recipe {recipe} needs --data.train and --data.valid")
+    return tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES[recipe]) if recipe else config
 
 
 def make_demo_data() -> None:
@@ -164,24 +96,22 @@ def make_demo_data() -> None:
         raise ValueError("the demo's images could not be made; the line above says why")
 
 
-def train(config: Config) -> None:
+def train(config: Config, world: World) -> None:
     """Runs the training job that the configuration describes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes were started; training on more than one device is not supported yet")
     started = time.perf_counter()
-    device = choose_device(config.device)
-    torch_threads, loader_threads = share_threads(config, device)
+    if config.data.train == str(DEMO_DATA):
+        if world.local_rank == 0:
+            make_demo_data()
+        world.wait()
+    torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
     torch.set_num_threads(torch_threads)
-    torch.manual_seed(config.seed)
-    autocast_dtype = choose_autocast_dtype(config.precision, device)
-
-    data = config.data
-    train_shards = open_shards(data.train, "train", data.index_dir, data.label_key, data.class_file)
-    valid_shards = open_shards(data.valid, "valid", data.index_dir, data.label_key, data.class_file)
+    autocast_dtype = choose_autocast_dtype(config.precision, world.device)
+    train_shards, valid_shards = open_split(config, "train"), open_split(config, "valid")
     num_classes = agree_on_classes(train_shards, valid_shards)
-    if data.backend == "dali" and (warning := order_warning(train_shards, data, config.batch_size, num_classes)):
+    is_read_in_order = world.is_main and config.data.backend == "dali"
+    if is_read_in_order and (warning := order_warning(train_shards, config.data, config.batch_size, num_classes)):
         log.warning("%s", warning)
-    run_path = config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:
         return build_loader(
@@ -190,91 +120,284 @@ def train(config: Config) -> None:
             shards=shards,
             batch_size=config.batch_size,
             image_size=config.image_size,
-            device=device,
-            dtype=torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32,
+            device=world.device,
+            dtype=torch.float16 if autocast_dtype and world.device.type == "cuda" else torch.float32,
             num_classes=num_classes,
             num_threads=loader_threads,
             seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
             quarantine=run_path / QUARANTINE,
         )
 
-    with loader_of("train", train_shards) as train_loader, loader_of("valid", valid_shards) as valid_loader:
-        job = build_job(config, num_classes, train_shards.classes, device, autocast_dtype, len(train_loader))
-        meter = Meter(device)
-        with RunFolder(run_path, config) as run:
-            run.begin(job, train_loader, meter)
-            log.info(
-                "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
-                num_classes,
-                f"{train_shards.num_samples:,}",
-                f"{valid_shards.num_samples:,}",
-                torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-                str(autocast_dtype or torch.float32).removeprefix("torch."),
-                torch_threads,
-                loader_threads,
-                run.path,
+    with (
+        contextlib.closing(RunFolder(run_path, config, world)) as run,
+        loader_of("train", train_shards) as train_loader,
+        loader_of("valid", valid_shards) as valid_loader,
+    ):
+        initial = read_initial_weights(config.init_from, is_partial=config.init_from_partial) if config.init_from else None
+        steps_per_epoch = len(train_loader) // config.accumulate_steps
+        if not steps_per_epoch:
+            raise ValueError(
+                f"{len(train_loader)} batches an epoch make no step of --accumulate-steps {config.accumulate_steps}"
             )
-            train_epochs(config, job, train_loader, valid_loader, meter, run)
-        if num_bad := train_loader.num_bad_samples + valid_loader.num_bad_samples:
-            log.warning(
-                "%d bad samples were left out, see %s; later runs leave them out from the start with --data.quarantine %s",
-                *(num_bad, run.path / QUARANTINE, run.path),
-            )
-    print(report(job.scores, meter.total, run.path, time.perf_counter() - started))
+        job = build_job(
+            config,
+            world,
+            num_classes=num_classes,
+            classes=train_shards.classes,
+            autocast_dtype=autocast_dtype,
+            steps_per_epoch=steps_per_epoch,
+            initial=initial,
+        )
+        meter = Meter(world.device)
+        run.begin(job, train_loader, meter)
+        log.info(
+            "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
+            num_classes,
+            f"{train_shards.num_samples:,}",
+            f"{valid_shards.num_samples:,}",
+            torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
+            str(autocast_dtype or torch.float32).removeprefix("torch."),
+            torch_threads,
+            loader_threads,
+            run_path,
+        )
+        log.info("%s", describe_steps(config, world))
+        with Leave() as leave, profiled(config, run_path, world) as next_step:
+            train_epochs(job, train_loader, valid_loader, meter, run, leave, next_step)
+        run.write_results(job.scores)
+        run.finish()
+        num_bad = sum(world.gather(train_loader.num_bad_samples + valid_loader.num_bad_samples))
+    if num_bad:
+        log.warning(
+            "%d bad samples were left out, see %s; later runs leave them out from the start with --data.quarantine %s",
+            *(num_bad, run_path / QUARANTINE, run_path),
+        )
+    if world.is_main:
+        print(report(job.scores, meter.total, run_path, time.perf_counter() - started))
+
+
+def open_split(config: Config, split: Literal["train", "valid"]) -> ShardSet:
+    data = config.data
+    return open_shards(data.train if split == "train" else data.valid, split, data.index_dir, data.label_key, data.class_file)
+
+
+def describe_steps(config: Config, world: World) -> str:
+    """How many images make a step, and what that makes of the learning rate."""
+    images, optim = global_batch_size(config, world), config.optim
+    text = (
+        f"global batch size {images} ({config.batch_size} images x {config.accumulate_steps} batches x {world.size} processes)"
+    )
+    lr = optim.scaled(optim.lr, images)
+    if not optim.reference_batch_size:
+        return f"{text}; learning rate {lr:g}, not scaled"
+    return f"{text}; learning rate {optim.lr:g} x {images} / {optim.reference_batch_size} = {lr:g}"
 
 
 def train_epochs(
-    config: Config, job: "Job", train_loader: Loader, valid_loader: Loader, meter: Meter, run: "RunFolder"
+    job: Job,
+    train_loader: Loader,
+    valid_loader: Loader,
+    meter: Meter,
+    run: RunFolder,
+    leave: Leave,
+    next_step: Callable[[], None],
 ) -> None:
-    """All epochs, or those that are left, each with its validation and its checkpoint."""
-    steps = len(train_loader)
-    with logging_redirect_tqdm(), tqdm(total=config.epochs * steps, initial=job.step, unit="step", disable=None) as progress:
-        for epoch in range(job.validated + 1, config.epochs + 1):
+    """All epochs, or those that are left, each with its validation and its checkpoint.
+
+    Raises:
+        Left: A signal asked the run to end; its state is saved.
+    """
+    steps, epochs = job.steps_per_epoch, job.config.epochs
+    is_shown = None if job.world.is_main else True
+    with logging_redirect_tqdm(), tqdm(total=epochs * steps, initial=job.step, unit="step", disable=is_shown) as progress:
+        for epoch in range(job.validated + 1, epochs + 1):
             job.epoch = epoch
             if job.step < epoch * steps:  # what is resumed may lack the validation alone
-                train_epoch(config, job, train_loader, meter, run, progress)
-            job.scores = evaluate(job, valid_loader)
-            log.info(
-                "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
-                *(epoch, config.epochs, *(job.scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
-            )
-            bad_samples = valid_loader.num_bad_samples
-            run.write({"split": "valid", "epoch": epoch, **job.scores, "bad_samples": bad_samples}, job.step)
+                for _ in train_epoch(job, train_loader, meter, run):
+                    progress.update()
+                    next_step()
+                    save_or_leave(job, train_loader, meter, run, leave)
+            evaluation = validate(job, valid_loader, leave)
+            if evaluation is None:
+                run.save(job, train_loader, meter)
+                raise say_goodbye(run, leave)
+            log_validation(job, evaluation, sum(job.world.gather(valid_loader.num_bad_samples)), run)
             job.validated = epoch
             run.save(job, train_loader, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
+            if job.world.agree(leave.signal is not None) and epoch < epochs:
+                raise say_goodbye(run, leave)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that this build of torch can use; see 'GPU' in README.md, or use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+def train_epoch(job: Job, loader: Loader, meter: Meter, run: RunFolder) -> Iterator[None]:
+    """One pass over the training split, or what is left of it, step by step; losses leave the device for log lines only."""
+    config, world = job.config, job.world
+    job.model.train()
+    end = job.epoch * job.steps_per_epoch
+    for batch in meter.batches(loader):
+        if job.step == end:  # the batches left over are too few for a step
+            continue
+        number = (job.step * config.accumulate_steps + job.micro_step) * world.size + world.rank
+        image, target = mix(
+            config.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=number, seed=config.seed
+        )
+        if number == 0:
+            run.write_batch(image, target, job.classes)
+        lr = job.lr
+        if not train_step(job, image, target):
+            continue
+        i = job.step - (end - job.steps_per_epoch)
+        if i % config.log_every == 0 or job.step == end:
+            log_step(job, i, lr, loader, meter, run)
+        if job.step < end:
+            yield
+    yield  # the epoch's last step, once the loader is at the beginning of the next epoch
 
 
-def share_threads(config: Config, device: torch.device) -> tuple[int, int]:
-    """CPU threads for torch and for the loader; what the user has set stays."""
-    cores = len(os.sched_getaffinity(0))
-    if device.type == "cuda":
-        torch_threads, loader_threads = torch.get_num_threads(), min(cores, 16)
-    else:
-        # Arithmetic is far more work than decoding, and torch's threads wait for each other: a second loader thread stalls them
-        # all. The table in docs/performance.md is for 2 cores; where there are more, torch leaves the loader its own.
-        loader_threads = max(1, cores // 8)
-        torch_threads = cores if cores <= 2 else cores - loader_threads
-    return config.torch_threads or torch_threads, config.data.threads or loader_threads
+def save_or_leave(job: Job, loader: Loader, meter: Meter, run: RunFolder, leave: Leave) -> None:
+    """Between two steps: saves the state where it is time, and leaves where a signal has asked for it, on all ranks alike.
+
+    Raises:
+        Left: A signal asked for it.
+    """
+    every_steps = job.config.checkpoint.every_steps
+    is_due = every_steps is not None and job.step % every_steps == 0
+    wish = 0
+    if job.world.size == 1 or job.step % AGREE_EVERY == 0:
+        wish = job.world.agree(LEAVE if leave.signal else SAVE if run.is_time_to_save() else 0)
+    if is_due or wish:
+        run.save(job, loader, meter)
+    if wish == LEAVE:
+        raise say_goodbye(run, leave)
 
 
-def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of automatic mixed precision, or None for float32 throughout."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU, for its loss scaling; on a CPU use bf16 or fp32")
-    if precision == "auto":
-        if device.type == "cpu":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+def say_goodbye(run: RunFolder, leave: Leave) -> Left:
+    """Waits until the state is on the disk; gives what ends the run."""
+    run.finish()
+    name = leave.signal.name if leave.signal else "a signal at another process"
+    return Left(f"{name}: the run's state is saved; the same command with --run-dir {run.path} --resume auto goes on")
+
+
+def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: RunFolder) -> None:
+    """Says how training goes, over all ranks since the last time: to the log and to the run's folder.
+
+    Raises:
+        ValueError: Too many steps in a row had a loss or gradient that is not finite.
+    """
+    world, config, rates = job.world, job.config, meter.take()
+    own = [rates.images, rates.wait_seconds, loader.num_bad_samples]
+    sums = torch.cat([job.sums.double(), torch.tensor(own, dtype=torch.float64, device=job.device)])
+    *losses, norm, steps, images, wait_seconds, bad_samples = world.sum(sums).tolist()  # here the host waits for the device
+    job.sums.zero_()
+    skipped, _, in_a_row = job.skipped.tolist()
+    heads = dict(zip(HEADS, losses, strict=True)) if config.model.aux_logits else {"loss": losses[0], "main_loss": losses[1]}
+    together = Rates(int(images), rates.seconds, wait_seconds / world.size)
+    metrics = {
+        "split": "train",
+        "epoch": job.epoch,
+        "step": job.step,
+        **{name: value / steps if steps else None for name, value in heads.items()},
+        "lr": lr,
+        "gradient_norm": norm / steps if steps else None,
+        "scale": float(job.scaler.get_scale()),
+        "skipped_steps": int(skipped),
+        "images_per_second": together.images_per_second,
+        "data_wait_percent": together.data_wait_percent,
+        "bad_samples": int(bad_samples),
+    }
+    if job.device.type == "cuda":
+        metrics["gpu_memory_gigabytes"] = torch.cuda.max_memory_allocated(job.device) / 1e9
+    run.write(metrics, job.step)
+    left = (config.epochs * job.steps_per_epoch - job.step) * meter.total.seconds
+    left *= config.batch_size * config.accumulate_steps / meter.total.images
+    log.info(
+        "epoch %d/%d  step %d/%d  loss %.3f  lr %.4g  %.1f images/s  data wait %.1f %%  %s left%s",
+        *(job.epoch, config.epochs, i, job.steps_per_epoch, losses[0] / steps if steps else math.nan, lr),
+        *(together.images_per_second, together.data_wait_percent, f"{left // 60:.0f}m{left % 60:02.0f}s"),
+        f"  {skipped:.0f} steps skipped" if skipped else "",
+    )
+    if in_a_row >= config.max_nonfinite_steps:
+        raise ValueError(
+            f"{in_a_row:.0f} steps in a row, up to step {job.step} at learning rate {lr:g}, had a loss or gradient that is not "
+            f"finite, and were skipped; {run.path / 'last.pt'} has the last saved weights, if any were: begin anew with "
+            "--init-from, and a lower --optim.lr or a --grad-clip"
+        )
+
+
+def validate(job: Job, loader: Loader, leave: Leave) -> Evaluation | None:
+    """Scores the weights as they are; None where a signal asks the run to leave, which several ranks do afterwards only."""
+    return evaluate(
+        job.model,
+        job.ema,
+        loader,
+        num_classes=job.num_classes,
+        world=job.world,
+        autocast=job.autocast,
+        is_interrupted=lambda: leave.signal is not None and job.world.size == 1,
+    )
+
+
+def log_validation(job: Job, evaluation: Evaluation, bad_samples: int, run: RunFolder) -> None:
+    """Says how well the network does, to the log and to the run's folder."""
+    job.scores = evaluation.scores()
+    log.info(
+        "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
+        *(job.epoch, job.config.epochs, *(job.scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
+    )
+    run.write({"split": "valid", "epoch": job.epoch, "step": job.step, **job.scores, "bad_samples": bad_samples}, job.step)
+    run.write_evaluation(evaluation, job.classes, job.step)
+
+
+def evaluate_only(config: Config, world: World) -> None:
+    """`--evaluate`: scores a checkpoint, and says how it does on each class."""
+    assert config.evaluate is not None
+    raw, ema = (load_trained(config.evaluate, weights, device=world.device) for weights in ("raw", "ema"))
+    torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
+    torch.set_num_threads(torch_threads)
+    autocast_dtype = choose_autocast_dtype(config.precision, world.device)
+    shards = open_split(config, "valid")
+    if shards.classes and ema.classes and shards.classes != ema.classes:
+        only = sorted(set(shards.classes) ^ set(ema.classes))
+        raise ValueError(f"{config.evaluate} and the shards have different classes: {', '.join(only[:20]) or 'another order'}")
+    with build_loader(
+        config.data,
+        "valid",
+        shards=shards,
+        batch_size=config.batch_size,
+        image_size=ema.preprocessing.image_size,
+        device=world.device,
+        dtype=torch.float16 if autocast_dtype and world.device.type == "cuda" else torch.float32,
+        num_classes=ema.num_classes,
+        num_threads=loader_threads,
+        rank=world.rank,
+        world_size=world.size,
+    ) as loader:
+        evaluation = evaluate(
+            raw.model,
+            ema.model,
+            loader,
+            num_classes=ema.num_classes,
+            world=world,
+            autocast=lambda: torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None),
+        )
+    assert evaluation is not None
+    if world.is_main:
+        print(describe_evaluation(evaluation, ema.classes or shards.classes, as_json=config.json))
+
+
+def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None, *, as_json: bool) -> str:
+    """The scores, over all and of each class: a table, or one JSON object."""
+    rows, scores = evaluation.of_classes(classes), evaluation.scores()
+    if as_json:
+        return json.dumps({**scores, "samples": sum(row["samples"] for row in rows), "classes": rows})
+    width = max(5, *(len(row["class"]) for row in rows))
+    lines = [f"{'class':{width}}  samples   top-1     EMA   top-5     EMA"]
+    total = {"class": "all", "samples": sum(row["samples"] for row in rows), **scores}
+    for row in (*rows, total):
+        columns = "".join(f"{row[name]:6.1f} %" for name in ("top1", "ema_top1", "top5", "ema_top5"))
+        lines.append(f"{row['class']:{width}} {row['samples']:8,}{columns}")
+    return "\n".join(lines)
 
 
 def agree_on_classes(train_shards: ShardSet, valid_shards: ShardSet) -> int:
@@ -287,277 +410,6 @@ def agree_on_classes(train_shards: ShardSet, valid_shards: ShardSet) -> int:
         only = sorted(set(train_shards.classes) ^ set(valid_shards.classes))
         raise ValueError(f"training and validation shards have different classes: {', '.join(only[:20]) or 'another order'}")
     return max(train_shards.num_classes(), valid_shards.num_classes())
-
-
-@dataclass
-class Job:
-    """Everything that changes while training."""
-
-    model: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    autocast_dtype: torch.dtype | None
-    classes: tuple[str, ...] | None
-    num_classes: int
-    epoch: int = 0
-    step: int = 0
-    best: float = 0.0
-    validated: int = 0  # epochs
-    scores: dict[str, float] = field(default_factory=dict)  # of the last of them
-    losses: list[Tensor] = field(default_factory=list)  # of the steps since the last log line
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-
-    def state_dict(self) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
-        return {
-            **{name: getattr(self, name).state_dict() for name in STATEFUL},
-            **{name: getattr(self, name) for name in (*NUMBERS, "losses")},
-            "autocast_dtype": str(self.autocast_dtype),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["autocast_dtype"] != str(self.autocast_dtype):
-            raise ValueError(
-                f"--resume auto: the run was begun with arithmetic in {state['autocast_dtype']}, and on this device it would "
-                f"be in {self.autocast_dtype}; --precision sets it"
-            )
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
-        for name in NUMBERS:
-            setattr(self, name, state[name])
-        self.losses = [loss.to(self.device) for loss in state["losses"]]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-
-
-STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
-NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores")
-
-
-def build_job(
-    config: Config,
-    num_classes: int,
-    classes: tuple[str, ...] | None,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-    steps_per_epoch: int,
-) -> Job:
-    """A fresh model with all that trains it."""
-    model = googlenet(num_classes, aux_logits=config.model.aux_logits, dropout=config.model.dropout)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim)
-    return Job(
-        model=model,
-        ema=EMA(model, config.model.ema_decay),
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch),
-        scaler=torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16),
-        device=device,
-        autocast_dtype=autocast_dtype,
-        classes=classes,
-        num_classes=num_classes,
-    )
-
-
-def train_epoch(config: Config, job: Job, loader: Loader, meter: Meter, run: "RunFolder", progress: tqdm) -> None:
-    """One pass over the training split, or what is left of it; the loss leaves the device only for a log line."""
-    job.model.train()
-    first = job.step - (job.epoch - 1) * len(loader) + 1
-    for i, batch in enumerate(meter.batches(loader), start=first):
-        image, target = mix(
-            config.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=job.step, seed=config.seed
-        )
-        if job.step == 0:
-            run.write_images(image)
-        lr = float(job.scheduler.get_last_lr()[0])
-        job.losses.append(train_step(config, job, image, target))
-        progress.update()
-        if i % config.log_every == 0 or i == len(loader):
-            log_step(config, job, i, loader, lr, meter, run)
-        if config.checkpoint.every_steps and job.step % config.checkpoint.every_steps == 0:
-            run.save(job, loader, meter)
-
-
-def train_step(config: Config, job: Job, image: Tensor, target: Tensor) -> Tensor:
-    """Forward, backward, update; returns the loss, detached, on the device."""
-    with job.autocast():
-        outputs = job.model(image)
-        loss = googlenet_loss(outputs, target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight)
-    job.optimizer.zero_grad()
-    job.scaler.scale(loss).backward()
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
-    job.scheduler.step()
-    job.ema.update_parameters(job.model)
-    job.step += 1
-    return loss.detach()
-
-
-def log_step(config: Config, job: Job, i: int, loader: Loader, lr: float, meter: Meter, run: "RunFolder") -> None:
-    """Says how training goes: to the log and to the run's folder.
-
-    Raises:
-        ValueError: The loss is not a finite number any more.
-    """
-    loss = float(torch.stack(job.losses).mean())  # here the host waits for the device
-    job.losses.clear()
-    rates = meter.take()
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss became {loss} in the {config.log_every} steps before step {job.step}; lower --optim.lr ({lr:g} now)"
-        )
-    left = (config.epochs * len(loader) - job.step) * meter.total.seconds * config.batch_size / meter.total.images
-    log.info(
-        "epoch %d/%d  step %d/%d  loss %.3f  lr %.4g  %.1f images/s  data wait %.1f %%  %s left",
-        *(job.epoch, config.epochs, i, len(loader), loss, lr, rates.images_per_second, rates.data_wait_percent),
-        f"{left // 60:.0f}m{left % 60:02.0f}s",
-    )
-    run.write(
-        {
-            "split": "train",
-            "epoch": job.epoch,
-            "step": job.step,
-            "loss": loss,
-            "lr": lr,
-            "images_per_second": rates.images_per_second,
-            "data_wait_percent": rates.data_wait_percent,
-            "bad_samples": loader.num_bad_samples,
-        },
-        job.step,
-    )
-
-
-@torch.no_grad()
-def evaluate(job: Job, loader: Loader) -> dict[str, float]:
-    """Scores of the raw and of the averaged weights over one pass of the validation split.
-
-    Returns:
-        `top1`, `top5`, `ema_top1`, `ema_top5` in percent, and `loss`, the raw weights' cross-entropy without label smoothing.
-    """
-    job.model.eval()
-    job.ema.eval()
-    sums = torch.zeros(5, device=job.device, dtype=torch.float64)
-    count = 0
-    for batch in loader:
-        with job.autocast():
-            logits, ema_logits = job.model(batch["image"]), job.ema(batch["image"])
-        target = batch["target"]
-        loss = cross_entropy(logits.float(), target, reduction="sum")
-        sums += torch.stack([*top1_top5(logits, target), *top1_top5(ema_logits, target), loss])
-        count += len(target)
-    if not count:
-        raise ValueError("not one validation sample can be used; `shards verify` says why")
-    top1, top5, ema_top1, ema_top5, loss_sum = sums.tolist()
-    return {
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count,
-        "ema_top1": 100 * ema_top1 / count,
-        "ema_top5": 100 * ema_top5 / count,
-        "loss": loss_sum / count,
-    }
-
-
-def top1_top5(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of `(N, num_classes)` logits have the target first, and among the first five."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-    return hits[:, 0].sum(), hits.sum()
-
-
-class RunFolder:
-    """What a run leaves on the disk: config.json, metrics.jsonl, quarantine.jsonl, TensorBoard's files, last.pt and best.pt."""
-
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path = path
-        self._config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        self._resume = config.resume == "auto"
-        self._saved = load_checkpoint(path / "last.pt") if self._resume and (path / "last.pt").exists() else None
-        if self._saved is not None:
-            check_same_run(self._saved["config"], self._config)
-        elif not self._resume and (path / "metrics.jsonl").exists():
-            raise ValueError(
-                f"--run-dir {path} holds a run already; go on with it (--resume auto), name another folder, or remove it"
-            )
-
-    def begin(self, job: Job, loader: Loader, meter: Meter) -> None:
-        """Opens the files; if the run is being resumed, brings everything to where it last saved its state."""
-        saved = self._saved
-        if saved is not None:
-            loader.load_state_dict(saved["loader"])
-            job.load_state_dict(saved)
-            meter.total = Rates(**saved["rates"])
-            log.info("resuming %s after step %d", self.path, job.step)
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
-        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed by `__exit__`)
-        # What a killed run wrote after it last saved its state will be written again.
-        self._metrics.truncate(min(saved["metrics_bytes"] if saved else 0, self._metrics.tell()))
-        self._metrics.seek(0, os.SEEK_END)  # `tell` would go on from what was there before
-        self._tensorboard = SummaryWriter(str(self.path), purge_step=job.step + 1 if self._resume else None)
-
-    def write(self, metrics: dict[str, Any], step: int) -> None:
-        """One line of metrics.jsonl, and its numbers as scalars `SPLIT/NAME` for TensorBoard."""
-        self._metrics.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            if name not in ("split", "epoch", "step"):
-                self._tensorboard.add_scalar(f"{metrics['split']}/{name}", value, step)
-
-    def write_images(self, images: Tensor) -> None:
-        """A picture of the first 32 images of a training batch, `(N, 3, H, W)` normalized, as the network sees them."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        self._tensorboard.add_images("train/batch", (images[:32].float().cpu() * std + mean).clamp(0, 1), 0)
-
-    def save(self, job: Job, loader: Loader, meter: Meter, best: float | None = None) -> None:
-        """Writes last.pt; at the end of an epoch, `best` being its score, also best.pt where that is the best so far."""
-        is_best = best is not None and (best > job.best or job.epoch == 1)
-        job.best = max(job.best, best or 0.0)
-        state = {
-            **job.state_dict(),
-            "loader": loader.state_dict(),
-            "rates": dataclasses.asdict(meter.total),
-            "metrics_bytes": self._metrics.tell(),
-            "config": self._config,
-        }
-        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the run validates again
-            save_checkpoint(self.path / name, state)
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
-
-
-# Settings that may change when a run is resumed: they change neither the batches nor the arithmetic, or not knowingly.
-FREE_SETTINGS = (
-    *("run_dir", "resume", "checkpoint", "log_every", "device", "torch_threads"),
-    *("data.train", "data.valid"),  # they may have been moved; the loader compares what they hold
-    *(f"data.{name}" for name in ("threads", "index_dir", "cache_dir", "cache_gigabytes")),
-    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
-)
-
-
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], prefix: str = "") -> None:
-    """Compares the settings of a run with those with which it is to go on.
-
-    Raises:
-        ValueError: One has changed on which the result depends.
-    """
-    for name, value in config.items():
-        if f"{prefix}{name}" in FREE_SETTINGS:
-            continue
-        if isinstance(value, dict):
-            check_same_run(saved.get(name, {}), value, f"{prefix}{name}.")
-        elif saved.get(name) != value:
-            flag = f"--{prefix}{name}".replace("_", "-")
-            raise ValueError(f"--resume auto: the run was begun with {flag} {saved.get(name)}, and now it is {value}")
 
 
 def report(scores: dict[str, float], rates: Rates, run_path: Path, seconds: float) -> str:

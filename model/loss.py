@@ -1,12 +1,23 @@
 """The training loss of a network with auxiliary heads."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from model.googlenet import GoogLeNetOutputs
 
 
-def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_smoothing: float, aux_weight: float) -> Tensor:
+class Losses(NamedTuple):
+    """Scalars, means over the batch: what is minimized, and the cross-entropy of each head that there is."""
+
+    total: Tensor
+    main: Tensor
+    aux2: Tensor | None = None
+    aux1: Tensor | None = None
+
+
+def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_smoothing: float, aux_weight: float) -> Losses:
     """Cross-entropy of the main head plus that of each auxiliary head by weight ("Going Deeper with Convolutions", section 5).
 
     Args:
@@ -14,11 +25,9 @@ def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_
         target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 probabilities of the classes.
         label_smoothing: Part of the target's probability that is spread over all classes.
         aux_weight: Weight of each auxiliary head; 0.3 in the paper.
-
-    Returns:
-        A scalar, the mean over the batch.
     """
     if isinstance(outputs, Tensor):
-        return cross_entropy(outputs, target, label_smoothing=label_smoothing)
+        loss = cross_entropy(outputs, target, label_smoothing=label_smoothing)
+        return Losses(loss, loss)
     main, aux2, aux1 = (cross_entropy(logits, target, label_smoothing=label_smoothing) for logits in outputs)
-    return main + aux_weight * (aux1 + aux2)
+    return Losses(main + aux_weight * (aux1 + aux2), main, aux2, aux1)

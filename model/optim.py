@@ -13,7 +13,9 @@ class OptimConfig:
     """Stochastic gradient descent, and its learning rate: a linear warm-up, then cosines that restart."""
 
     lr: float = 0.05
-    """Learning rate at the top of each cosine."""
+    """Learning rate at the top of each cosine, for a step of --optim.reference-batch-size images."""
+    reference_batch_size: int = 64
+    """The learning rate is multiplied by what a step has more images than this (arXiv 1706.02677, section 2.1); 0: not."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-5
@@ -30,6 +32,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"--optim.lr {self.lr}: a positive number is needed")
+        if self.reference_batch_size < 0:
+            raise ValueError(f"--optim.reference-batch-size {self.reference_batch_size}: a number from 0 on is needed")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"--optim.momentum {self.momentum}: a number from 0 to below 1 is needed")
         if not 0 <= self.min_lr <= self.lr:
@@ -41,15 +45,20 @@ class OptimConfig:
         if self.cycle_mult < 1:
             raise ValueError(f"--optim.cycle-mult {self.cycle_mult}: at least 1 is needed")
 
+    def scaled(self, lr: float, global_batch_size: int) -> float:
+        """A learning rate for steps of so many images: in proportion to them."""
+        return lr * global_batch_size / self.reference_batch_size if self.reference_batch_size else lr
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
-    """SGD with Nesterov momentum; weight decay on matrices and kernels only."""
+
+def build_optimizer(model: nn.Module, config: OptimConfig, global_batch_size: int) -> SGD:
+    """SGD with Nesterov momentum for steps of `global_batch_size` images; weight decay on matrices and kernels only."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    lr = config.scaled(config.lr, global_batch_size)
+    optimizer = SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     if config.momentum:
         # Where gradient scaling skips the first step for infinite gradients, the fused kernel leaves the buffers that it made
         # uninitialized. A buffer of zeros gives the same first step.
@@ -63,7 +72,8 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, *, epochs: int, s
     total = epochs * steps_per_epoch
     warmup = round(min(config.warmup_epochs, epochs / 2) * steps_per_epoch)
     first_cycle = config.cycle_epochs * steps_per_epoch if config.cycle_epochs else total - warmup
-    cosine = CosineAnnealingWarmRestarts(optimizer, first_cycle, config.cycle_mult, config.min_lr)
+    lowest = config.min_lr / config.lr * optimizer.param_groups[0]["lr"]  # scaled to the batch like the highest
+    cosine = CosineAnnealingWarmRestarts(optimizer, first_cycle, config.cycle_mult, lowest)
     if not warmup:
         return cosine
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)

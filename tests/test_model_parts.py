@@ -55,8 +55,8 @@ def test_loss_is_smoothed_cross_entropy_of_three_heads() -> None:
         return -(probabilities * log_softmax(logits, 1)).sum(1).mean()
 
     expected = smoothed(heads.logits) + 0.3 * (smoothed(heads.aux_logits1) + smoothed(heads.aux_logits2))
-    torch.testing.assert_close(googlenet_loss(heads, target, label_smoothing=0.1, aux_weight=0.3), expected)
-    alone = googlenet_loss(heads.logits, target, label_smoothing=0.1, aux_weight=0.3)
+    torch.testing.assert_close(googlenet_loss(heads, target, label_smoothing=0.1, aux_weight=0.3).total, expected)
+    alone = googlenet_loss(heads.logits, target, label_smoothing=0.1, aux_weight=0.3).total
     torch.testing.assert_close(alone, smoothed(heads.logits))
 
 
@@ -67,15 +67,15 @@ def test_loss_takes_probabilities_as_targets(dtype: torch.dtype) -> None:
     target = torch.tensor([0, 4, 2, 2])
     one_hot = torch.eye(5)[target]
     options = {"label_smoothing": 0.1, "aux_weight": 0.3}
-    hard, reversed_ = (googlenet_loss(heads, classes, **options) for classes in (target, target.flip(0)))
-    torch.testing.assert_close(googlenet_loss(heads, one_hot, **options).to(dtype), hard)
-    mixed = googlenet_loss(heads, 0.3 * one_hot + 0.7 * one_hot.flip(0), **options)
+    hard, reversed_ = (googlenet_loss(heads, classes, **options).total for classes in (target, target.flip(0)))
+    torch.testing.assert_close(googlenet_loss(heads, one_hot, **options).total.to(dtype), hard)
+    mixed = googlenet_loss(heads, 0.3 * one_hot + 0.7 * one_hot.flip(0), **options).total
     torch.testing.assert_close(mixed.to(dtype), 0.3 * hard + 0.7 * reversed_)
 
 
 def test_weight_decay_spares_normalization_and_biases() -> None:
     model = googlenet(num_classes=3)
-    decayed, spared = build_optimizer(model, OptimConfig()).param_groups
+    decayed, spared = build_optimizer(model, OptimConfig(), 64).param_groups
     assert decayed["weight_decay"] == 5e-5
     assert spared["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_a_first_step_skipped_by_gradient_scaling_leaves_no_garbage() -> None:
     """The scaler tells a fused optimizer by `found_inf` to skip a step; its momentum has to be 0 afterwards."""
     model = nn.Linear(64, 64)
     before = model.weight.detach().clone()
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.0))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.0), 64)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)

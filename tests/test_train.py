@@ -50,13 +50,18 @@ def test_metrics(finished: tuple[Path, str]) -> None:
     valid = [line for line in lines if line["split"] == "valid"]
     assert [(line["epoch"], line["step"]) for line in train] == [(1, 3), (1, 6), (1, 7), (2, 10), (2, 13), (2, 14)]
     for line in train:
-        assert set(line) == {"split", "epoch", "step", "loss", "lr", "images_per_second", "data_wait_percent", "bad_samples"}
-        assert line["loss"] > 0
+        assert set(line) == {
+            *("split", "epoch", "step", "loss", "main_loss", "aux2_loss", "aux1_loss", "lr", "gradient_norm", "scale"),
+            *("skipped_steps", "images_per_second", "data_wait_percent", "bad_samples"),
+        }
+        assert line["loss"] == pytest.approx(line["main_loss"] + 0.3 * (line["aux1_loss"] + line["aux2_loss"]), rel=1e-5)
+        assert line["main_loss"] > 0
+        assert line["gradient_norm"] > 0
         assert line["images_per_second"] > 0
         assert 0 <= line["data_wait_percent"] <= 100
     assert [line["epoch"] for line in valid] == [1, 2]
     for line in valid:
-        assert set(line) == {"split", "epoch", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"}
+        assert set(line) == {"split", "epoch", "step", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"}
         assert 0 <= line["top1"] <= line["top5"] == 100  # three classes
         assert (line["top1"] * 25 / 100) % 1 == pytest.approx(0, abs=1e-9)  # of 25 images
 
@@ -66,11 +71,14 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
     assert config["optim"]["lr"] == 0.05
+    assert "learning rate 0.05 x 8 / 64 = 0.00625" in printed
     assert config["data"]["valid"] == f"{shards}/valid-*.tar"
     last = load_checkpoint(run / "last.pt")
     assert (last["epoch"], last["step"]) == (2, 14)
     assert last["config"] == config
     assert last["classes"] == ("ant", "bee", "cat")
+    assert last["architecture"] == {"num_classes": 3, "aux_logits": True, "transform_input": False}
+    assert last["preprocessing"]["image_size"] == 32
     googlenet(num_classes=3).load_state_dict(last["model"])
     assert set(last) >= {"model", "ema", "optimizer", "scheduler", "scaler", "best"}
     valid = [line for line in metrics(run) if line["split"] == "valid"]
@@ -248,7 +256,7 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         ([*SHARDS, "--mix.mixup-alpha", "-1"], "--mix.mixup-alpha -1.0"),
         ([*SHARDS, "--optim.lr", "-1"], "--optim.lr -1.0: a positive number"),
         ([*SHARDS, "--device", "tpu"], "--device"),
-        ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU"),
+        ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
         ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
         ([*SHARDS, "--resume", "auto"], "--resume auto needs --run-dir"),
         ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),

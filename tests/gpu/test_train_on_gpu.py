@@ -7,12 +7,14 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from tests.test_train import metrics, train_command
-from train import Config, build_job, train_step
+from training.config import Config
+from training.job import build_job, train_step
+from training.world import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16", "fp16"])
 def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
     done = train_command(
         *("--data.train", shards, "--data.valid", shards, "--device", "cuda", "--precision", precision),
@@ -27,18 +29,18 @@ def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
-    """Not with float16, where the scaler has to read whether a step is to be skipped."""
     device = torch.device("cuda", 0)
-    config = Config(epochs=2)
-    job = build_job(config, 10, None, device, dtype, steps_per_epoch=10)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+    config = Config(epochs=2, grad_clip=1.0)
+    job = build_job(config, world, num_classes=10, classes=None, autocast_dtype=dtype, steps_per_epoch=10)
     image = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
     target = torch.zeros(4, dtype=torch.int64, device=device)
-    train_step(config, job, image, target)
+    train_step(job, image, target)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            train_step(config, job, image, target)
+            train_step(job, image, target)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,152 @@
+"""Every setting of a training run; its fields are the flags of train.py, their docstrings the help."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from model.optim import OptimConfig
+from pipelines import DataConfig
+from pipelines.mix import MixConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, its loss and its average."""
+
+    aux_logits: bool = True
+    """Train with the two auxiliary heads; they are not used afterwards."""
+    aux_weight: float = 0.3
+    """Weight of each auxiliary head's loss."""
+    dropout: float = 0.2
+    """Probability of dropping a feature before the last layer."""
+    label_smoothing: float = 0.1
+    """Part of a target's probability that is spread over all classes."""
+    ema_decay: float = 0.999
+    """How much of the averaged weights stays at each step; the average looks back on about 1 / (1 - decay) steps."""
+    transform_input: bool | None = None
+    """Scale the input as torchvision's published weights need it. By default as --init-from needs it; from nothing, no."""
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves its state, besides at the end of each epoch; one that is resumed repeats what came after that."""
+
+    every_steps: int | None = None
+    """Steps between two saves."""
+    every_minutes: float | None = None
+    """Minutes between two saves."""
+    keep: int = 3
+    """How many of the newest states stay; where the newest cannot be read, a resumed run takes the one before."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"--checkpoint.every-steps {self.every_steps}: at least 1 is needed")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ValueError(f"--checkpoint.every-minutes {self.every_minutes}: a positive number is needed")
+        if self.keep < 1:
+            raise ValueError(f"--checkpoint.keep {self.keep}: at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train GoogLeNet on WebDataset shards. Without --data.train: the embedded demo, with images that it draws itself."""
+
+    recipe: Literal["demo", "paper", "imagenet", "finetune"] | None = None
+    """A complete set of settings, see docs/recipes.md; every flag given beside it overrides."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    epochs: int = 30
+    """Passes over the training shards."""
+    batch_size: int = 64
+    """Images that each device takes at once."""
+    accumulate_steps: int = 1
+    """Batches whose gradients are added up for one step."""
+    image_size: int = 224
+    """Side of the images that the network sees, pixels; at least 32."""
+    init_from: Path | None = None
+    """Checkpoint, or torchvision's state dict, whose weights training begins with; of other classes, the heads begin anew."""
+    init_from_partial: bool = False
+    """Take from --init-from what fits, and begin with the rest anew, in place of refusing what does not fit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of the arithmetic. auto: on a GPU bf16, or fp16 with loss scaling where the GPU has no bf16; on a CPU fp32."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """torch.compile's mode for the training step; reduce-overhead runs it as CUDA graphs."""
+    sync_batchnorm: bool = False
+    """Normalize over the batches of all GPUs together; worth it where a GPU's own batch is small."""
+    grad_clip: float | None = None
+    """Greatest norm of the gradients; longer ones are scaled down to it."""
+    max_nonfinite_steps: int = 25
+    """Steps in a row with a non-finite loss or gradient, each of them skipped, after which the run ends."""
+    torch_threads: int | None = None
+    """CPU threads for the arithmetic; by default shared out with the data threads, see docs/performance.md."""
+    seed: int = 0
+    """Of the initial weights, the order of the samples, augmentation and dropout."""
+    run_dir: Path | None = None
+    """Folder for what the run writes; by default runs/DATE-TIME-PROCESS."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on with the run in --run-dir where it last saved its state, or begin it where there is none."""
+    log_every: int = 20
+    """Steps between two log lines."""
+    profile: int | None = None
+    """Write a trace of so many steps, from the eleventh on, to trace.json in the run's folder."""
+    evaluate: Path | None = None
+    """Do not train: score this checkpoint, raw and averaged weights, on --data.valid."""
+    json: bool = False
+    """With --evaluate: print the scores as JSON."""
+
+    def __post_init__(self) -> None:
+        # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
+        least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 32, "max_nonfinite_steps": 1}
+        least |= {"log_every": 1, "torch_threads": 1, "seed": 0, "profile": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
+        if self.resume == "auto" and self.run_dir is None:
+            raise ValueError("--resume auto needs --run-dir, the folder of the run to go on with")
+        if self.init_from_partial and self.init_from is None:
+            raise ValueError("--init-from-partial needs --init-from")
+        if self.json and self.evaluate is None:
+            raise ValueError("--json needs --evaluate")
+
+
+def share_threads(config: Config, device: torch.device, local_world_size: int) -> tuple[int, int]:
+    """CPU threads for torch and for the loader of one process; what the user has set stays."""
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    if device.type == "cuda":
+        torch_threads, loader_threads = min(cores, torch.get_num_threads()), min(cores, 16)
+    else:
+        # Arithmetic is far more work than decoding, and torch's threads wait for each other: a second loader thread stalls them
+        # all. The table in docs/performance.md is for 2 cores; where there are more, torch leaves the loader its own.
+        loader_threads = max(1, cores // 8)
+        torch_threads = cores if cores <= 2 else cores - loader_threads
+    return config.torch_threads or torch_threads, config.data.threads or loader_threads
+
+
+def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of automatic mixed precision, or None for float32 throughout; sets what float32 means on a GPU."""
+    if precision in ("fp16", "tf32") and device.type == "cpu":
+        raise ValueError(f"--precision {precision} needs a GPU; on a CPU use bf16 or fp32")
+    exact = precision == "fp32"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee" if exact else "tf32"  # type: ignore[attr-defined]
+    if precision == "auto":
+        if device.type == "cpu":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,117 @@
+"""Initial weights from a file: fine-tuning."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import load_checkpoint
+
+log = logging.getLogger("train")
+
+HEAD = "fc"  # the last layer; those of the auxiliary heads are called fc2
+NAMED = 8  # how many names an error lists
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights to begin with: a checkpoint's average, or a bare state dict such as torchvision publishes.
+
+    Attributes:
+        path: The file.
+        state: Names and tensors.
+        transform_input: Whether they expect the network to scale its input, see `GoogLeNet`.
+        is_partial: Take what fits and leave the rest, in place of refusing it.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    transform_input: bool
+    is_partial: bool
+
+    def __call__(self, model: nn.Module) -> None:
+        """Sets a model's weights.
+
+        The heads of another number of classes begin anew, and auxiliary heads that only one side has are let be.
+
+        Raises:
+            ValueError: Other tensors do not match, and `is_partial` is not set; lists them.
+        """
+        wanted = model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        other_head = {
+            name for name in wanted if name in shapes and _is_head(name) and shapes[name] != tuple(wanted[name].shape)
+        }
+        auxiliary = {name for name in {*wanted} ^ {*shapes} if name.startswith(("aux1.", "aux2."))}
+        mismatches = [
+            *(f"{name} is missing" for name in wanted if name not in shapes and name not in auxiliary),
+            *(f"{name} is not one of the network's" for name in shapes if name not in wanted and name not in auxiliary),
+            *(
+                f"{name} is {'x'.join(map(str, shapes[name]))} in place of {'x'.join(map(str, wanted[name].shape))}"
+                for name in wanted
+                if name in shapes and name not in other_head and shapes[name] != tuple(wanted[name].shape)
+            ),
+        ]
+        listed = "; ".join(mismatches[:NAMED]) + (f"; and {len(mismatches) - NAMED} more" if len(mismatches) > NAMED else "")
+        if mismatches and not self.is_partial:
+            raise ValueError(f"--init-from {self.path} does not fit: {listed}; --init-from-partial takes what does")
+        taken = {
+            name: tensor for name, tensor in self.state.items() if name in wanted and shapes[name] == tuple(wanted[name].shape)
+        }
+        if not taken:
+            raise ValueError(f"--init-from {self.path}: nothing in it fits the network")
+        model.load_state_dict(taken, strict=False)
+        log.info("%d of %d tensors are from %s", len(taken), len(wanted), self.path)
+        if mismatches:
+            log.warning("not taken from %s: %s", self.path, listed)
+        if other_head:
+            before, now = (side[f"{HEAD}.weight"][0] for side in (shapes, {n: tuple(t.shape) for n, t in wanted.items()}))
+            log.info(
+                "it has %d classes and these data %d: the last layers begin anew (%s)",
+                before,
+                now,
+                ", ".join(sorted(other_head)),
+            )
+        if missing := sorted({name.split(".")[0] for name in auxiliary & {*wanted}}):
+            log.info("it has no auxiliary heads: %s begin anew", " and ".join(missing))
+
+
+def _is_head(name: str) -> bool:
+    return name.rsplit(".", 1)[0] in (HEAD, "aux1.fc2", "aux2.fc2")
+
+
+def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
+    """Reads the file of `--init-from`.
+
+    Raises:
+        ValueError: It holds no weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"--init-from {path}: no such file")
+    content = _read(path)
+    if "ema" in content and "architecture" in content:
+        prefix = "module."
+        state = {name.removeprefix(prefix): value for name, value in content["ema"].items() if name.startswith(prefix)}
+        return InitialWeights(path, state, content["architecture"]["transform_input"], is_partial)
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors")
+    # torchvision's weights were ported from TensorFlow, whose input lies between -1 and 1: `googlenet(weights=...)` sets this.
+    return InitialWeights(path, content, True, is_partial)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, or a state dict in the older of torch's formats, which has no checksums."""
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        return load_checkpoint(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"--init-from {path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--init-from {path}: holds a {type(content).__name__} in place of a state dict")
+    return content

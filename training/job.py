@@ -1,0 +1,283 @@
+"""Everything that changes while training, and the step that changes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import googlenet
+from model.ema import EMA
+from model.loss import googlenet_loss
+from model.optim import build_optimizer, build_scheduler
+from pipelines.loader import MEAN, STD, resize_shorter_for
+from training.config import Config
+from training.initial import InitialWeights
+from training.world import World
+
+# What `Job.sums` adds up over the steps since the last log line, and `NUM_STEPS` of them.
+HEADS = ("loss", "main_loss", "aux2_loss", "aux1_loss")
+SUMS = (*HEADS, "gradient_norm", "num_steps")
+
+
+@dataclass
+class Job:
+    """Everything that changes while training.
+
+    Attributes:
+        forward: The model as training calls it: compiled, distributed, or neither. Its weights are those of `model`.
+        micro_step: Batches whose gradients the next step has so far.
+        sums: `(len(SUMS),)` float32 on the device: of this rank's steps since the last log line, those skipped left out.
+        parts: `(len(HEADS),)` float32 on the device: the losses of the step that is being made.
+        skipped: `(3,)` float32 on the device: steps skipped for a non-finite loss or gradient in all, in a row up to now, and
+            most in a row.
+    """
+
+    config: Config
+    world: World
+    model: nn.Module
+    forward: Callable[[Tensor], Any]
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    autocast_dtype: torch.dtype | None
+    classes: tuple[str, ...] | None
+    num_classes: int
+    steps_per_epoch: int
+    transform_input: bool
+    sums: Tensor
+    parts: Tensor
+    skipped: Tensor
+    epoch: int = 0
+    step: int = 0
+    micro_step: int = 0
+    best: float = 0.0
+    validated: int = 0  # epochs
+    scores: dict[str, float] = field(default_factory=dict)  # of the last of them
+    seconds: float = 0.0  # since the run began, as of its last saved state
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        self._statistics_before = [torch.empty_like(buffer) for buffer in self._statistics]
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def lr(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def keep_statistics(self) -> None:
+        """Notes the statistics of batch normalization as they are before a step."""
+        torch._foreach_copy_(self._statistics_before, self._statistics)
+
+    def restore_statistics(self, skip: Tensor) -> None:
+        """Goes back to the statistics noted if `skip`, a float scalar on the device, is 1; nothing happens if it is 0.
+
+        They may be infinite or no numbers now, which multiplied by 0 would stay so: hence the arithmetic on their bits.
+        """
+        chosen = skip.to(torch.int32)
+        now, before = ([tensor.view(torch.int32) for tensor in side] for side in (self._statistics, self._statistics_before))
+        torch._foreach_mul_(now, 1 - chosen)
+        torch._foreach_mul_(before, chosen)
+        torch._foreach_add_(now, before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all ranks, or taken from rank 0; `rank_state` has the rest. Refers to the job's own tensors."""
+        return {
+            **{name: getattr(self, name).state_dict() for name in STATEFUL},
+            **{name: getattr(self, name) for name in NUMBERS},
+            "autocast_dtype": str(self.autocast_dtype),
+            "architecture": {
+                "num_classes": self.num_classes,
+                "aux_logits": self.config.model.aux_logits,
+                "transform_input": self.transform_input,
+            },
+            "preprocessing": {
+                "image_size": self.config.image_size,
+                "resize_shorter": resize_shorter_for(self.config.image_size),
+                "mean": MEAN,
+                "std": STD,
+            },
+        }
+
+    def rank_state(self) -> dict[str, Any]:
+        """What each rank has of its own, small and on the CPU; the host waits for the device here."""
+        rng = {"cpu": torch.get_rng_state(), "cuda": None}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"rng": rng, "sums": self.sums.cpu(), "skipped": self.skipped.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
+        """Goes on from a state.
+
+        Raises:
+            ValueError: It is of other arithmetic, or of epochs of another length.
+        """
+        if state["autocast_dtype"] != str(self.autocast_dtype):
+            raise ValueError(
+                f"--resume auto: the run was begun with arithmetic in {state['autocast_dtype']}, and on this device it would "
+                f"be in {self.autocast_dtype}; --precision sets it"
+            )
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"--resume auto: the run was begun with {state['steps_per_epoch']} steps an epoch, and now there are "
+                f"{self.steps_per_epoch}; (processes) x --batch-size x --accumulate-steps has to stay the same"
+            )
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+        for name in NUMBERS:
+            setattr(self, name, state[name])
+        self.sums.copy_(rank_state["sums"])
+        self.skipped.copy_(rank_state["skipped"])
+        torch.set_rng_state(rank_state["rng"]["cpu"])
+        if self.device.type == "cuda" and rank_state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(rank_state["rng"]["cuda"], self.device)
+
+
+STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
+NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores", "seconds", "steps_per_epoch")
+
+
+def build_job(
+    config: Config,
+    world: World,
+    *,
+    num_classes: int,
+    classes: tuple[str, ...] | None,
+    autocast_dtype: torch.dtype | None,
+    steps_per_epoch: int,
+    initial: InitialWeights | None = None,
+) -> Job:
+    """A fresh model with all that trains it.
+
+    Args:
+        config: All settings.
+        world: This process and the others.
+        num_classes: Length of the logits.
+        classes: Their names, where they are known.
+        autocast_dtype: Of mixed precision, or None.
+        steps_per_epoch: Updates of the weights, for the learning rate's schedule.
+        initial: Weights to begin with in place of random ones.
+
+    Raises:
+        ValueError: A setting that this device does not have, or initial weights that do not fit.
+    """
+    device = world.device
+    torch.manual_seed(config.seed)  # the same weights on all ranks
+    transform_input = config.model.transform_input
+    if transform_input is None:
+        transform_input = initial is not None and initial.transform_input
+    model: nn.Module = googlenet(num_classes, config.model.aux_logits, transform_input, config.model.dropout)
+    if initial is not None:
+        initial(model)
+    if config.sync_batchnorm:
+        if device.type != "cuda":
+            raise ValueError("--sync-batchnorm: torch has it for GPUs only")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, config.optim, global_batch_size(config, world))
+    job = Job(
+        config=config,
+        world=world,
+        model=model,
+        forward=model,
+        ema=EMA(model, config.model.ema_decay),
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16),
+        autocast_dtype=autocast_dtype,
+        classes=classes,
+        num_classes=num_classes,
+        steps_per_epoch=steps_per_epoch,
+        transform_input=transform_input,
+        sums=torch.zeros(len(SUMS), device=device),
+        parts=torch.zeros(len(HEADS), device=device),
+        skipped=torch.zeros(3, device=device),
+    )
+    if config.compile != "no":
+        job.forward = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)
+    if world.size > 1:
+        # Buffers go out from rank 0 at each step, so that its statistics, which are the ones saved, are everyone's.
+        job.forward = DistributedDataParallel(
+            job.forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+        torch.manual_seed(config.seed + world.rank)  # other dropout on each rank
+    return job
+
+
+def global_batch_size(config: Config, world: World) -> int:
+    """Images that make one step."""
+    return config.batch_size * config.accumulate_steps * world.size
+
+
+def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
+    """Forward and backward for one batch, and the update where it completes the step; the host waits for nothing.
+
+    A loss or gradient that is not finite makes the step one that changes nothing but the schedule.
+
+    Args:
+        job: Is changed.
+        image: `(N, 3, H, W)` on the device, normalized.
+        target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 probabilities.
+
+    Returns:
+        Whether the step is complete.
+    """
+    config, count = job.config, job.config.accumulate_steps
+    if job.micro_step == 0:
+        job.keep_statistics()
+    job.micro_step += 1
+    is_last = job.micro_step == count
+    if isinstance(job.forward, DistributedDataParallel):
+        job.forward.require_backward_grad_sync = is_last  # as in its `no_sync`; gradients are summed over ranks once a step
+    with job.autocast():
+        losses = googlenet_loss(
+            job.forward(image), target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight
+        )
+    job.scaler.scale(losses.total / count).backward()
+    job.parts += torch.stack([torch.zeros_like(losses.total) if part is None else part.detach() for part in losses]) / count
+    if is_last:
+        _update(job)
+    return is_last
+
+
+def _update(job: Job) -> None:
+    """Moves the weights along the gradients, the average along the weights, the schedule by one."""
+    job.scaler.unscale_(job.optimizer)
+    gradients = [parameter.grad for parameter in job.parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    skip = 1 - norm.isfinite().float()
+    if job.config.grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(job.parameters, job.config.grad_clip, norm)
+    if job.scaler.is_enabled():
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+    else:
+        job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as the scaler does: fused kernels leave all as it is
+        job.optimizer.step()
+    job.optimizer.zero_grad()
+    job.scheduler.step()
+    job.restore_statistics(skip)
+    job.ema.update_parameters(job.model)
+    values = torch.cat([job.parts, torch.stack([norm, torch.ones_like(norm)])])
+    job.sums += torch.where(skip > 0, 0.0, values)
+    _count_skipped(job.skipped, skip)
+    job.parts.zero_()
+    job.micro_step = 0
+    job.step += 1
+
+
+def _count_skipped(counts: Tensor, skip: Tensor) -> None:
+    """In all, in a row, most in a row."""
+    counts[0] += skip
+    counts[1] = (counts[1] + 1) * skip
+    counts[2] = torch.maximum(counts[2], counts[1])
