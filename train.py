@@ -4,6 +4,7 @@ Read it from top to bottom: `main`, the run, one epoch, what is said of it. The 
 training/job.py, validation in training/evaluation.py, the run's folder in training/run_folder.py.
 """
 
+import argparse
 import contextlib
 import json
 import logging
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 train(config, world)
     except Left as left:
-        print(left)
+        log.info("%s", left)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole, and --resume auto goes on from it")
@@ -69,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> Config:
     """The configuration that the command line asks for; its flags override the settings of the recipe."""
-    config = tyro.cli(Config, args=arguments, prog="train.py")
+    recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipes.add_argument("--recipe")
+    recipe = recipes.parse_known_args(arguments)[0].recipe
+    config = tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES.get(recipe, Config()))
     if config.evaluate is not None:
         if not config.data.valid:
             raise ValueError("--evaluate needs --data.valid, the shards to score the checkpoint on")
@@ -77,10 +81,11 @@ def parse(arguments: Sequence[str] | None) -> Config:
     if bool(config.data.train) != bool(config.data.valid):
         given, missing = ("train", "valid") if config.data.train else ("valid", "train")
         raise ValueError(f"--data.{given} is given and --data.{missing} is not; training needs both")
-    recipe = config.recipe or (None if config.data.train else "demo")
-    if recipe not in (None, "demo") and not config.data.train:
+    if config.data.train:
+        return config
+    if recipe is not None:
         raise ValueError(f"--recipe {recipe} needs --data.train and --data.valid")
-    return tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES[recipe]) if recipe else config
+    return tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES["demo"])
 
 
 def make_demo_data() -> None:
