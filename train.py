@@ -81,6 +81,8 @@ def parse(arguments: Sequence[str] | None) -> Config:
     if bool(config.data.train) != bool(config.data.valid):
         given, missing = ("train", "valid") if config.data.train else ("valid", "train")
         raise ValueError(f"--data.{given} is given and --data.{missing} is not; training needs both")
+    if recipe == "finetune" and config.init_from is None:
+        raise ValueError("--recipe finetune needs --init-from, the weights to begin with")
     if config.data.train:
         return config
     if recipe is not None:
