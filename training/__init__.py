@@ -1,0 +1,1 @@
+"""The training job's parts: settings, state, step, scores, what a run leaves."""
