@@ -1,0 +1,4 @@
+from tools.report.cli import main
+
+if __name__ == "__main__":
+    main()
