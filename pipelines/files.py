@@ -7,7 +7,7 @@ from pathlib import Path
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file: a temporary file beside it, flushed to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -21,7 +21,7 @@ from training.checkpoints import Checkpoints, newest_checkpoint
 from training.config import Config
 from training.evaluation import Evaluation
 from training.job import Job
-from training.pictures import batch_picture, captions, confusion_picture
+from training.pictures import batch_picture, captions, confusion_picture, mistake_captions
 from training.world import World
 
 log = logging.getLogger("train")
@@ -112,8 +112,7 @@ class RunFolder:
             return
         mistakes = evaluation.mistakes
         if mistakes is not None and len(mistakes.targets):
-            truth, said = captions(mistakes.targets, classes), captions(mistakes.predictions, classes)
-            texts = [f"{t}, said {s} {p:.2f}" for t, s, p in zip(truth, said, mistakes.probabilities.tolist(), strict=True)]
+            texts = mistake_captions(mistakes.targets, mistakes.predictions, mistakes.probabilities, classes)
             picture = batch_picture(mistakes.images, texts)
             self._to_tensorboard("add_image", "valid/worst_mistakes", picture, step, dataformats="HWC")
         if evaluation.confusion is not None:
