@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nvidia.dali.types import DALIDataType
 
 Device = Literal["cpu", "gpu"]
+Color = tuple[float, float, float]  # red, green and blue, in [0, 1]
 # "mixed" is DALI's name for decoding that starts on the CPU and ends on the GPU.
 _DECODER = {"cpu": "cpu", "gpu": "mixed"}
 MEAN_COLOR = [round(255 * value) for value in MEAN]
@@ -281,12 +282,24 @@ def training_images(
     return _normalized(images, dtype, 0 if mirror is None else mirror)
 
 
-def validation_images(encoded: "DataNode", *, size: int, device: Device, dtype: "DALIDataType") -> "DataNode":
+def validation_images(
+    encoded: "DataNode",
+    *,
+    size: int,
+    device: Device,
+    dtype: "DALIDataType",
+    resize_shorter: int | None = None,
+    mean: Color = MEAN,
+    std: Color = STD,
+) -> "DataNode":
     """Encoded images, 1-D uint8 on the CPU, resized, cropped to the centre and normalized: HWC of `dtype` on `device`."""
-    return _normalized(_resized_center_crop(encoded, size, resize_shorter_for(size), device), dtype, 0)
+    images = _resized_center_crop(encoded, size, resize_shorter or resize_shorter_for(size), device)
+    return _normalized(images, dtype, 0, mean, std)
 
 
-def _normalized(images: "DataNode", dtype: "DALIDataType", mirror: "DataNode | int") -> "DataNode":
+def _normalized(
+    images: "DataNode", dtype: "DALIDataType", mirror: "DataNode | int", mean: Color = MEAN, std: Color = STD
+) -> "DataNode":
     from nvidia.dali import fn
 
     return fn.crop_mirror_normalize(
@@ -294,8 +307,8 @@ def _normalized(images: "DataNode", dtype: "DALIDataType", mirror: "DataNode | i
         mirror=mirror,
         dtype=dtype,
         output_layout="HWC",
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
     )
 
 

@@ -99,6 +99,17 @@ def source_pipeline(
     return padded_source(encoded)
 
 
+@pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
+def decoding_pipeline(
+    *, device: augment.Device, image_size: int, resize_shorter: int, mean: augment.Color, std: augment.Color
+) -> DataNode:
+    """Validation's images `(H, W, 3)`, float32 on `device`, of encoded ones that each run is given as `encoded`."""
+    encoded = with_headers_read(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1))
+    return augment.validation_images(
+        encoded, size=image_size, device=device, dtype=types.FLOAT, resize_shorter=resize_shorter, mean=mean, std=std
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the pipelines of one loader have in common."""

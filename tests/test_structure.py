@@ -65,6 +65,8 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("throughput", ["convert", "--help"]),
         ("throughput", ["remote", "--help"]),
         ("report", ["--help"]),
+        ("predict", ["--help"]),
+        ("export", ["--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:
