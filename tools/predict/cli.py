@@ -47,8 +47,9 @@ class Predict:
     def run(self) -> int:
         self._check()
         from tools.predict.inputs import open_inputs
-        from tools.predict.predict import choose_device, predict
+        from tools.predict.predict import predict
         from training.trained import load_trained
+        from training.world import choose_device
 
         device = choose_device(self.device)
         trained = load_trained(self.checkpoint, self.weights, device)

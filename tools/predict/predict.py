@@ -97,19 +97,6 @@ def validation_decoder(
     return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=threads)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        ValueError: It is the GPU, and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that this build of torch can use; see 'GPU' in README.md, or use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def _likely(trained: Trained, numbers: Sequence[int], probabilities: Sequence[float]) -> tuple[Likely, ...]:
     return tuple(
         Likely(number, trained.class_name(number), probability)
