@@ -34,15 +34,15 @@ class EMA(AveragedModel):
         for a GPU: the counter stays on the CPU.
 
         Args:
-            model: The same each time, its tensors too: they are looked up once, as that takes the host longer than the rest.
+            model: The same each time, its tensors too: they are looked up once, as that takes longer than the rest.
             skip: Float scalar on the device; where it is 1, the average stays as it is, and the update counts all the same.
         """
         if self._tensors is None or self._tensors[0] is not model:
             self._tensors = model, *_pair_tensors(self.module, model)
         _, floats, counters = self._tensors
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates)) if self._updates else 0.0
-        # Down the gradient `average - newest`, made of a weight decay of 1 and the negative of `newest`: the one kernel for many
-        # tensors that reads on the device whether to do nothing.
+        # Down the gradient `average - newest`, made of a weight decay of 1 and of minus `newest`: this is the one kernel for many
+        # tensors that reads on the device whether it is to do nothing.
         torch._fused_sgd_(
             floats.averaged,
             floats.newest,

@@ -120,7 +120,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"--init-from {path}: cannot be read ({str(error).splitlines()[0]})") from error
+        what, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"--init-from {path}: cannot be read ({what})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--init-from {path}: holds a {type(content).__name__} in place of a state dict")
     return content
