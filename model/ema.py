@@ -41,8 +41,8 @@ class EMA(AveragedModel):
             self._tensors = model, *_pair_tensors(self.module, model)
         _, floats, counters = self._tensors
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates)) if self._updates else 0.0
-        # Down the gradient `average - newest`, made of a weight decay of 1 and of minus `newest`: this is the one kernel for many
-        # tensors that reads on the device whether it is to do nothing.
+        # Down the gradient `average - newest`, made of a weight decay of 1 and of minus `newest`: this kernel for many tensors
+        # reads on the device whether it is to do nothing.
         torch._fused_sgd_(
             floats.averaged,
             floats.newest,

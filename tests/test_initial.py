@@ -140,11 +140,15 @@ CONV, HEAD, AUX = "conv1.conv.weight", "fc.weight", "aux1.fc1.weight"
     ("spoil", "complaints", "num_taken"),
     [
         (lambda state: without(state, CONV), [f"{CONV} is missing"], -1),
-        (lambda state: renamed(state, CONV, "stem.weight"), [f"{CONV} is missing", "stem.weight is not one of the network's"], -1),
+        (
+            lambda state: renamed(state, CONV, "stem.weight"),
+            [f"{CONV} is missing", "stem.weight is not one of the network's"],
+            -1,
+        ),
         (lambda state: state | {CONV: torch.zeros(64, 3, 3, 3)}, [f"{CONV} is 64x3x3x3 in place of 64x3x7x7"], -1),
         (lambda state: without(state, HEAD), [f"{HEAD} is missing"], -1),
-        (lambda state: state | {HEAD: torch.zeros(3, 512)}, [f"{HEAD} is 3x512 in place of 3x1024"], -1),  # no matter of classes
-        (lambda state: without(state, AUX), [f"{AUX} is missing"], -1),  # of a head that it has
+        (lambda state: state | {HEAD: torch.zeros(3, 512)}, [f"{HEAD} is 3x512 in place of 3x1024"], -1),
+        (lambda state: without(state, AUX), [f"{AUX} is missing"], -1),
         (lambda state: state | {AUX: torch.zeros(1024, 512)}, [f"{AUX} is 1024x512 in place of 1024x2048"], -1),
         (
             lambda state: {name: value for name, value in state.items() if "5b" not in name},
@@ -152,7 +156,7 @@ CONV, HEAD, AUX = "conv1.conv.weight", "fc.weight", "aux1.fc1.weight"
             -36,
         ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_or_left(
     spoil: Callable[[State], State],
     complaints: list[str],
