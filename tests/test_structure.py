@@ -63,6 +63,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("throughput", ["--help"]),
         ("throughput", ["convert", "--help"]),
         ("throughput", ["remote", "--help"]),
+        ("throughput", ["step", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:
