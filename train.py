@@ -46,9 +46,10 @@ SAVE, LEAVE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         config = parse(arguments)
+        stream = sys.stderr if config.json else sys.stdout
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
         with join_world(config.device) as world:
             if not world.is_main:
                 log.setLevel(logging.WARNING)
@@ -142,7 +143,9 @@ def train(config: Config, world: World) -> None:
         loader_of("train", train_shards) as train_loader,
         loader_of("valid", valid_shards) as valid_loader,
     ):
-        initial = read_initial_weights(config.init_from, is_partial=config.init_from_partial) if config.init_from else None
+        initial = None
+        if config.init_from and not run.is_resumed:
+            initial = read_initial_weights(config.init_from, is_partial=config.init_from_partial)
         steps_per_epoch = len(train_loader) // config.accumulate_steps
         if not steps_per_epoch:
             raise ValueError(
@@ -298,6 +301,7 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
     *losses, norm, steps, images, wait_seconds, bad_samples = world.sum(sums).tolist()  # here the host waits for the device
     job.sums.zero_()
     skipped, _, in_a_row = job.skipped.tolist()
+    job.skipped[2].zero_()
     heads = dict(zip(HEADS, losses, strict=True)) if config.model.aux_logits else {"loss": losses[0], "main_loss": losses[1]}
     together = Rates(int(images), rates.seconds, wait_seconds / world.size)
     metrics = {
@@ -397,7 +401,8 @@ def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None,
     """The scores, over all and of each class: a table, or one JSON object."""
     rows, scores = evaluation.of_classes(classes), evaluation.scores()
     if as_json:
-        return json.dumps({**scores, "samples": sum(row["samples"] for row in rows), "classes": rows})
+        loss = scores["loss"] if math.isfinite(scores["loss"]) else None  # JSON has neither NaN nor infinity
+        return json.dumps({**scores, "loss": loss, "samples": sum(row["samples"] for row in rows), "classes": rows})
     width = max(5, *(len(row["class"]) for row in rows))
     lines = [f"{'class':{width}}  samples   top-1     EMA   top-5     EMA"]
     total = {"class": "all", "samples": sum(row["samples"] for row in rows), **scores}

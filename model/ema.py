@@ -1,7 +1,9 @@
 """Exponential moving average of a model's weights."""
 
+from typing import Any, NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -20,6 +22,9 @@ class EMA(AveragedModel):
         super().__init__(model, use_buffers=True)
         self.decay = decay
         self.requires_grad_(False)
+        self._updates = 0  # `n_averaged` as a number, which it takes no look into a tensor to know
+        self._tensors: tuple[nn.Module, _Pairs, _Pairs] | None = None
+        self.register_load_state_dict_post_hook(_take_count)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -27,13 +32,36 @@ class EMA(AveragedModel):
 
         Does what `AveragedModel` does, without its copies of the counter to the device, each of which would make the host wait
         for a GPU: the counter stays on the CPU.
+
+        Args:
+            model: The same each time, its tensors too: they are looked up once, as that takes longer than the rest.
         """
-        updates = int(self.n_averaged)
-        decay = min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
-        averaged = [*self.module.parameters(), *self.module.buffers()]
-        newest = [*model.parameters(), *model.buffers()]
-        floats = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]
-        torch._foreach_lerp_([averaged[i] for i in floats], [newest[i] for i in floats], 1 - decay)
-        if counters := [i for i, tensor in enumerate(averaged) if not tensor.is_floating_point()]:
-            torch._foreach_copy_([averaged[i] for i in counters], [newest[i] for i in counters])
+        if self._tensors is None or self._tensors[0] is not model:
+            self._tensors = model, *_pair_tensors(self.module, model)
+        _, floats, counters = self._tensors
+        decay = min(self.decay, (1 + self._updates) / (10 + self._updates)) if self._updates else 0.0
+        torch._foreach_lerp_(floats.averaged, floats.newest, 1 - decay)
+        if counters.averaged:
+            torch._foreach_copy_(*counters)
+        self._updates += 1
         self.n_averaged += 1
+
+
+class _Pairs(NamedTuple):
+    averaged: list[Tensor]
+    newest: list[Tensor]
+
+
+def _pair_tensors(average: nn.Module, model: nn.Module) -> tuple[_Pairs, _Pairs]:
+    """Parameters and buffers of both that are numbers to average, and those that are counters."""
+    floats, counters = _Pairs([], []), _Pairs([], [])
+    averaged, newest = ([*side.parameters(), *side.buffers()] for side in (average, model))
+    for pair in zip(averaged, newest, strict=True):
+        for side, tensor in zip(floats if pair[0].is_floating_point() else counters, pair, strict=True):
+            side.append(tensor)
+    return floats, counters
+
+
+def _take_count(ema: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(ema, EMA)
+    ema._updates = int(ema.n_averaged)

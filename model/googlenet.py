@@ -159,8 +159,11 @@ class GoogLeNet(nn.Module):
     @staticmethod
     def _renormalize(x: Tensor) -> Tensor:
         """From `(value - mean) / std` with ImageNet's statistics to `(value - 0.5) / 0.5`, `value` being in [0, 1]."""
-        mean = x.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-        std = x.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        # Filled on the device: a tensor made of a list is copied there, for which the host waits at each step.
+        mean, std = (
+            torch.cat([x.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
         return x * (std / 0.5) + (mean - 0.5) / 0.5
 
     def _initialize_weights(self) -> None:

@@ -1,5 +1,6 @@
 """The optimizer and the learning rate over the steps."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class OptimConfig:
     """Learning rate at the bottom of each cosine."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"--optim.lr {self.lr}: a positive number is needed")
         if self.reference_batch_size < 0:
             raise ValueError(f"--optim.reference-batch-size {self.reference_batch_size}: a number from 0 on is needed")
@@ -38,7 +39,9 @@ class OptimConfig:
             raise ValueError(f"--optim.momentum {self.momentum}: a number from 0 to below 1 is needed")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--optim.min-lr {self.min_lr}: a number from 0 to --optim.lr {self.lr} is needed")
-        if self.warmup_epochs < 0:
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--optim.weight-decay {self.weight_decay}: a number from 0 on is needed")
+        if not self.warmup_epochs >= 0:
             raise ValueError(f"--optim.warmup-epochs {self.warmup_epochs}: a number from 0 on is needed")
         if self.cycle_epochs is not None and self.cycle_epochs < 1:
             raise ValueError(f"--optim.cycle-epochs {self.cycle_epochs}: at least 1 is needed")

@@ -67,6 +67,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("report", ["--help"]),
         ("predict", ["--help"]),
         ("export", ["--help"]),
+        ("throughput", ["step", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

@@ -34,6 +34,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
+        if not self.aux_weight >= 0:
+            raise ValueError(f"--model.aux-weight {self.aux_weight}: a number from 0 on is needed")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"--checkpoint.every-steps {self.every_steps}: at least 1 is needed")
-        if self.every_minutes is not None and self.every_minutes <= 0:
+        if self.every_minutes is not None and not self.every_minutes > 0:
             raise ValueError(f"--checkpoint.every-minutes {self.every_minutes}: a positive number is needed")
         if self.keep < 1:
             raise ValueError(f"--checkpoint.keep {self.keep}: at least 1 is needed")
@@ -116,7 +118,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
-        if self.grad_clip is not None and self.grad_clip <= 0:
+        if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("--resume auto needs --run-dir, the folder of the run to go on with")

@@ -63,8 +63,9 @@ class Evaluation:
         rows = []
         for number, (samples, *hits) in enumerate(self.counts.tolist()):
             if samples:
-                scores = {name: 100 * value / samples for name, value in zip(COUNTS[1:], hits, strict=True)}
-                rows.append({"class": classes[number] if classes else str(number), "samples": int(samples), **scores})
+                scores = {count: 100 * value / samples for count, value in zip(COUNTS[1:], hits, strict=True)}
+                name = classes[number] if classes and number < len(classes) else str(number)
+                rows.append({"class": name, "samples": int(samples), **scores})
         return rows
 
 
@@ -99,7 +100,8 @@ def evaluate(
     model.eval(), ema.eval()
     world.take_from_main([*model.buffers(), *ema.buffers()])
     counts = torch.zeros(num_classes, len(COUNTS), device=world.device, dtype=torch.float64)
-    confusion = torch.zeros(num_classes, num_classes, device=world.device, dtype=torch.float64)
+    shape = (num_classes, num_classes) if num_classes <= MOST_CONFUSED_CLASSES else (0, 0)
+    confusion = torch.zeros(shape, device=world.device, dtype=torch.float64)
     loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
     worst: Mistakes | None = None
     for batch in loader:
@@ -111,7 +113,7 @@ def evaluate(
         found = [torch.ones_like(target), *hits(logits, target), *hits(ema_logits, target)]
         counts.index_add_(0, target, torch.stack([column.double() for column in found], dim=1))
         loss_sum += cross_entropy(logits, target, reduction="sum")
-        if num_classes <= MOST_CONFUSED_CLASSES:
+        if confusion.numel():
             cells = target * num_classes + ema_logits.argmax(1)
             confusion.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
         worst = _worst(worst, image, target, ema_logits)
@@ -121,7 +123,7 @@ def evaluate(
     return Evaluation(
         counts.cpu(),
         loss_sum.item() / samples,
-        confusion.long().cpu() if num_classes <= MOST_CONFUSED_CLASSES else None,
+        confusion.long().cpu() if confusion.numel() else None,
         worst and _select(worst, worst.losses.isfinite()),
     )
 

@@ -1,6 +1,7 @@
 """Initial weights from a file: fine-tuning."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from model.checkpoint import load_checkpoint
 
 log = logging.getLogger("train")
 
-HEAD = "fc"  # the last layer; those of the auxiliary heads are called fc2
+AUXILIARY = ("aux1", "aux2")
+LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")
 NAMED = 8  # how many names an error lists
 
 
@@ -42,10 +44,14 @@ class InitialWeights:
         """
         wanted = model.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        other_head = {
-            name for name in wanted if name in shapes and _is_head(name) and shapes[name] != tuple(wanted[name].shape)
+        others = {
+            layer: (shapes[f"{layer}.weight"][0], wanted[f"{layer}.weight"].shape[0])
+            for layer in LAST_LAYERS
+            if _differ_in_classes(shapes, wanted, layer)
         }
-        auxiliary = {name for name in {*wanted} ^ {*shapes} if name.startswith(("aux1.", "aux2."))}
+        other_head = {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
+        one_sided = {head for head in AUXILIARY if _has(shapes, head) != _has(wanted, head)}
+        auxiliary = {name for name in {*wanted, *shapes} if name.split(".")[0] in one_sided}
         mismatches = [
             *(f"{name} is missing" for name in wanted if name not in shapes and name not in auxiliary),
             *(f"{name} is not one of the network's" for name in shapes if name not in wanted and name not in auxiliary),
@@ -67,20 +73,23 @@ class InitialWeights:
         log.info("%d of %d tensors are from %s", len(taken), len(wanted), self.path)
         if mismatches:
             log.warning("not taken from %s: %s", self.path, listed)
-        if other_head:
-            before, now = (side[f"{HEAD}.weight"][0] for side in (shapes, {n: tuple(t.shape) for n, t in wanted.items()}))
-            log.info(
-                "it has %d classes and these data %d: the last layers begin anew (%s)",
-                before,
-                now,
-                ", ".join(sorted(other_head)),
-            )
-        if missing := sorted({name.split(".")[0] for name in auxiliary & {*wanted}}):
-            log.info("it has no auxiliary heads: %s begin anew", " and ".join(missing))
+        for before, now in {*others.values()}:
+            log.info("it has %d classes and these data %d: the last layers begin anew (%s)", before, now, ", ".join(others))
+        if missing := [head for head in AUXILIARY if head in one_sided and _has(wanted, head)]:
+            log.info("auxiliary heads that it has not begin anew: %s", ", ".join(missing))
 
 
-def _is_head(name: str) -> bool:
-    return name.rsplit(".", 1)[0] in (HEAD, "aux1.fc2", "aux2.fc2")
+def _differ_in_classes(shapes: dict[str, tuple[int, ...]], wanted: dict[str, Tensor], layer: str) -> bool:
+    """Whether both have the linear layer, the same but for the length of what it gives."""
+    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    if not {weight, bias} <= {*shapes} & {*wanted} or len(shapes[weight]) != 2:
+        return False
+    (classes, width), now = shapes[weight], tuple(wanted[weight].shape)
+    return width == now[1] and classes != now[0] and shapes[bias] == (classes,)
+
+
+def _has(names: Iterable[str], head: str) -> bool:
+    return any(name.startswith(f"{head}.") for name in names)
 
 
 def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
@@ -96,7 +105,7 @@ def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
         prefix = "module."
         state = {name.removeprefix(prefix): value for name, value in content["ema"].items() if name.startswith(prefix)}
         return InitialWeights(path, state, content["architecture"]["transform_input"], is_partial)
-    if not all(isinstance(value, Tensor) for value in content.values()):
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise ValueError(f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors")
     # torchvision's weights were ported from TensorFlow, whose input lies between -1 and 1: `googlenet(weights=...)` sets this.
     return InitialWeights(path, content, True, is_partial)
@@ -111,7 +120,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"--init-from {path}: cannot be read ({str(error).splitlines()[0]})") from error
+        what, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"--init-from {path}: cannot be read ({what})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--init-from {path}: holds a {type(content).__name__} in place of a state dict")
     return content

@@ -32,7 +32,7 @@ class Job:
         sums: `(len(SUMS),)` float32 on the device: of this rank's steps since the last log line, those skipped left out.
         parts: `(len(HEADS),)` float32 on the device: the losses of the step that is being made.
         skipped: `(3,)` float32 on the device: steps skipped for a non-finite loss or gradient in all, in a row up to now, and
-            most in a row.
+            most in a row since the last log line, with those just before it.
     """
 
     config: Config
@@ -61,7 +61,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        # As integers: see `restore_statistics`.
+        self._statistics = [buffer.view(torch.int32) for buffer in self.model.buffers() if buffer.is_floating_point()]
         self._statistics_before = [torch.empty_like(buffer) for buffer in self._statistics]
 
     @property
@@ -85,10 +86,9 @@ class Job:
         They may be infinite or no numbers now, which multiplied by 0 would stay so: hence the arithmetic on their bits.
         """
         chosen = skip.to(torch.int32)
-        now, before = ([tensor.view(torch.int32) for tensor in side] for side in (self._statistics, self._statistics_before))
-        torch._foreach_mul_(now, 1 - chosen)
-        torch._foreach_mul_(before, chosen)
-        torch._foreach_add_(now, before)
+        torch._foreach_mul_(self._statistics, 1 - chosen)
+        torch._foreach_mul_(self._statistics_before, chosen)
+        torch._foreach_add_(self._statistics, self._statistics_before)
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks, or taken from rank 0; `rank_state` has the rest. Refers to the job's own tensors."""
@@ -136,6 +136,9 @@ class Job:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
             setattr(self, name, state[name])
+        self.transform_input = state["architecture"]["transform_input"]  # --init-from, which decided it, is not read again
+        for network in (self.model, self.ema.module):
+            setattr(network, "transform_input", self.transform_input)  # noqa: B010  (mypy knows no such attribute)
         self.sums.copy_(rank_state["sums"])
         self.skipped.copy_(rank_state["skipped"])
         torch.set_rng_state(rank_state["rng"]["cpu"])
@@ -222,7 +225,8 @@ def global_batch_size(config: Config, world: World) -> int:
 def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
     """Forward and backward for one batch, and the update where it completes the step; the host waits for nothing.
 
-    A loss or gradient that is not finite makes the step one that changes nothing but the schedule.
+    A loss or gradient that is not finite makes the step one that leaves weights, momentum and statistics as they are. The
+    schedule goes on, and the average moves on towards these weights.
 
     Args:
         job: Is changed.

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -62,6 +63,11 @@ class RunFolder:
         self._every_seconds = 60 * config.checkpoint.every_minutes if config.checkpoint.every_minutes else float("inf")
         self._saved_at = self._begun_at = time.monotonic()
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether there is a saved state to go on from."""
+        return self._saved is not None
+
     def begin(self, job: Job, loader: Loader, meter: Meter) -> None:
         """Opens the files; if the run is being resumed, brings everything to where it last saved its state."""
         saved = self._saved
@@ -88,7 +94,10 @@ class RunFolder:
         """One line of metrics.jsonl, and its numbers as scalars `SPLIT/NAME` for TensorBoard."""
         if self._metrics is None:
             return
-        end, line = self._metrics.tell(), json.dumps(metrics).encode() + b"\n"
+        # JSON has neither NaN nor infinity: the loss of a network that has failed is null.
+        failed = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        metrics = metrics | dict.fromkeys(failed)
+        end, line = self._metrics.tell(), json.dumps(metrics, allow_nan=False).encode() + b"\n"
         try:
             if self._metrics.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

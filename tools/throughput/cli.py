@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -125,7 +126,57 @@ class Remote:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Convert | Plan | Remote]] = {"convert": Convert, "plan": Plan, "remote": Remote}
+@dataclass(frozen=True)
+class Step:
+    """Measure the trainer's step against the barest loop that does the same arithmetic.
+
+    Both take the same batch, which lies in memory: what the trainer takes longer is its bookkeeping.
+    """
+
+    batch_size: int = 64
+    """Images a step."""
+    image_size: int = 224
+    """Side of the images, pixels."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """As --device of train.py."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """As --precision of train.py."""
+    torch_threads: int | None = None
+    """CPU threads for the arithmetic; by default torch's own choice. With 1, other processes disturb least."""
+    steps: int = 20
+    """Steps of a turn."""
+    rounds: int = 10
+    """Turns of each loop."""
+    json: Path | None = None
+    """File to write all figures to."""
+
+    def run(self) -> int:
+        if self.steps < 1 or self.rounds < 1:
+            raise ValueError(f"--steps {self.steps} --rounds {self.rounds}: at least 1 of each is needed")
+        from tools.throughput.step import benchmark
+        from training.config import Config
+
+        config = Config(
+            epochs=1000,  # the schedule goes on all the time
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            device=self.device,
+            precision=self.precision,
+            torch_threads=self.torch_threads,
+        )
+        report = benchmark(config, steps=self.steps, rounds=self.rounds)
+        print(report, flush=True)
+        if self.json is not None:
+            self.json.write_text(report.as_json() + "\n")
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Convert | Plan | Remote | Step]] = {
+    "convert": Convert,
+    "plan": Plan,
+    "remote": Remote,
+    "step": Step,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
