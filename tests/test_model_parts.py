@@ -132,6 +132,9 @@ def test_learning_rate_restarts_warmly() -> None:
     ("options", "flag"),
     [
         ({"lr": 0.0}, "--optim.lr 0.0"),
+        ({"lr": math.nan}, "--optim.lr nan"),
+        ({"lr": math.inf}, "--optim.lr inf"),
+        ({"weight_decay": -1.0}, "--optim.weight-decay -1.0"),
         ({"momentum": 1.0}, "--optim.momentum 1.0"),
         ({"min_lr": 1.0}, "--optim.min-lr 1.0"),
         ({"warmup_epochs": -1.0}, "--optim.warmup-epochs -1.0"),
