@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 evaluate_only(config, world)
             else:
                 train(config, world)
-    except Left as left:
-        log.info("%s", left)
+    except Left:
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole, and --resume auto goes on from it")
@@ -178,6 +177,7 @@ def train(config: Config, world: World) -> None:
             train_epochs(job, train_loader, valid_loader, meter, run, leave, next_step)
         run.write_results(job.scores)
         run.finish()
+        rates = world.gather(meter.total)
         num_bad = sum(world.gather(train_loader.num_bad_samples + valid_loader.num_bad_samples))
     if num_bad:
         log.warning(
@@ -185,7 +185,7 @@ def train(config: Config, world: World) -> None:
             *(num_bad, run_path / QUARANTINE, run_path),
         )
     if world.is_main:
-        print(report(job.scores, meter.total, run_path, time.perf_counter() - started))
+        print(report(job.scores, rates, run_path, time.perf_counter() - started))
 
 
 def open_split(config: Config, split: Literal["train", "valid"]) -> ShardSet:
@@ -232,12 +232,12 @@ def train_epochs(
             evaluation = validate(job, valid_loader, leave)
             if evaluation is None:
                 run.save(job, train_loader, meter)
-                raise say_goodbye(run, leave)
+                raise say_goodbye(job.world, run, leave)
             log_validation(job, evaluation, sum(job.world.gather(valid_loader.num_bad_samples)), run)
             job.validated = epoch
             run.save(job, train_loader, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
             if job.world.agree(leave.signal is not None) and epoch < epochs:
-                raise say_goodbye(run, leave)
+                raise say_goodbye(job.world, run, leave)
 
 
 def train_epoch(job: Job, loader: Loader, meter: Meter, run: RunFolder) -> Iterator[None]:
@@ -279,14 +279,16 @@ def save_or_leave(job: Job, loader: Loader, meter: Meter, run: RunFolder, leave:
     if is_due or wish:
         run.save(job, loader, meter)
     if wish == LEAVE:
-        raise say_goodbye(run, leave)
+        raise say_goodbye(job.world, run, leave)
 
 
-def say_goodbye(run: RunFolder, leave: Leave) -> Left:
-    """Waits until the state is on the disk; gives what ends the run."""
+def say_goodbye(world: World, run: RunFolder, leave: Leave) -> Left:
+    """Waits until the state is on the disk, on all ranks, as torchrun ends them when one has ended; gives what ends the run."""
     run.finish()
+    world.wait()
     name = leave.signal.name if leave.signal else "a signal at another process"
-    return Left(f"{name}: the run's state is saved; the same command with --run-dir {run.path} --resume auto goes on")
+    log.info("%s: the run's state is saved; the same command with --run-dir %s --resume auto goes on", name, run.path)
+    return Left()
 
 
 def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: RunFolder) -> None:
@@ -424,8 +426,10 @@ def agree_on_classes(train_shards: ShardSet, valid_shards: ShardSet) -> int:
     return max(train_shards.num_classes(), valid_shards.num_classes())
 
 
-def report(scores: dict[str, float], rates: Rates, run_path: Path, seconds: float) -> str:
+def report(scores: dict[str, float], of_ranks: Sequence[Rates], run_path: Path, seconds: float) -> str:
     """What a person wants to know at the end."""
+    wait_seconds = sum(rates.wait_seconds for rates in of_ranks) / len(of_ranks)
+    rates = Rates(sum(rates.images for rates in of_ranks), of_ranks[0].seconds, wait_seconds)
     return f"""
         raw     EMA
 top-1  {scores["top1"]:5.1f} % {scores["ema_top1"]:5.1f} %

@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, and loaded without running code from them."""
 
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,20 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint in place and flushes it to the disk, for who renames it himself; nothing is left of a failure."""
+    """Writes a checkpoint in place and flushes it to the disk, for who renames it himself; nothing is left of a failure.
+
+    Raises:
+        OSError: The disk is full, for one.
+    """
     try:
         with open(path, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch says only that its file is not as long as it should be
         raise
 
 
@@ -31,15 +36,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """What `save_checkpoint` wrote, its tensors on `device`.
 
     Raises:
+        OSError: There is no such file, or it may not be read.
         ValueError: The file is damaged, or no checkpoint.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not notice tensors whose bytes have changed
-            if damaged := archive.testzip():
-                raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or not a checkpoint: {str(error).splitlines()[0]}") from None
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch itself does not notice tensors whose bytes have changed
+                damaged = archive.testzip()
+                # Nor does a checksum tell of this one bit, by which torch takes a tensor for a folder, and reads nothing.
+                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # zipfile, pickle and torch raise nearly everything, according to what is damaged
+            [what, *_] = [*str(error).splitlines(), type(error).__name__]
+            raise ValueError(f"{path} is damaged, or not a checkpoint: {what}") from None
+    if damaged or folders:
+        raise ValueError(f"{path} is damaged at {damaged or folders[0]}")
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.cache import ShardCache, open_cache
@@ -300,7 +301,8 @@ class DALILoader(Loader):
         while True:
             try:
                 pipeline = self._advance()
-                outputs = pipeline.run()
+                with record_function("dali: run"):
+                    outputs = pipeline.run()
             except RuntimeError as error:
                 self._leave_out_what_failed(error)
                 continue

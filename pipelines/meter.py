@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.profiler import record_function
 
 from pipelines.loader import Batch, Loader
 
@@ -95,7 +96,8 @@ class Meter:
         self._since = time.perf_counter()
         while True:
             self._wait.asked()
-            batch = loader.next()
+            with record_function("data: next batch"):
+                batch = loader.next()
             if batch is None:
                 return
             self._wait.arrived()

@@ -20,22 +20,26 @@ FOLDER = "checkpoints"
 def newest_checkpoint(run_path: Path) -> Path | None:
     """The newest saved state of a run that can be read, or None where there is none at all.
 
-    What cannot be read is said and renamed, so that it is not taken for the newest again.
+    What cannot be read is said, and renamed once an older one is there to take its place: it is not to be the newest again.
 
     Raises:
         ValueError: There are some, and not one can be read.
     """
-    paths = sorted((run_path / FOLDER).glob("step-*.pt"), reverse=True)
-    for path in paths:
+    damaged: dict[Path, str] = {}
+    for path in sorted((run_path / FOLDER).glob("step-*.pt"), reverse=True):
         try:
             load_checkpoint(path)
-            return path
         except ValueError as error:
-            aside = path.with_name(f"{path.name}.damaged")
-            log.warning("%s; taking the one before (it is kept as %s)", error, aside.name)
-            path.replace(aside)
-    if paths:
-        raise ValueError(f"{run_path / FOLDER}: not one of {len(paths)} saved states can be read; begin in another --run-dir")
+            damaged[path] = str(error)
+            continue
+        for newer, what in damaged.items():
+            aside = newer.with_name(f"{newer.name}.damaged")
+            log.warning("%s; taking the one before (it is kept as %s)", what, aside.name)
+            newer.replace(aside)
+        return path
+    if damaged:  # all stay as they are: without any, the run would begin anew when it is started again
+        [what, *_] = damaged.values()
+        raise ValueError(f"{what}; not one of {len(damaged)} saved states can be read; begin in another --run-dir")
     return None
 
 
@@ -85,6 +89,8 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:09d}.pt"
         temporary = path.with_name(f".{path.name}.tmp")
+        for stale in folder.glob(".*.tmp"):  # of a run that was killed
+            stale.unlink()
         try:
             write_checkpoint(temporary, state)
             if is_best:  # first: a run that is killed in between validates again, and finds it the best again
@@ -92,7 +98,8 @@ class Checkpoints:
             temporary.replace(path)
             _link(path, self._run_path / "last.pt")
         except OSError as error:
-            raise OSError(f"the run's state could not be saved ({error}); those saved before in {folder} are whole") from error
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{path}: the run's state could not be saved ({error}); those saved before are whole") from error
         for old in sorted(folder.glob("step-*.pt"))[: -self._keep]:
             old.unlink()
 
@@ -129,5 +136,9 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        try:
+            shutil.copyfile(source, temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     temporary.replace(target)

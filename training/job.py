@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from model import googlenet
 from model.ema import EMA
@@ -243,14 +244,16 @@ def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
     is_last = job.micro_step == count
     if isinstance(job.forward, DistributedDataParallel):
         job.forward.require_backward_grad_sync = is_last  # as in its `no_sync`; gradients are summed over ranks once a step
-    with job.autocast():
+    with job.autocast(), record_function("forward"):
         losses = googlenet_loss(
             job.forward(image), target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight
         )
-    job.scaler.scale(losses.total / count).backward()
+    with record_function("backward"):
+        job.scaler.scale(losses.total / count).backward()
     job.parts += torch.stack([torch.zeros_like(losses.total) if part is None else part.detach() for part in losses]) / count
     if is_last:
-        _update(job)
+        with record_function("update"):
+            _update(job)
     return is_last
 
 

@@ -19,8 +19,8 @@ class Left(Exception):  # noqa: N818  (not an error)
 class Leave:
     """While it is entered, the signals that ask a process to end are noted in `signal` in place of ending it.
 
-    A second Ctrl-C ends it at once, for whoever does not want to wait. Under torchrun the terminal's and torchrun's own signal
-    both arrive, so those within a second count as one.
+    A second Ctrl-C ends it at once, for whoever does not want to wait. Where a scheduler signals all processes, its signal and
+    that of torchrun both arrive, so those within a second count as one.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,8 @@ class Leave:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is Left:  # the process is about to end with its own code: torchrun signals those that are not first
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -24,16 +24,17 @@ def profiled(config: Config, run_path: Path, world: World) -> Iterator[Callable[
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    is_written = False
+    num_traced = 0
 
-    def write(profiler: profile) -> None:
-        nonlocal is_written
+    def write(profiler: profile) -> None:  # called at the end of a run that is too short, too
+        nonlocal num_traced
         profiler.export_chrome_trace(str(run_path / FILE_NAME))
-        is_written = True
-        log.info("the trace of %d steps is in %s", config.profile, run_path / FILE_NAME)
+        num_traced = profiler.step_num - SKIPPED_STEPS
+        log.info("the trace of %d steps is in %s", num_traced, run_path / FILE_NAME)
 
     steps = schedule(skip_first=SKIPPED_STEPS - 1, wait=0, warmup=1, active=config.profile, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write) as profiler:
         yield profiler.step
-    if not is_written:
-        log.warning("no trace was written: --profile %d needs %d steps", config.profile, SKIPPED_STEPS + config.profile)
+    if num_traced < config.profile:
+        needed = SKIPPED_STEPS + config.profile
+        log.warning("--profile %d needs %d steps; %d were traced", config.profile, needed, num_traced)

@@ -73,8 +73,9 @@ class RunFolder:
         saved = self._saved
         if saved is not None:
             ranks = saved["ranks"]
-            # Between two epochs the number of ranks may have changed; the loader refuses it within one.
             own = ranks[job.world.rank] if len(ranks) == job.world.size else ranks[0]
+            if len(ranks) != job.world.size:  # between two epochs it may have changed; the loader refuses it within one
+                own = {**own, "rng": job.rank_state()["rng"]}  # rank 0's for all would give all ranks the same dropout
             loader.load_state_dict(own["loader"])
             job.load_state_dict(saved, own)
             meter.total = Rates(**own["rates"])
@@ -174,7 +175,10 @@ class RunFolder:
         if self._metrics is None:
             return
         job.seconds = self._job_seconds + self._saved_at - self._begun_at
-        os.fsync(self._metrics.fileno())
+        try:
+            os.fsync(self._metrics.fileno())
+        except OSError as error:  # file systems over a network may notice only here that they are full
+            self._warn(error)
         state = {**job.state_dict(), "ranks": ranks, "metrics_bytes": self._metrics.tell(), "config": self._config}
         self._checkpoints.save(state, job.step, is_best=is_best)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,30 @@ def join_world(device_name: str) -> Iterator[World]:
         yield world
         return
     on_gpu = device.type == "cuda"
-    on_gpu = device.type == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=_meeting_place(rank, size, local_size),
+        rank=rank,
+        world_size=size,
+        device_id=device if on_gpu else None,
+    )
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place(rank: int, size: int, local_size: int) -> Store:
+    """Where the ranks tell each other their addresses: torchrun's store, which is still there when it restarts them.
+
+    Those who are quick would find the addresses of the processes before, and wait for them for half an hour (pytorch issue
+    135712), so that each start has names of its own. torchrun counts the starts of each machine by itself: for several machines
+    there is no such number.
+    """
+    store, *_ = next(rendezvous("env://", rank, size))
+    if size > local_size:
+        return store
+    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
