@@ -3,7 +3,7 @@
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -40,17 +40,24 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         ValueError: The file is damaged, or no checkpoint.
     """
     with open(path, "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:  # torch itself does not notice tensors whose bytes have changed
-                damaged = archive.testzip()
-                # Nor does a checksum tell of this one bit, by which torch takes a tensor for a folder, and reads nothing.
-                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # zipfile, pickle and torch raise nearly everything, according to what is damaged
-            [what, *_] = [*str(error).splitlines(), type(error).__name__]
-            raise ValueError(f"{path} is damaged, or not a checkpoint: {what}") from None
-    if damaged or folders:
-        raise ValueError(f"{path} is damaged at {damaged or folders[0]}")
+        if damage := _damage(file):
+            raise ValueError(f"{path} is damaged, or not a checkpoint: {damage}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # the file is whole, so it is another kind of file; torch raises nearly everything then
+        raise ValueError(f"{path} is not a checkpoint: torch finds other things than tensors and plain values in it") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
+
+
+def _damage(file: BinaryIO) -> str | None:
+    """What is wrong with an archive: torch itself does not notice tensors whose bytes have changed."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # Nor does a checksum tell of this one bit, by which torch takes a tensor for a folder, and reads nothing.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            name = archive.testzip() or (folders[0] if folders else None)
+            return name and f"{name} is not as it was written"
+    except Exception as error:  # zipfile raises nearly everything, according to what is damaged
+        return str(error) or type(error).__name__

@@ -76,18 +76,18 @@ def flip_bytes(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: b"", "not a checkpoint, or one that was cut short"),
-        (lambda content: b"hello\n", "not a checkpoint, or one that was cut short"),
-        (lambda content: content[: len(content) // 2], "not a checkpoint, or one that was cut short"),
-        (lambda content: content[:100], "not a checkpoint, or one that was cut short"),
-        (flip_bytes, "damaged at .*; copy it anew"),  # torch loads such a file without a word
-        (lambda content: content[:300] + b"\0" * 100 + content[400:], "damaged at .*data.pkl; copy it anew"),
+        (lambda content: b"", "File is not a zip file; name a best.pt"),
+        (lambda content: b"hello\n", "File is not a zip file; name a best.pt"),
+        (lambda content: content[: len(content) // 2], "File is not a zip file; name a best.pt"),
+        (lambda content: content[:100], "File is not a zip file; name a best.pt"),
+        (flip_bytes, "archive/.* is not as it was written; name"),  # torch loads such a file without a word
+        (lambda content: content[:300] + b"\0" * 100 + content[400:], "archive/data.pkl is not as it was written"),
     ],
 )
 def test_damaged(tmp_path: Path, checkpoint: Path, change: Callable[[bytes], bytes], message: str) -> None:
     path = tmp_path / "best.pt"
     path.write_bytes(change(checkpoint.read_bytes()))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}") as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is damaged, or not a checkpoint: {message}") as error:
         load_trained(path)
     assert "\n" not in str(error.value)
 
@@ -103,10 +103,10 @@ def test_other_things_that_torch_saves(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     model = googlenet(3, aux_logits=False)
     torch.save(model, path)
-    with pytest.raises(ValueError, match=r"model\.pt: not a checkpoint"):  # it would run code
+    with pytest.raises(ValueError, match=r"model\.pt is not a checkpoint: torch finds other things"):  # it would run code
         load_trained(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"model\.pt: not a checkpoint, it holds a list"):
+    with pytest.raises(ValueError, match=r"model\.pt is not a checkpoint: it holds a list"):
         load_trained(path)
     torch.save(model.state_dict(), path)
     with pytest.raises(ValueError, match=r"not a checkpoint of this version of train\.py, it lacks model, ema, classes, epoch"):
