@@ -6,7 +6,6 @@ training/job.py, validation in training/evaluation.py, the run's folder in train
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from training.leave import EXIT_CODE, Leave, Left
 from training.profile import profiled
 from training.recipes import DEMO_DATA, RECIPES
 from training.run_folder import RunFolder
-from training.trained import load_trained
+from training.score import evaluate_only
 from training.world import World, join_world
 
 log = logging.getLogger("train")
@@ -110,15 +110,68 @@ def train(config: Config, world: World) -> None:
         if world.local_rank == 0:
             make_demo_data()
         world.wait()
-    torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
-    torch.set_num_threads(torch_threads)
+    run_path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)
-    train_shards, valid_shards = open_split(config, "train"), open_split(config, "valid")
+    with (
+        contextlib.closing(RunFolder(run_path, config, world)) as run,
+        open_data(config, world, run_path, autocast_dtype) as data,
+    ):
+        initial = None
+        if config.init_from and not run.is_resumed:
+            initial = read_initial_weights(config.init_from, is_partial=config.init_from_partial)
+        steps_per_epoch = len(data.train) // config.accumulate_steps
+        if not steps_per_epoch:
+            raise ValueError(f"{len(data.train)} batches an epoch make no step of --accumulate-steps {config.accumulate_steps}")
+        job = build_job(
+            config,
+            world,
+            num_classes=data.num_classes,
+            classes=data.classes,
+            autocast_dtype=autocast_dtype,
+            steps_per_epoch=steps_per_epoch,
+            initial=initial,
+        )
+        meter = Meter(world.device)
+        run.begin(job, data.train, meter)
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        log.info("%s; %s, %s; writing to %s", data.summary, device, job.arithmetic, run_path)
+        log.info("%s", describe_steps(config, world))
+        with Leave() as leave, profiled(config, run_path, world) as next_step:
+            train_epochs(job, data, meter, run, leave, next_step)
+        run.write_results(job.scores)
+        run.finish()
+        rates = world.gather(meter.total)
+        num_bad = sum(world.gather(data.train.num_bad_samples + data.valid.num_bad_samples))
+    if num_bad:
+        log.warning(
+            "%d bad samples were left out, see %s; later runs leave them out from the start with --data.quarantine %s",
+            *(num_bad, run_path / QUARANTINE, run_path),
+        )
+    if world.is_main:
+        print(report(job.scores, rates, run_path, time.perf_counter() - started))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and validated with."""
+
+    train: Loader
+    valid: Loader
+    classes: tuple[str, ...] | None
+    num_classes: int
+    summary: str
+
+
+@contextlib.contextmanager
+def open_data(config: Config, world: World, run_path: Path, autocast_dtype: torch.dtype | None) -> Iterator[Data]:
+    """Both splits, each rank its share of them; shares out the CPU's threads."""
+    train_shards, valid_shards = config.data.open_shards("train"), config.data.open_shards("valid")
     num_classes = agree_on_classes(train_shards, valid_shards)
     is_read_in_order = world.is_main and config.data.backend == "dali"
     if is_read_in_order and (warning := order_warning(train_shards, config.data, config.batch_size, num_classes)):
         log.warning("%s", warning)
-    run_path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
+    torch.set_num_threads(torch_threads)
 
     def loader_of(split: Literal["train", "valid"], shards: ShardSet) -> Loader:
         return build_loader(
@@ -137,60 +190,12 @@ def train(config: Config, world: World) -> None:
             quarantine=run_path / QUARANTINE,
         )
 
-    with (
-        contextlib.closing(RunFolder(run_path, config, world)) as run,
-        loader_of("train", train_shards) as train_loader,
-        loader_of("valid", valid_shards) as valid_loader,
-    ):
-        initial = None
-        if config.init_from and not run.is_resumed:
-            initial = read_initial_weights(config.init_from, is_partial=config.init_from_partial)
-        steps_per_epoch = len(train_loader) // config.accumulate_steps
-        if not steps_per_epoch:
-            raise ValueError(
-                f"{len(train_loader)} batches an epoch make no step of --accumulate-steps {config.accumulate_steps}"
-            )
-        job = build_job(
-            config,
-            world,
-            num_classes=num_classes,
-            classes=train_shards.classes,
-            autocast_dtype=autocast_dtype,
-            steps_per_epoch=steps_per_epoch,
-            initial=initial,
-        )
-        meter = Meter(world.device)
-        run.begin(job, train_loader, meter)
-        log.info(
-            "%d classes, %s training and %s validation samples; %s, %s, %d torch and %d data threads; writing to %s",
-            num_classes,
-            f"{train_shards.num_samples:,}",
-            f"{valid_shards.num_samples:,}",
-            torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
-            str(autocast_dtype or torch.float32).removeprefix("torch."),
-            torch_threads,
-            loader_threads,
-            run_path,
-        )
-        log.info("%s", describe_steps(config, world))
-        with Leave() as leave, profiled(config, run_path, world) as next_step:
-            train_epochs(job, train_loader, valid_loader, meter, run, leave, next_step)
-        run.write_results(job.scores)
-        run.finish()
-        rates = world.gather(meter.total)
-        num_bad = sum(world.gather(train_loader.num_bad_samples + valid_loader.num_bad_samples))
-    if num_bad:
-        log.warning(
-            "%d bad samples were left out, see %s; later runs leave them out from the start with --data.quarantine %s",
-            *(num_bad, run_path / QUARANTINE, run_path),
-        )
-    if world.is_main:
-        print(report(job.scores, rates, run_path, time.perf_counter() - started))
-
-
-def open_split(config: Config, split: Literal["train", "valid"]) -> ShardSet:
-    data = config.data
-    return open_shards(data.train if split == "train" else data.valid, split, data.index_dir, data.label_key, data.class_file)
+    summary = (
+        f"{num_classes} classes, {train_shards.num_samples:,} training and {valid_shards.num_samples:,} validation samples; "
+        f"{torch_threads} torch and {loader_threads} data threads"
+    )
+    with loader_of("train", train_shards) as train_loader, loader_of("valid", valid_shards) as valid_loader:
+        yield Data(train_loader, valid_loader, train_shards.classes, num_classes, summary)
 
 
 def describe_steps(config: Config, world: World) -> str:
@@ -205,15 +210,7 @@ def describe_steps(config: Config, world: World) -> str:
     return f"{text}; learning rate {optim.lr:g} x {images} / {optim.reference_batch_size} = {lr:g}"
 
 
-def train_epochs(
-    job: Job,
-    train_loader: Loader,
-    valid_loader: Loader,
-    meter: Meter,
-    run: RunFolder,
-    leave: Leave,
-    next_step: Callable[[], None],
-) -> None:
+def train_epochs(job: Job, data: Data, meter: Meter, run: RunFolder, leave: Leave, next_step: Callable[[], None]) -> None:
     """All epochs, or those that are left, each with its validation and its checkpoint.
 
     Raises:
@@ -225,17 +222,17 @@ def train_epochs(
         for epoch in range(job.validated + 1, epochs + 1):
             job.epoch = epoch
             if job.step < epoch * steps:  # what is resumed may lack the validation alone
-                for _ in train_epoch(job, train_loader, meter, run):
+                for _ in train_epoch(job, data.train, meter, run):
                     progress.update()
                     next_step()
-                    save_or_leave(job, train_loader, meter, run, leave)
-            evaluation = validate(job, valid_loader, leave)
+                    save_or_leave(job, data.train, meter, run, leave)
+            evaluation = validate(job, data.valid, leave)
             if evaluation is None:
-                run.save(job, train_loader, meter)
+                run.save(job, data.train, meter)
                 raise say_goodbye(job.world, run, leave)
-            log_validation(job, evaluation, sum(job.world.gather(valid_loader.num_bad_samples)), run)
+            log_validation(job, evaluation, sum(job.world.gather(data.valid.num_bad_samples)), run)
             job.validated = epoch
-            run.save(job, train_loader, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
+            run.save(job, data.train, meter, best=max(job.scores["top1"], job.scores["ema_top1"]))
             if job.world.agree(leave.signal is not None) and epoch < epochs:
                 raise say_goodbye(job.world, run, leave)
 
@@ -360,58 +357,6 @@ def log_validation(job: Job, evaluation: Evaluation, bad_samples: int, run: RunF
     )
     run.write({"split": "valid", "epoch": job.epoch, "step": job.step, **job.scores, "bad_samples": bad_samples}, job.step)
     run.write_evaluation(evaluation, job.classes, job.step)
-
-
-def evaluate_only(config: Config, world: World) -> None:
-    """`--evaluate`: scores a checkpoint, and says how it does on each class."""
-    assert config.evaluate is not None
-    raw, ema = (load_trained(config.evaluate, weights, device=world.device) for weights in ("raw", "ema"))
-    torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
-    torch.set_num_threads(torch_threads)
-    autocast_dtype = choose_autocast_dtype(config.precision, world.device)
-    shards = open_split(config, "valid")
-    if shards.classes and ema.classes and shards.classes != ema.classes:
-        only = sorted(set(shards.classes) ^ set(ema.classes))
-        raise ValueError(f"{config.evaluate} and the shards have different classes: {', '.join(only[:20]) or 'another order'}")
-    with build_loader(
-        config.data,
-        "valid",
-        shards=shards,
-        batch_size=config.batch_size,
-        image_size=ema.preprocessing.image_size,
-        device=world.device,
-        dtype=torch.float16 if autocast_dtype and world.device.type == "cuda" else torch.float32,
-        num_classes=ema.num_classes,
-        num_threads=loader_threads,
-        rank=world.rank,
-        world_size=world.size,
-    ) as loader:
-        evaluation = evaluate(
-            raw.model,
-            ema.model,
-            loader,
-            num_classes=ema.num_classes,
-            world=world,
-            autocast=lambda: torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None),
-        )
-    assert evaluation is not None
-    if world.is_main:
-        print(describe_evaluation(evaluation, ema.classes or shards.classes, as_json=config.json))
-
-
-def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None, *, as_json: bool) -> str:
-    """The scores, over all and of each class: a table, or one JSON object."""
-    rows, scores = evaluation.of_classes(classes), evaluation.scores()
-    if as_json:
-        loss = scores["loss"] if math.isfinite(scores["loss"]) else None  # JSON has neither NaN nor infinity
-        return json.dumps({**scores, "loss": loss, "samples": sum(row["samples"] for row in rows), "classes": rows})
-    width = max(5, *(len(row["class"]) for row in rows))
-    lines = [f"{'class':{width}}  samples   top-1     EMA   top-5     EMA"]
-    total = {"class": "all", "samples": sum(row["samples"] for row in rows), **scores}
-    for row in (*rows, total):
-        columns = "".join(f"{row[name]:6.1f} %" for name in ("top1", "ema_top1", "top5", "ema_top5"))
-        lines.append(f"{row['class']:{width}} {row['samples']:8,}{columns}")
-    return "\n".join(lines)
 
 
 def agree_on_classes(train_shards: ShardSet, valid_shards: ShardSet) -> int:

@@ -73,6 +73,15 @@ class DataConfig:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--data.max-bad-fraction {self.max_bad_fraction}: a number from 0 to 1 is needed")
 
+    def open_shards(self, split: Literal["train", "valid"]) -> ShardSet:
+        """The shards of a split.
+
+        Raises:
+            ValueError: There are none, or they cannot be used.
+        """
+        pattern = self.train if split == "train" else self.valid
+        return open_shards(pattern, split, self.index_dir, self.label_key, self.class_file)
+
     def image_size_of(self, epoch: int, image_size: int) -> int:
         """The side of training images in an epoch (from 0), pixels; `image_size` where the schedule has not begun.
 
@@ -130,9 +139,7 @@ def build_loader(
         ValueError: No such shards, or too few samples for a batch.
     """
     train = split == "train"
-    shards = shards or open_shards(
-        config.train if train else config.valid, split, config.index_dir, config.label_key, config.class_file
-    )
+    shards = shards or config.open_shards(split)
     num_classes = num_classes or shards.num_classes()
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader

@@ -74,6 +74,11 @@ class Job:
     def lr(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
+    @property
+    def arithmetic(self) -> str:
+        """Its dtype, for people."""
+        return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
