@@ -53,14 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with join_world(config.device) as world:
             if not world.is_main:
                 log.setLevel(logging.WARNING)
-            if config.evaluate is not None:
-                evaluate_only(config, world)
-            else:
-                train(config, world)
-    except Left:
-        sys.exit(EXIT_CODE)
+            is_left = False
+            try:
+                (train if config.evaluate is None else evaluate_only)(config, world)
+            except Left:
+                is_left = True
+        if is_left:
+            sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        print("interrupted; what was saved before is whole, and --resume auto goes on from it")
+        print("interrupted; states saved before are whole, and --resume auto goes on from the newest", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output, `head` for one, has gone
         sys.exit(1)
@@ -72,20 +73,21 @@ def parse(arguments: Sequence[str] | None) -> Config:
     """The configuration that the command line asks for; its flags override the settings of the recipe."""
     recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipes.add_argument("--recipe")
-    recipe = recipes.parse_known_args(arguments)[0].recipe
+    recipe = recipes.parse_known_args(arguments)[0].recipe or "None"  # as tyro writes it
     config = tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES.get(recipe, Config()))
     if config.evaluate is not None:
         if not config.data.valid:
             raise ValueError("--evaluate needs --data.valid, the shards to score the checkpoint on")
         return config
-    if bool(config.data.train) != bool(config.data.valid):
-        given, missing = ("train", "valid") if config.data.train else ("valid", "train")
+    is_given = {split: getattr(config.data, split) not in ("", str(DEMO_DATA)) for split in ("train", "valid")}
+    if is_given["train"] != is_given["valid"]:
+        given, missing = ("train", "valid") if is_given["train"] else ("valid", "train")
         raise ValueError(f"--data.{given} is given and --data.{missing} is not; training needs both")
     if recipe == "finetune" and config.init_from is None:
         raise ValueError("--recipe finetune needs --init-from, the weights to begin with")
     if config.data.train:
         return config
-    if recipe is not None:
+    if recipe != "None":
         raise ValueError(f"--recipe {recipe} needs --data.train and --data.valid")
     return tyro.cli(Config, args=arguments, prog="train.py", default=RECIPES["demo"])
 
@@ -104,8 +106,11 @@ def make_demo_data() -> None:
 
 
 def train(config: Config, world: World) -> None:
-    """Runs the training job that the configuration describes."""
-    started = time.perf_counter()
+    """Runs the training job that the configuration describes.
+
+    Raises:
+        Left: A signal asked it to end; its state is saved.
+    """
     if config.data.train == str(DEMO_DATA):
         if world.local_rank == 0:
             make_demo_data()
@@ -138,8 +143,8 @@ def train(config: Config, world: World) -> None:
         log.info("%s", describe_steps(config, world))
         with Leave() as leave, profiled(config, run_path, world) as next_step:
             train_epochs(job, data, meter, run, leave, next_step)
-        run.write_results(job.scores)
-        run.finish()
+            run.write_results(job.scores)
+            run.finish()
         rates = world.gather(meter.total)
         num_bad = sum(world.gather(data.train.num_bad_samples + data.valid.num_bad_samples))
     if num_bad:
@@ -148,7 +153,7 @@ def train(config: Config, world: World) -> None:
             *(num_bad, run_path / QUARANTINE, run_path),
         )
     if world.is_main:
-        print(report(job.scores, rates, run_path, time.perf_counter() - started))
+        print(report(job.scores, rates, run_path, job.seconds))
 
 
 @dataclass(frozen=True)
@@ -292,15 +297,14 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
     """Says how training goes, over all ranks since the last time: to the log and to the run's folder.
 
     Raises:
-        ValueError: Too many steps in a row had a loss or gradient that is not finite.
+        ValueError: Too many steps in a row had gradients that are not finite.
     """
     world, config, rates = job.world, job.config, meter.take()
     own = [rates.images, rates.wait_seconds, loader.num_bad_samples]
     sums = torch.cat([job.sums.double(), torch.tensor(own, dtype=torch.float64, device=job.device)])
     *losses, norm, steps, images, wait_seconds, bad_samples = world.sum(sums).tolist()  # here the host waits for the device
     job.sums.zero_()
-    skipped, _, in_a_row = job.skipped.tolist()
-    job.skipped[2].zero_()
+    skipped, in_a_row = job.skipped.tolist()
     heads = dict(zip(HEADS, losses, strict=True)) if config.model.aux_logits else {"loss": losses[0], "main_loss": losses[1]}
     together = Rates(int(images), rates.seconds, wait_seconds / world.size)
     metrics = {
@@ -329,8 +333,8 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
     )
     if in_a_row >= config.max_nonfinite_steps:
         raise ValueError(
-            f"{in_a_row:.0f} steps in a row, up to step {job.step} at learning rate {lr:g}, had a loss or gradient that is not "
-            f"finite, and were skipped; {run.path / 'last.pt'} has the last saved weights, if any were: begin anew with "
+            f"{in_a_row:.0f} steps in a row, up to step {job.step} at learning rate {lr:g}, had gradients that are not finite, "
+            f"and were skipped; {run.path / 'last.pt'} has the last saved weights, if any were: begin anew with "
             "--init-from, and a lower --optim.lr or a --grad-clip"
         )
 

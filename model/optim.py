@@ -14,9 +14,9 @@ class OptimConfig:
     """Stochastic gradient descent, and its learning rate: a linear warm-up, then cosines that restart."""
 
     lr: float = 0.05
-    """Learning rate at the top of each cosine, for a step of --optim.reference-batch-size images."""
+    """Learning rate at the top of each cosine, for steps of --optim.reference-batch-size images."""
     reference_batch_size: int = 64
-    """The learning rate is multiplied by what a step has more images than this (arXiv 1706.02677, section 2.1); 0: not."""
+    """Learning rates are for steps of so many images, and grow in proportion with them (arXiv 1706.02677); 0: they do not."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-5
@@ -28,7 +28,7 @@ class OptimConfig:
     cycle_mult: int = 1
     """How many times longer each cosine is than the one before."""
     min_lr: float = 0.0
-    """Learning rate at the bottom of each cosine."""
+    """Learning rate at the bottom of each cosine, likewise."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -39,7 +39,7 @@ class OptimConfig:
             raise ValueError(f"--optim.momentum {self.momentum}: a number from 0 to below 1 is needed")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--optim.min-lr {self.min_lr}: a number from 0 to --optim.lr {self.lr} is needed")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--optim.weight-decay {self.weight_decay}: a number from 0 on is needed")
         if not self.warmup_epochs >= 0:
             raise ValueError(f"--optim.warmup-epochs {self.warmup_epochs}: a number from 0 on is needed")

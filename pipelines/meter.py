@@ -93,7 +93,8 @@ class Meter:
     def batches(self, loader: Loader) -> Iterator[Batch]:
         """One epoch of the loader, measured. A pause between two epochs (validation, say) does not count."""
         loader.reset()
-        self._since = time.perf_counter()
+        self._wait.take()
+        self._images, self._since = 0, time.perf_counter()
         while True:
             self._wait.asked()
             with record_function("data: next batch"):

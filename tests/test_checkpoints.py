@@ -90,6 +90,12 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, caplog: pytes
     assert not caplog.records
 
 
+def test_a_run_whose_states_were_taken_away_does_not_begin_anew(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", {"step": 3})
+    with pytest.raises(ValueError, match=r"has a last\.pt and no saved states in checkpoints/; to go on from it, copy it"):
+        newest_checkpoint(tmp_path)
+
+
 def test_when_all_are_damaged_the_run_does_not_begin_anew(shards: Path, tmp_path: Path) -> None:
     """However often it is started: a scheduler would start it again."""
     save(tmp_path, 1, 2)

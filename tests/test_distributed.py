@@ -14,6 +14,7 @@ import torch.multiprocessing
 
 from model.checkpoint import load_checkpoint
 from model.optim import OptimConfig
+from pipelines.index import read_index
 from tests.runs import alone, arguments, assert_same, finish, is_equal, metrics, start, torchrun, wait_for_step, workers
 from training.config import Config
 from training.job import HEADS, build_job, train_step
@@ -180,6 +181,19 @@ def test_ranks_that_are_restarted_find_each_other(tmp_path: Path, late: int) -> 
     assert sorted(re.findall(r"rank . of .", output)) == ["rank 0 of 2", "rank 1 of 2"]
 
 
+def test_what_one_rank_alone_meets_is_said(shards: Path, tmp_path: Path) -> None:
+    """And ends the job, whatever the others are waiting for."""
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    [image, *_] = read_index(tmp_path / "train-000001.idx")[3]
+    with open(tmp_path / "train-000001.tar", "r+b") as file:
+        file.seek(image.offset)
+        file.write(b"x" * image.size)
+    command = [*torchrun(2), *arguments(tmp_path, tmp_path / "run", "--data.on-error", "stop")]
+    output = finish(start(command, tmp_path), code=1)
+    assert len(re.findall(r"^error: .*train-000001\.tar", output, re.MULTILINE)) == 1, output
+
+
 def test_another_number_of_ranks(on_two: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
     """At the beginning of an epoch a run can change it, as long as its steps stay as large; nowhere else."""
     run = tmp_path / "run"
@@ -202,7 +216,7 @@ def test_another_number_of_ranks(on_two: tuple[Path, str], shards: Path, tmp_pat
 
     keep_up_to(3)
     output = finish(start(run_of(1, shards, run), tmp_path), 1)
-    what = "the run was begun with 3 steps an epoch, and now there are 7; (processes) x --batch-size x --accumulate-steps"
+    what = "the run was begun with 3 steps an epoch, and now there are 7; (processes) x --accumulate-steps"
     assert output == f"error: --resume auto: {what} has to stay the same\n"
 
     output = finish(start(one, tmp_path))

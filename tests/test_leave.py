@@ -49,7 +49,7 @@ def test_leaving_and_going_on(shards: Path, tmp_path: Path) -> None:
     output = leave(start(command, tmp_path), run, 2, signal.SIGTERM)
     goodbye = f"the run's state is saved; the same command with --run-dir {run} --resume auto goes on\n"
     assert output.endswith(f"SIGTERM: {goodbye}")
-    assert "SIGTERM: saving the run's state after this step\n" in output
+    assert "SIGTERM: saving the run's state as soon as all processes can\n" in output
     assert len(list((run / "checkpoints").glob("step-*.pt"))) == 1
 
     output = finish(start([*alone(LEAVES_IN_VALIDATION), *arguments(shards, run)], tmp_path), 75)
@@ -88,12 +88,12 @@ def test_a_second_ctrl_c_ends_the_run_at_once(shards: Path, tmp_path: Path) -> N
     assert "in the step\n" in lines
     for _ in range(2):  # a scheduler's and torchrun's own, as it were: within a second they are one
         process.send_signal(signal.SIGINT)
-    assert next(lines) == "SIGINT: saving the run's state after this step\n"
+    assert next(lines) == "SIGINT: saving the run's state as soon as all processes can\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
     process.send_signal(signal.SIGINT)
     output = finish(process, 130)
-    assert output == "interrupted; what was saved before is whole, and --resume auto goes on from it\n"
+    assert output == "interrupted; states saved before are whole, and --resume auto goes on from the newest\n"
 
 
 def test_two_ranks_leave_together(shards: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_two_ranks_leave_together(shards: Path, tmp_path: Path) -> None:
     wait_for_step(process, run, 2)
     os.kill(workers(process)[1], signal.SIGTERM)
     output = finish(process, 1)
-    assert output.count("SIGTERM: saving the run's state after this step\n") == 1
+    assert output.count("SIGTERM: saving the run's state as soon as all processes can\n") == 1
     assert output.count("a signal at another process: the run's state is saved; ") == 1
     assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {"75"}
     assert (run / "checkpoints" / "step-000000010.pt").exists()  # they agree every ten steps

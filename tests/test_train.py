@@ -259,6 +259,8 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
         ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
         ([*SHARDS, "--resume", "auto"], "--resume auto needs --run-dir"),
+        (["--recipe", "demo", "--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
+        ([*SHARDS, "--compile", "reduce-overhead", "--accumulate-steps", "2"], "--compile reduce-overhead: its CUDA graphs"),
         ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
     ],
 )

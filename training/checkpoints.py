@@ -23,7 +23,7 @@ def newest_checkpoint(run_path: Path) -> Path | None:
     What cannot be read is said, and renamed once an older one is there to take its place: it is not to be the newest again.
 
     Raises:
-        ValueError: There are some, and not one can be read.
+        ValueError: There are some, and not one can be read, or they have been taken away.
     """
     damaged: dict[Path, str] = {}
     for path in sorted((run_path / FOLDER).glob("step-*.pt"), reverse=True):
@@ -40,6 +40,11 @@ def newest_checkpoint(run_path: Path) -> Path | None:
     if damaged:  # all stay as they are: without any, the run would begin anew when it is started again
         [what, *_] = damaged.values()
         raise ValueError(f"{what}; not one of {len(damaged)} saved states can be read; begin in another --run-dir")
+    if (run_path / "last.pt").exists():
+        raise ValueError(
+            f"{run_path} has a last.pt and no saved states in {FOLDER}/; to go on from it, copy it to "
+            f"{FOLDER}/step-000000000.pt"
+        )
     return None
 
 
@@ -90,7 +95,7 @@ class Checkpoints:
         path = folder / f"step-{step:09d}.pt"
         temporary = path.with_name(f".{path.name}.tmp")
         for stale in folder.glob(".*.tmp"):  # of a run that was killed
-            stale.unlink()
+            stale.unlink(missing_ok=True)
         try:
             write_checkpoint(temporary, state)
             if is_best:  # first: a run that is killed in between validates again, and finds it the best again
@@ -101,7 +106,7 @@ class Checkpoints:
             temporary.unlink(missing_ok=True)
             raise OSError(f"{path}: the run's state could not be saved ({error}); those saved before are whole") from error
         for old in sorted(folder.glob("step-*.pt"))[: -self._keep]:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
@@ -138,6 +143,8 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         try:
             shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         except OSError:
             temporary.unlink(missing_ok=True)
             raise

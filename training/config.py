@@ -1,5 +1,6 @@
 """Every setting of a training run; its fields are the flags of train.py, their docstrings the help."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
-        if not self.aux_weight >= 0:
+        if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"--model.aux-weight {self.aux_weight}: a number from 0 on is needed")
 
 
@@ -78,7 +79,7 @@ class Config:
     image_size: int = 224
     """Side of the images that the network sees, pixels; at least 32."""
     init_from: Path | None = None
-    """Checkpoint, or torchvision's state dict, whose weights training begins with; of other classes, the heads begin anew."""
+    """Checkpoint, or torchvision's state dict, whose weights training begins with; its heads only for as many classes."""
     init_from_partial: bool = False
     """Take from --init-from what fits, and begin with the rest anew, in place of refusing what does not fit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -88,11 +89,11 @@ class Config:
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """torch.compile's mode for the training step; reduce-overhead runs it as CUDA graphs."""
     sync_batchnorm: bool = False
-    """Normalize over the batches of all GPUs together; worth it where a GPU's own batch is small."""
+    """Normalize over the batches of all GPUs together, which wait for each other in each layer; for small batches."""
     grad_clip: float | None = None
     """Greatest norm of the gradients; longer ones are scaled down to it."""
     max_nonfinite_steps: int = 25
-    """Steps in a row with a non-finite loss or gradient, each of them skipped, after which the run ends."""
+    """Steps in a row with gradients that are not finite, each of them skipped, after which a log line ends the run."""
     torch_threads: int | None = None
     """CPU threads for the arithmetic; by default shared out with the data threads, see docs/performance.md."""
     seed: int = 0
@@ -118,6 +119,12 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
+        graphs = self.compile in ("reduce-overhead", "max-autotune")
+        if graphs and (self.accumulate_steps > 1 or self.sync_batchnorm):
+            raise ValueError(
+                f"--compile {self.compile}: its CUDA graphs reuse the memory of gradients, and cannot wait for other GPUs; "
+                "--compile default goes with --accumulate-steps and --sync-batchnorm"
+            )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
         if self.resume == "auto" and self.run_dir is None:
@@ -145,8 +152,8 @@ def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype |
     """The dtype of automatic mixed precision, or None for float32 throughout; sets what float32 means on a GPU."""
     if precision in ("fp16", "tf32") and device.type == "cpu":
         raise ValueError(f"--precision {precision} needs a GPU; on a CPU use bf16 or fp32")
-    exact = precision == "fp32"
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee" if exact else "tf32"  # type: ignore[attr-defined]
+    # By the older of torch's two interfaces: inductor asks for it by that one, and torch does not mix them.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "auto":
         if device.type == "cpu":
             return None

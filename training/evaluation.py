@@ -45,7 +45,7 @@ class Evaluation:
         loss: Mean cross-entropy of the raw weights, without label smoothing.
         confusion: `(num_classes, num_classes)` int64 of the averaged weights, a row a true class; None for more than
             `MOST_CONFUSED_CLASSES`.
-        mistakes: The worst of this rank's samples; None where it has none at all.
+        mistakes: The worst of all ranks, on rank 0; None on the others.
     """
 
     counts: Tensor
@@ -124,7 +124,7 @@ def evaluate(
         counts.cpu(),
         loss_sum.item() / samples,
         confusion.long().cpu() if confusion.numel() else None,
-        worst and _select(worst, worst.losses.isfinite()),
+        _of_all_ranks(worst, world),
     )
 
 
@@ -137,14 +137,31 @@ def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _worst(before: Mistakes | None, image: Tensor, target: Tensor, logits: Tensor) -> Mistakes:
     """The worst of those before and of this batch; what is right has a loss of minus infinity and comes last."""
     probabilities, predictions = logits.softmax(1).max(1)
-    losses = cross_entropy(logits, target, reduction="none").masked_fill(predictions == target, -torch.inf)
+    losses = cross_entropy(logits, target, reduction="none").nan_to_num(nan=-torch.inf)  # else they would be the greatest
+    losses = losses.masked_fill(predictions == target, -torch.inf)
     now = Mistakes(image, target, predictions, probabilities, losses)
     now = _select(now, losses.topk(min(MOST_MISTAKES, len(losses))).indices)
     if before is None:
         return now
-    both = Mistakes(*(torch.cat([getattr(side, field.name) for side in (before, now)]) for field in fields(Mistakes)))
+    both = Mistakes(*(torch.cat(tensors) for tensors in zip(_tensors(before), _tensors(now), strict=True)))
     return _select(both, both.losses.topk(min(MOST_MISTAKES, len(both.losses))).indices)
 
 
+def _of_all_ranks(worst: Mistakes | None, world: World) -> Mistakes | None:
+    """The worst of all ranks, for rank 0: first each says how bad its own are, so that only those asked for go around."""
+    own = worst.losses[worst.losses > -torch.inf].tolist() if worst else []
+    losses = sorted((loss for of_rank in world.gather(own) for loss in of_rank), reverse=True)[:MOST_MISTAKES]
+    wanted = _select(worst, (worst.losses > -torch.inf) & (worst.losses >= losses[-1])) if worst and losses else None
+    found = [Mistakes(*rank) for rank in world.gather(tuple(tensor.cpu() for tensor in _tensors(wanted))) if rank]
+    if not found or not world.is_main:
+        return None
+    together = Mistakes(*(torch.cat(tensors) for tensors in zip(*map(_tensors, found), strict=True)))
+    return _select(together, together.losses.topk(min(MOST_MISTAKES, len(together.losses))).indices)
+
+
+def _tensors(mistakes: Mistakes | None) -> tuple[Tensor, ...]:
+    return tuple(getattr(mistakes, field.name) for field in fields(Mistakes)) if mistakes else ()
+
+
 def _select(mistakes: Mistakes, which: Tensor) -> Mistakes:
-    return Mistakes(*(getattr(mistakes, field.name)[which] for field in fields(Mistakes)))
+    return Mistakes(*(tensor[which] for tensor in _tensors(mistakes)))

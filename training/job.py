@@ -32,8 +32,7 @@ class Job:
         micro_step: Batches whose gradients the next step has so far.
         sums: `(len(SUMS),)` float32 on the device: of this rank's steps since the last log line, those skipped left out.
         parts: `(len(HEADS),)` float32 on the device: the losses of the step that is being made.
-        skipped: `(3,)` float32 on the device: steps skipped for a non-finite loss or gradient in all, in a row up to now, and
-            most in a row since the last log line, with those just before it.
+        skipped: `(2,)` float32 on the device: steps skipped for gradients that are not finite, in all and in a row up to now.
     """
 
     config: Config
@@ -136,7 +135,7 @@ class Job:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"--resume auto: the run was begun with {state['steps_per_epoch']} steps an epoch, and now there are "
-                f"{self.steps_per_epoch}; (processes) x --batch-size x --accumulate-steps has to stay the same"
+                f"{self.steps_per_epoch}; (processes) x --accumulate-steps has to stay the same"
             )
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
@@ -210,17 +209,23 @@ def build_job(
         transform_input=transform_input,
         sums=torch.zeros(len(SUMS), device=device),
         parts=torch.zeros(len(HEADS), device=device),
-        skipped=torch.zeros(3, device=device),
+        skipped=torch.zeros(2, device=device),
     )
+    _wrap(job)
+    return job
+
+
+def _wrap(job: Job) -> None:
+    """Compiles what training calls, and joins it with the other ranks."""
+    config, world = job.config, job.world
     if config.compile != "no":
-        job.forward = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)
+        job.forward = torch.compile(job.model, dynamic=False, mode=config.compile)
     if world.size > 1:
         # Buffers go out from rank 0 at each step, so that its statistics, which are the ones saved, are everyone's.
         job.forward = DistributedDataParallel(
-            job.forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            job.forward, device_ids=[job.device] if job.device.type == "cuda" else None, gradient_as_bucket_view=True
         )
         torch.manual_seed(config.seed + world.rank)  # other dropout on each rank
-    return job
 
 
 def global_batch_size(config: Config, world: World) -> int:
@@ -231,7 +236,7 @@ def global_batch_size(config: Config, world: World) -> int:
 def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
     """Forward and backward for one batch, and the update where it completes the step; the host waits for nothing.
 
-    A loss or gradient that is not finite makes the step one that leaves weights, momentum and statistics as they are. The
+    Gradients that are not finite make the step one that leaves weights, momentum and statistics as they are. The
     schedule goes on, and the average moves on towards these weights.
 
     Args:
@@ -270,12 +275,9 @@ def _update(job: Job) -> None:
     skip = 1 - norm.isfinite().float()
     if job.config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(job.parameters, job.config.grad_clip, norm)
-    if job.scaler.is_enabled():
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-    else:
-        job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as the scaler does: fused kernels leave all as it is
-        job.optimizer.step()
+    job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as `scaler.step` does: fused kernels leave all as it is
+    job.optimizer.step()
+    job.scaler.update()
     job.optimizer.zero_grad()
     job.scheduler.step()
     job.restore_statistics(skip)
@@ -289,7 +291,6 @@ def _update(job: Job) -> None:
 
 
 def _count_skipped(counts: Tensor, skip: Tensor) -> None:
-    """In all, in a row, most in a row."""
+    """In all, in a row."""
     counts[0] += skip
     counts[1] = (counts[1] + 1) * skip
-    counts[2] = torch.maximum(counts[2], counts[1])

@@ -40,6 +40,6 @@ class Leave:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._noted = signal.Signals(number), time.monotonic()
-            log.warning("%s: saving the run's state after this step", self.signal.name)
+            log.warning("%s: saving the run's state as soon as all processes can", self.signal.name)
         elif number == signal.SIGINT and time.monotonic() > self._noted + 1:
             raise KeyboardInterrupt

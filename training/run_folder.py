@@ -35,6 +35,9 @@ class RunFolder:
 
     Metrics that cannot be written are a warning, a state that cannot be written ends the run.
 
+    Attributes:
+        is_resumed: Whether there is a saved state to go on from.
+
     Args:
         path: The folder, the same for all ranks.
         config: The run's settings.
@@ -57,20 +60,18 @@ class RunFolder:
             )
         newest = world.from_main(newest_checkpoint(path) if self._resume and world.is_main else None)
         self._saved = load_checkpoint(newest) if newest else None
+        self.is_resumed = self._saved is not None
         if self._saved is not None:
+            if "ranks" not in self._saved:
+                raise ValueError(f"{newest} is of another version, from which this one cannot go on; take another --run-dir")
             check_same_run(self._saved["config"], self._config)
         self._checkpoints = Checkpoints(path, config.checkpoint.keep)
         self._every_seconds = 60 * config.checkpoint.every_minutes if config.checkpoint.every_minutes else float("inf")
         self._saved_at = self._begun_at = time.monotonic()
 
-    @property
-    def is_resumed(self) -> bool:
-        """Whether there is a saved state to go on from."""
-        return self._saved is not None
-
     def begin(self, job: Job, loader: Loader, meter: Meter) -> None:
         """Opens the files; if the run is being resumed, brings everything to where it last saved its state."""
-        saved = self._saved
+        saved, self._saved = self._saved, None
         if saved is not None:
             ranks = saved["ranks"]
             own = ranks[job.world.rank] if len(ranks) == job.world.size else ranks[0]

@@ -104,10 +104,9 @@ def join_world(device_name: str) -> Iterator[World]:
         world_size=size,
         device_id=device if on_gpu else None,
     )
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    # Not after an error, which others may not have met: NCCL would wait for them, and nobody would read what went wrong.
+    dist.destroy_process_group()
 
 
 def _meeting_place(rank: int, size: int, local_size: int) -> Store:
