@@ -58,7 +58,7 @@ class ValidationDecoder:
             those that are not in it, with what is wrong with each.
 
         Raises:
-            ValueError: DALI stopped, and not because of an image.
+            OSError: DALI stopped, and not because of an image.
         """
         bad: dict[int, str] = {}
         while good := {i: image for i, image in enumerate(images) if i not in bad}:
@@ -68,7 +68,7 @@ class ValidationDecoder:
                 self._pipeline = self._make()  # what has stopped is of no use any more
                 found = self._undecodable(list(good.values()), str(error))
                 if not found:
-                    raise ValueError(describe(error)) from error
+                    raise OSError(describe(error)) from error
                 bad |= {place: found[i] for i, place in enumerate(good) if i in found}
         return self._empty, bad
 

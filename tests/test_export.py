@@ -5,6 +5,10 @@ import importlib.util
 import io
 import json
 import re
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +96,25 @@ def pt2(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def exported(request: pytest.FixtureRequest) -> Exported:
     found: Exported = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    def fill() -> None:  # files may have 2 MB, and writing more is an error as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.export", checkpoint, "-o", tmp_path / name],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=fill,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gives_what_the_network_gives(checkpoint: Path, exported: Exported) -> None:

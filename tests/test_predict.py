@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 GOOD, BAD = ["a.jpg", "b.PNG", "c gray.jpeg", "g.webp", "sub/deep/i.jpg"], ["d text.jpg", "e.png", "f.jpg", "h.jpg"]
+
+
+def test_a_shard_that_was_cut_short_is_said_as_such(tmp_path: Path, checkpoint: Path, shards: Path) -> None:
+    for name in ("valid-000000.tar", "valid-000000.idx"):
+        (tmp_path / name).write_bytes((shards / name).read_bytes())
+    with open(tmp_path / "valid-000000.tar", "r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+    done = predict(checkpoint, tmp_path / "valid-000000.tar", "--json", "--batch-size", 2)
+    assert done.status != 0
+    assert re.search(r"error: .*valid-000000\.tar.*cut short", done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_probabilities_are_those_of_validation(checkpoint: Path, shards: Path) -> None:
@@ -249,13 +261,13 @@ def test_preprocessing_is_the_checkpoints(tmp_path: Path, checkpoint: Path, mixe
     ("arguments", "message"),
     [
         (["none.pt", "a.jpg"], "error: none.pt: no such file; name a best.pt or last.pt that train.py wrote"),
-        (["a.jpg", "a.jpg"], "error: a.jpg: not a checkpoint"),
+        (["a.jpg", "a.jpg"], "error: a.jpg is damaged, or not a checkpoint"),
         (["best.pt"], "error: name images, folders or shards after the checkpoint"),
         (["best.pt", "a.jpg", "none.jpg"], "error: none.jpg: no such file or folder"),
         (["best.pt", "empty"], "error: empty: no images in this folder, nor shards"),
         (["best.pt", "x-*.tar"], "error: no such shard: 'x-*.tar'"),
-        (["best.pt", "a.jpg", "--top", "0"], "error: --top 0: at least 1 is needed"),
-        (["best.pt", "a.jpg", "--batch-size", "0"], "error: --batch-size 0: at least 1 is needed"),
+        (["best.pt", "a.jpg", "--top", "0"], "error: --top 0: a number from 1 to 1024 is needed"),
+        (["best.pt", "a.jpg", "--batch-size", "0"], "error: --batch-size 0: a number from 1 to 1024 is needed"),
     ],
 )
 def test_mistakes(

@@ -242,6 +242,14 @@ def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
     assert (many / "report.html").stat().st_size < 100_000
 
 
+def test_a_run_that_has_only_begun_is_passed_over(tmp_path: Path) -> None:
+    run, empty = write_run(tmp_path / "run", WHOLE), write_run(tmp_path / "empty", [])
+    done = report(run, empty, "-o", tmp_path / "all.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"passed over: {empty / 'metrics.jsonl'}: the run has not written a line yet")
+    assert "1 run" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -251,6 +259,7 @@ def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
         ([""], "there is no metrics.jsonl in it"),
         (["run", "-o", "report.pdf"], "report.pdf: the name has to end in .html or .png"),
         (["run", "-o", "nowhere/report.html"], "nowhere; make it first"),
+        (["run", "-o", "folder.html"], "folder.html: a folder; name a file in it"),
         (["no-config"], "there is no config.json in it"),
         (["empty"], "has not written a line yet"),
         (["broken"], "metrics.jsonl, line 2: not JSON"),
@@ -264,6 +273,7 @@ def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
 def test_a_mistake_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_run(tmp_path / "run", WHOLE)
     write_run(tmp_path / "empty", [])
+    (tmp_path / "folder.html").mkdir()
     write_run(tmp_path / "odd", [train_line(1, 20, loss="high")])
     write_run(tmp_path / "no-step", [{"split": "train", "epoch": 1}])
     write_run(tmp_path / "nothing", [{"split": "train", "epoch": 1, "step": 0, "loss": None}])

@@ -97,8 +97,8 @@ def load_trained(path: Path, weights: Weights = "ema", device: torch.device | st
             epoch=state["epoch"],
             step=state["step"],
         )
-    except KeyError as error:
-        raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {error}; {WAY_OUT}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this version of train.py ({error}); {WAY_OUT}") from error
     except RuntimeError as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights are not those of the network that it describes ({what}); {WAY_OUT}") from error

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
     def __init__(self, trained: Trained) -> None:
         super().__init__()
         self.network = trained.model
-        self.network.aux1 = self.network.aux2 = None  # a third of the weights, which only training uses
+        self.network.aux1 = self.network.aux2 = None  # nearly half of the weights, which only training uses
         self.register_buffer("mean", torch.tensor(trained.preprocessing.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(trained.preprocessing.std).view(3, 1, 1))
         self.requires_grad_(False).eval()

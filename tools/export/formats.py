@@ -1,6 +1,7 @@
 """The formats of exported networks: how each is written, and how it is run for the check."""
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -36,7 +37,9 @@ class TorchExport:
 
     def write(self, module: nn.Module, example: Tensor, metadata: Mapping[str, Any], path: Path) -> None:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+        archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, archive, extra_files={METADATA_FILE: json.dumps(metadata)})
+        path.write_bytes(archive.getbuffer())
 
     def load(self, path: Path) -> Run:
         module = torch.export.load(path).module()
@@ -82,6 +85,8 @@ def format_of(output: Path) -> Format:
     """
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: a folder; name a file in it")
     if output.suffix == ".pt2":
         return TorchExport()
     if output.suffix != ".onnx":

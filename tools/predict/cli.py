@@ -14,6 +14,8 @@ EPILOG = """Exit status: 0 at least one image was predicted; 1 not one was, or s
 command or its input, said in one line; 130 interrupted. Images that cannot be used are named on the standard error, with the
 reason, and passed over."""
 
+MOST = 1024  # of threads, for one: DALI ends the process over numbers that no machine has
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -72,8 +74,8 @@ class Predict:
             raise ValueError("name images, folders or shards after the checkpoint")
         for name in ("top", "batch_size", "threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+            if value is not None and not 1 <= value <= MOST:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a number from 1 to {MOST} is needed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

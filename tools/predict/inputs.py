@@ -114,7 +114,10 @@ class Shards:
             except ValueError as error:
                 note = f"predicted, but without its label; {error}"
         file.seek(image.offset)
-        return Encoded(place, file.read(image.size), label, note=note)
+        content = file.read(image.size)
+        if len(content) < image.size:
+            raise OSError(f"{tar} ends in the middle of {image.name}; it was cut short: copy or convert it again")
+        return Encoded(place, content, label, note=note)
 
 
 def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tuple[str, ...] | None) -> list[Source]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,12 @@ class Run:
         return str(self.newest["valid"].get("epoch")) == self.epochs
 
 
+class EmptyRunError(ValueError):
+    """A run has only just begun."""
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, each once, in the order given.
+    """The runs of these folders, each once, in the order given; those that have only just begun are named and passed over.
 
     Raises:
         ValueError: A folder is not that of a run, or one of its files cannot be understood; says where.
@@ -80,7 +85,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         by_place.setdefault(os.path.realpath(path), path)
     folders = list(by_place.values())
-    return [_read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
+    runs, empty = list[Run](), list[EmptyRunError]()
+    for path, name in zip(folders, _names(folders), strict=True):
+        try:
+            runs.append(_read_run(path, name))
+        except EmptyRunError as error:
+            empty.append(error)
+    if not runs:
+        raise empty[0]
+    for begun in empty:
+        print(f"passed over: {begun}", file=sys.stderr)
+    return runs
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
@@ -107,7 +122,7 @@ def _read_run(path: Path, name: str) -> Run:
     metrics = path / "metrics.jsonl"
     written, lines = metrics.stat().st_mtime, _read_lines(metrics)
     if not lines:
-        raise ValueError(f"{metrics}: the run has not written a line yet; it does after its first --log-every steps")
+        raise EmptyRunError(f"{metrics}: the run has not written a line yet; it does after its first --log-every steps")
     by_split: dict[Split, list[dict[str, Any]]] = {"train": [], "valid": []}
     step = 0
     for line in lines:

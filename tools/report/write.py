@@ -24,6 +24,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> str:
         raise ValueError(f"--output {output}: the name has to end in .html or .png")
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output}: a folder; name a file in it")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib is not installed, which draws the charts; pip install 'googlenet-dali[plot]'")
     runs = read_runs(paths)
