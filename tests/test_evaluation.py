@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 
 import train
@@ -19,7 +22,8 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import CLASSES
 from tests.test_train import TRAIN, metrics, train_command
 from training.evaluation import MOST_MISTAKES, Evaluation, evaluate
-from training.world import World
+from training.score import describe_evaluation
+from training.world import World, join_world
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 BATCH_SIZE = 8
@@ -37,7 +41,7 @@ class ReadsItsLogits(nn.Module):
         return image[:, self.channel, 0, : self.num_classes]
 
 
-def score(images: Tensor, targets: Tensor, num_classes: int, **options: Any) -> Evaluation | None:
+def score(images: Tensor, targets: Tensor, num_classes: int, world: World = ALONE, **options: Any) -> Evaluation | None:
     """Of channel 0 as the raw weights' logits and channel 1 as the averaged weights'; the last batch is smaller."""
     loader: Any = [
         {"image": image, "target": target}
@@ -48,7 +52,7 @@ def score(images: Tensor, targets: Tensor, num_classes: int, **options: Any) -> 
         ReadsItsLogits(1, num_classes),
         loader,
         num_classes=num_classes,
-        world=ALONE,
+        world=world,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         **options,
     )
@@ -138,10 +142,34 @@ def test_a_network_that_has_failed_is_scored() -> None:
     evaluation = score(images * math.nan, targets, 7)
     assert evaluation is not None
     assert math.isnan(evaluation.loss)
-    assert evaluation.mistakes is not None
-    assert not len(evaluation.mistakes.targets)
-    printed = json.loads(train.describe_evaluation(evaluation, None, as_json=True), parse_constant=pytest.fail)
+    assert evaluation.mistakes is None  # a loss that is no number is not worse than another
+    printed = json.loads(describe_evaluation(evaluation, None, as_json=True), parse_constant=pytest.fail)
     assert printed["loss"] is None
+
+
+def score_a_share(rank: int, port: int, folder: Path) -> None:
+    """The first rank has most of the samples, the last none at all."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    images, targets = make_samples(50, 7)
+    share = slice(*((0, 40), (40, 50), (50, 50))[rank])
+    with join_world("cpu") as world:
+        evaluation = score(images[share], targets[share], 7, world)
+    torch.save(evaluation and evaluation.mistakes, folder / f"{rank}.pt")
+
+
+def test_the_worst_are_those_of_all_ranks(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(score_a_share, (port, tmp_path), nprocs=3)
+    together, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3))
+    assert others == [None, None]
+    alone = score(*make_samples(50, 7), 7)
+    assert alone is not None
+    assert alone.mistakes is not None
+    assert len(alone.mistakes.losses) == MOST_MISTAKES
+    for name in ("images", "targets", "predictions", "probabilities", "losses"):
+        assert torch.equal(getattr(together, name), getattr(alone.mistakes, name))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +273,7 @@ def test_what_cannot_be_scored_is_said_in_a_line(
     save_checkpoint(other, load_checkpoint(run / "last.pt") | {"classes": ("ant", "bee", "dog")})
     for arguments, message in [
         (("--evaluate", tmp_path / "none.pt", *options(shards)), f"error: {tmp_path / 'none.pt'}: no such file"),
-        (("--evaluate", text, *options(shards)), f"error: {text}: not a checkpoint"),
+        (("--evaluate", text, *options(shards)), f"error: {text} is damaged, or not a checkpoint"),
         (
             ("--evaluate", weights, *options(shards)),
             f"error: {weights}: not a checkpoint of this version of train.py, it lacks",

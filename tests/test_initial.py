@@ -198,7 +198,7 @@ def save_cut(path: Path) -> None:
         (Path.mkdir, "no such file"),
         (Path.touch, "cannot be read"),
         (save_text, "cannot be read"),
-        (save_zip, "damaged, or not a checkpoint"),
+        (save_zip, "is not a checkpoint: torch finds other things"),
         (save_cut, "damaged, or not a checkpoint"),
         (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
         (lambda path: torch.save([1], path, _use_new_zipfile_serialization=False), "holds a list in place of a state dict"),

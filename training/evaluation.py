@@ -45,7 +45,7 @@ class Evaluation:
         loss: Mean cross-entropy of the raw weights, without label smoothing.
         confusion: `(num_classes, num_classes)` int64 of the averaged weights, a row a true class; None for more than
             `MOST_CONFUSED_CLASSES`.
-        mistakes: The worst of all ranks, on rank 0; None on the others.
+        mistakes: The worst of all ranks, on rank 0; None on the others, and where there are none.
     """
 
     counts: Tensor

@@ -122,7 +122,7 @@ class RunFolder:
         if not self._world.is_main:
             return
         mistakes = evaluation.mistakes
-        if mistakes is not None and len(mistakes.targets):
+        if mistakes is not None:
             texts = mistake_captions(mistakes.targets, mistakes.predictions, mistakes.probabilities, classes)
             picture = batch_picture(mistakes.images, texts)
             self._to_tensorboard("add_image", "valid/worst_mistakes", picture, step, dataformats="HWC")
