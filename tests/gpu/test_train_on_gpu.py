@@ -1,11 +1,16 @@
 """`python train.py` on a GPU, in each precision, and a step that makes the host wait for nothing."""
 
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
+from tests import checkpoints
 from tests.test_train import metrics, train_command
 from training.config import Config, ModelConfig
 from training.job import build_job, train_step
@@ -27,6 +32,67 @@ def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
     assert all(0 <= line["data_wait_percent"] <= 100 for line in lines if line["split"] == "train")
     weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compile", "default", "--accumulate-steps", "2"],
+        ["--compile", "reduce-overhead"],
+        ["--compile", "max-autotune"],
+        ["--compile", "default", "--precision", "fp16", "--grad-clip", "1"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_compiled_training_learns_the_same(shards: Path, tmp_path: Path, flags: list[str]) -> None:
+    losses = []
+    for name, more in (("compiled", flags), ("eager", [flag for flag in flags if flag not in ("--compile", flags[1])])):
+        done = train_command(
+            *("--data.train", shards, "--data.valid", shards, "--device", "cuda", "--epochs", 2, "--batch-size", 8),
+            *(
+                "--image-size",
+                64,
+                "--log-every",
+                1,
+                "--model.dropout",
+                0,
+                "--model.no-aux-logits",
+                "--run-dir",
+                tmp_path / name,
+            ),
+            *more,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in metrics(tmp_path / name) if line["split"] == "train"])
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.05)  # later rounding has grown
+    assert all(map(math.isfinite, losses[0]))
+
+
+def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoints.write(tmp_path / "best.pt")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    outputs = []
+    for device in ("cpu", "cuda"):
+        command = [
+            sys.executable,
+            "-m",
+            "tools.predict",
+            checkpoint,
+            shards,
+            tmp_path / "bad.jpg",
+            "--json",
+            "--device",
+            device,
+        ]
+        done = subprocess.run([*map(str, command), "--split", "valid"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "bad.jpg" in done.stderr
+        lines = map(json.loads, done.stdout.splitlines())
+        outputs.append([{entry["class"]: entry["probability"] for entry in line["predictions"]} for line in lines])
+    assert len(outputs[0]) == 25
+    for on_cpu, on_gpu in zip(*outputs, strict=True):
+        assert on_gpu == pytest.approx(on_cpu, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
