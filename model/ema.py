@@ -65,3 +65,9 @@ def _pair_tensors(average: nn.Module, model: nn.Module) -> tuple[_Pairs, _Pairs]
 def _take_count(ema: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(ema, EMA)
     ema._updates = int(ema.n_averaged)
+
+
+def averaged_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The averaged model's own state dict, out of that of its `EMA`."""
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint
+from model.ema import averaged_weights
 
 log = logging.getLogger("train")
 
@@ -102,9 +103,7 @@ def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
         raise ValueError(f"--init-from {path}: no such file")
     content = _read(path)
     if "ema" in content and "architecture" in content:
-        prefix = "module."
-        state = {name.removeprefix(prefix): value for name, value in content["ema"].items() if name.startswith(prefix)}
-        return InitialWeights(path, state, content["architecture"]["transform_input"], is_partial)
+        return InitialWeights(path, averaged_weights(content["ema"]), content["architecture"]["transform_input"], is_partial)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise ValueError(f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors")
     # torchvision's weights were ported from TensorFlow, whose input lies between -1 and 1: `googlenet(weights=...)` sets this.

@@ -8,6 +8,7 @@ import torch
 
 from model import GoogLeNet, googlenet
 from model.checkpoint import load_checkpoint
+from model.ema import averaged_weights
 
 Weights = Literal["ema", "raw"]
 
@@ -80,7 +81,7 @@ def load_trained(path: Path, weights: Weights = "ema", device: torch.device | st
                 aux_logits=architecture["aux_logits"],
                 transform_input=architecture["transform_input"],
             )
-        tensors = state["model"] if weights == "raw" else _averaged(state["ema"])
+        tensors = state["model"] if weights == "raw" else averaged_weights(state["ema"])
         model.load_state_dict(tensors, assign=True)
         return Trained(
             path=path,
@@ -102,11 +103,6 @@ def load_trained(path: Path, weights: Weights = "ema", device: torch.device | st
     except RuntimeError as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights are not those of the network that it describes ({what}); {WAY_OUT}") from error
-
-
-def _averaged(state: dict[str, Any]) -> dict[str, Any]:
-    """The averaged network's own state, out of that of its `EMA`."""
-    return {name.removeprefix("module."): value for name, value in state.items() if name.startswith("module.")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The command line of `python -m tools.predict`."""
 
 import inspect
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from tools import command
 
 EPILOG = """Exit status: 0 at least one image was predicted; 1 not one was, or something failed on the way; 2 a mistake in the
 command or its input, said in one line; 130 interrupted. Images that cannot be used are named on the standard error, with the
@@ -80,21 +81,7 @@ class Predict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `--help`."""
-    for stream in (sys.stdout, sys.stderr):  # file names need not be text
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        description = f"{inspect.getdoc(Predict)}\n\n{EPILOG}"
-        command = tyro.cli(Predict, prog="python -m tools.predict", description=description, args=arguments)
-        sys.exit(command.run())
-    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    description = f"{inspect.getdoc(Predict)}\n\n{EPILOG}"
+    command.run(
+        lambda: tyro.cli(Predict, prog="python -m tools.predict", description=description, args=arguments).run(),
+    )

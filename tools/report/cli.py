@@ -1,12 +1,13 @@
 """The command line of the report."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from tools import command
 
 DESCRIPTION = """Draw what runs have left behind, one over the other: losses, accuracy, learning rate, throughput.
 
@@ -24,24 +25,13 @@ class Report:
     """File to write: .html, a page with charts and tables that needs no other file, or .png, the charts alone. By default
     report.html in the first run's folder."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         from tools.report.write import write_report
 
         print(write_report(self.runs, self.output))
+        return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `--help`."""
-    try:
-        tyro.cli(Report, prog="python -m tools.report", description=DESCRIPTION, args=arguments).run()
-    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(lambda: tyro.cli(Report, prog="python -m tools.report", description=DESCRIPTION, args=arguments).run())

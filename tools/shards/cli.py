@@ -1,7 +1,6 @@
 """The command line of `shards`."""
 
 import concurrent.futures
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pipelines import DataConfig
 from pipelines.augment import RandomResizedCrop
 from pipelines.mix import MixConfig
 from pipelines.notation import AugmentationList
+from tools import command
 from tools.shards.errors import RejectedError
 
 DESCRIPTION = """Image collections in, WebDataset shards out.
@@ -302,28 +302,20 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed in docs/shards.md and by `shards --help`."""
-    for stream in (sys.stdout, sys.stderr):  # file names need not be text
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    command.run(
+        lambda: _run(arguments), interrupted="interrupted; what `convert` has done so far is kept for when it is run again"
+    )
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
-        command: Convert | Info | Preview | Verify | Index | Demo = tyro.cli(
+        verb: Convert | Info | Preview | Verify | Index | Demo = tyro.cli(
             Command, prog="shards", description=DESCRIPTION, args=arguments
         )
-        sys.exit(command.run())
-    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what `convert` has done so far is kept for when it is run again", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return verb.run()
     except RejectedError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
+        return 3
     except concurrent.futures.BrokenExecutor:
         print("error: a worker process was killed, perhaps for lack of memory; the same command goes on", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1

@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from tools import command
+
 DESCRIPTION = """How fast things are here, against their peers and against what they cannot be faster than.
 
 All competitors take turns in one run, on the same data and the same machine; what counts are the ratios.
@@ -181,17 +183,6 @@ COMMANDS: dict[str, Callable[..., Convert | Plan | Remote | Step]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `throughput --help`."""
-    try:
-        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=arguments)
-        sys.exit(command.run())
-    except BrokenPipeError:  # whoever read the output, `head` for one, has gone
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(
+        lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=arguments).run()
+    )
