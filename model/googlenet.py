@@ -5,15 +5,14 @@ convolutions): names and shapes of its state dict are those of torchvision's `go
 differs from the notebook it came from, and from the paper.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "googlenet"]
+__all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
 
-# Width of the linear layers' initial weights, as in torchvision's reference implementation.
-LINEAR_INIT_STD = 0.01
+Init = Literal["torch", "he", "truncated-normal"]
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -96,6 +95,10 @@ class GoogLeNet(nn.Module):
             weights (ported from TensorFlow) expect: mean 0.5, std 0.5.
         dropout: Probability of dropping a feature before the last layer.
         dropout_aux: The same inside the auxiliary heads; 0.7 in the paper.
+        init: Of the weights. "torch": as torch does it, uniform within 1 / sqrt(fan-in) of 0. "he": convolutions normal of std
+            sqrt(2 / fan-out), arXiv 1502.01852, linear layers as follows. "truncated-normal": all of `init_std`, within two of
+            them, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
+        init_std: See `init`.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class GoogLeNet(nn.Module):
         transform_input: bool = False,
         dropout: float = 0.2,
         dropout_aux: float = 0.7,
+        init: Init = "torch",
+        init_std: float = 0.01,
     ) -> None:
         super().__init__()
         self.aux_logits = aux_logits
@@ -139,7 +144,8 @@ class GoogLeNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(1024, num_classes)
 
-        self._initialize_weights()
+        if init != "torch":  # which initializes each layer as it is made
+            self._initialize_weights(init, init_std)
 
     def forward(self, x: Tensor) -> GoogLeNetOutputs | Tensor:
         if self.transform_input:
@@ -166,16 +172,13 @@ class GoogLeNet(nn.Module):
         )
         return x * (std / 0.5) + (mean - 0.5) / 0.5
 
-    def _initialize_weights(self) -> None:
-        # He initialization (arXiv 1502.01852): docs/notebook.md has the comparison with the truncated normal of width 0.01.
+    def _initialize_weights(self, init: Init, std: float) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and init == "he":
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=LINEAR_INIT_STD, a=-2 * LINEAR_INIT_STD, b=2 * LINEAR_INIT_STD)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
 
@@ -185,6 +188,8 @@ def googlenet(
     transform_input: bool = False,
     dropout: float = 0.2,
     dropout_aux: float = 0.7,
+    init: Init = "torch",
+    init_std: float = 0.01,
 ) -> GoogLeNet:
     """A freshly initialized `GoogLeNet`; see there for the arguments."""
-    return GoogLeNet(num_classes, aux_logits, transform_input, dropout, dropout_aux)
+    return GoogLeNet(num_classes, aux_logits, transform_input, dropout, dropout_aux, init, init_std)

@@ -246,6 +246,14 @@ def test_raw_and_averaged_weights_are_told_apart(
     ]
 
 
+def test_an_image_size_that_does_not_count_is_said(run: Path, shards: Path, command: Callable[..., tuple[str, str]]) -> None:
+    said = "scored at 32 pixels, as the checkpoint says, and not at --image-size\n"
+    for size in ((), ("--image-size", 32), ("--image-size", 64)):
+        table, message = command("--evaluate", run / "last.pt", *size, *options(shards))
+        assert message == ""
+        assert table.startswith(said if 64 in size else "class ")
+
+
 def test_two_processes_score_as_one(run: Path, shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GoogLeNet, GoogLeNetOutputs, googlenet
+from model.googlenet import Init
 
 # Name, input channels, and the six widths of each inception block: table 1 of the paper, typed anew from there.
 INCEPTIONS = [
@@ -111,6 +112,23 @@ def test_parameter_count(aux_logits: bool, count: int) -> None:
     assert sum(p.numel() for p in googlenet(aux_logits=aux_logits).parameters()) == count
 
 
+@pytest.mark.parametrize(
+    ("init", "conv_std", "linear_std"),
+    [
+        ("torch", (3 * 192) ** -0.5, (3 * 1024) ** -0.5),  # uniform within 1 / sqrt(fan-in)
+        ("he", (2 / 96) ** 0.5, 0.88 * 0.05),  # a normal cut at two deviations is 0.88 as wide
+        ("truncated-normal", 0.88 * 0.05, 0.88 * 0.05),
+    ],
+)
+def test_initial_weights(init: Init, conv_std: float, linear_std: float) -> None:
+    torch.manual_seed(0)
+    model = googlenet(init=init, init_std=0.05)
+    conv, linear = model.inception3a.branch2[0].conv, model.fc
+    assert conv.weight.std().item() == pytest.approx(conv_std, rel=0.03)
+    assert linear.weight.std().item() == pytest.approx(linear_std, rel=0.03)
+    assert linear.bias.any() == (init == "torch")
+
+
 def test_state_dict_is_torchvisions() -> None:
     state = googlenet(num_classes=7).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected_shapes(7)
@@ -164,7 +182,7 @@ def test_every_parameter_learns(aux_logits: bool) -> None:
 def test_compiles_without_graph_breaks(training: bool, size: int) -> None:
     """The compiler's front end and autograd tracing; the code generator would need a C++ compiler on the machine."""
     torch.manual_seed(0)
-    model = googlenet(num_classes=3, dropout=0.0, dropout_aux=0.0).train(training)
+    model = googlenet(num_classes=3, dropout=0.0, dropout_aux=0.0, init="he").train(training)
     images = torch.randn(2, 3, size, size)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
     expected = model(images)
@@ -173,7 +191,7 @@ def test_compiles_without_graph_breaks(training: bool, size: int) -> None:
 
 @pytest.mark.parametrize(("training", "size"), [(True, 32), (True, 100), (False, 32), (False, 100)])
 def test_exports_with_any_batch(training: bool, size: int) -> None:
-    model = googlenet(num_classes=3, dropout=0.0, dropout_aux=0.0).train(training)
+    model = googlenet(num_classes=3, dropout=0.0, dropout_aux=0.0, init="he").train(training)
     shapes = ({0: torch.export.Dim("batch", min=2)},)
     program = torch.export.export(model, (torch.randn(3, 3, size, size),), dynamic_shapes=shapes).module()
     images = torch.randn(5, 3, size, size)

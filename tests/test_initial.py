@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import googlenet
 from model.checkpoint import load_checkpoint, save_checkpoint
+from model.ema import averaged_weights
 from tests.test_train import train_command
 from training.config import Config, ModelConfig
 from training.initial import read_initial_weights
@@ -29,12 +30,19 @@ def make_state(num_classes: int = 1000, *, aux_logits: bool = True, seed: int = 
     return googlenet(num_classes, aux_logits).state_dict()
 
 
-def make_job(num_classes: int = 3, *, path: Path | None = None, is_partial: bool = False, **model: Any) -> Job:
+def make_job(
+    num_classes: int = 3,
+    *,
+    path: Path | None = None,
+    is_partial: bool = False,
+    classes: tuple[str, ...] | None = None,
+    **model: Any,
+) -> Job:
     return build_job(
         Config(epochs=2, batch_size=4, image_size=32, model=ModelConfig(**model)),
         ALONE,
         num_classes=num_classes,
-        classes=None,
+        classes=classes,
         autocast_dtype=None,
         steps_per_epoch=10,
         initial=None if path is None else read_initial_weights(path, is_partial=is_partial),
@@ -101,7 +109,7 @@ def test_a_state_dict_as_torchvision_publishes_it(tmp_path: Path, said: Callable
     anew = {f"{layer}.{kind}" for layer in ("fc", "aux1.fc2", "aux2.fc2") for kind in ("weight", "bias")}
     assert {*state} - taken_from(state, job) <= anew
     assert job.model.fc.weight.shape == (3, 1024)
-    assert job.model.fc.weight.std().item() == pytest.approx(0.01, rel=0.2)  # as fresh ones are
+    assert job.model.fc.weight.std().item() == pytest.approx((3 * 1024) ** -0.5, rel=0.2)  # as fresh ones are
     assert said()["INFO"] == (
         f"{len(state) - len(anew)} of {len(state)} tensors are from {path}\n"
         "it has 1000 classes and these data 3: the last layers begin anew (fc, aux1.fc2, aux2.fc2)\n"
@@ -123,6 +131,17 @@ def test_auxiliary_heads_on_one_side_only(tmp_path: Path, said: Callable[[], dic
     torch.save(make_state(7, aux_logits=False), path)
     make_job(path=path, aux_logits=False)
     assert "it has 7 classes and these data 3: the last layers begin anew (fc)\n" in said()["INFO"]
+
+
+def test_classes_of_other_names(tmp_path: Path, said: Callable[[], dict[str, str]]) -> None:
+    """As many as before, and yet what the last layers have learnt is about others."""
+    path, animals = tmp_path / "last.pt", ("ant", "bee", "cat")
+    save_checkpoint(path, make_job(classes=animals, init="he").state_dict())
+    state = averaged_weights(load_checkpoint(path)["ema"])
+    last = {f"{layer}.{kind}" for layer in ("fc", "aux1.fc2", "aux2.fc2") for kind in ("weight", "bias")}
+    for classes, anew in ((animals, set[str]()), (None, set[str]()), (("axe", "bow", "car"), last)):
+        assert {*state} - taken_from(state, make_job(path=path, classes=classes)) == anew
+        assert ("its classes are not those of these data: the last layers begin anew" in said()["INFO"]) == bool(anew)
 
 
 def without(state: State, *names: str) -> State:

@@ -162,6 +162,14 @@ def test_order_and_repetition(checkpoint: Path, mixed: Path, shards: Path) -> No
     assert torch.allclose(probabilities(done.predictions[0]), probabilities(done.predictions[-1]), atol=1e-5)
 
 
+def test_a_pattern_that_the_shell_has_left(checkpoint: Path, mixed: Path) -> None:
+    done = predict(checkpoint, mixed / "**" / "*.jpg", "--json")
+    assert [prediction["path"] for prediction in done.predictions] == [f"{mixed}/a.jpg", f"{mixed}/sub/deep/i.jpg"]
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        f"{mixed}/{name}" for name in sorted(BAD) if name.endswith(".jpg")
+    ]
+
+
 def test_shards_and_their_files_agree(checkpoint: Path, shards: Path, image_folder: Path) -> None:
     """Labels and names included; a folder with several splits, a glob and a brace pattern."""
     done = predict(checkpoint, shards, "--json")
@@ -266,6 +274,8 @@ def test_preprocessing_is_the_checkpoints(tmp_path: Path, checkpoint: Path, mixe
         (["best.pt", "a.jpg", "none.jpg"], "error: none.jpg: no such file or folder"),
         (["best.pt", "empty"], "error: empty: no images in this folder, nor shards"),
         (["best.pt", "x-*.tar"], "error: no such shard: 'x-*.tar'"),
+        (["best.pt", "x-*.jpg"], "error: x-*.jpg: no such image"),
+        (["best.pt", "both"], "error: both: holds images and tars; name the tars ('both/*.tar'), or the images, or both"),
         (["best.pt", "a.jpg", "--top", "0"], "error: --top 0: a number from 1 to 1024 is needed"),
         (["best.pt", "a.jpg", "--batch-size", "0"], "error: --batch-size 0: a number from 1 to 1024 is needed"),
     ],
@@ -274,7 +284,10 @@ def test_mistakes(
     tmp_path: Path, checkpoint: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "both"):
+        (tmp_path / folder).mkdir()
+    for name in ("x.tar", "x.jpg"):
+        (tmp_path / "both" / name).touch()
     os.link(checkpoint, "best.pt")
     shutil.copy(mixed / "a.jpg", "a.jpg")
     done = predict(*arguments)

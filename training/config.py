@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from model.googlenet import Init
 from model.optim import OptimConfig
 from pipelines import DataConfig
 from pipelines.mix import MixConfig
@@ -27,6 +28,10 @@ class ModelConfig:
     """Part of a target's probability that is spread over all classes."""
     ema_decay: float = 0.999
     """How much of the averaged weights stays at each step; the average looks back on about 1 / (1 - decay) steps."""
+    init: Init = "torch"
+    """Of the weights: as torch does it; He's (convolutions); or a truncated normal of --model.init-std."""
+    init_std: float = 0.01
+    """Standard deviation of --model.init truncated-normal."""
     transform_input: bool | None = None
     """Scale the input as torchvision's published weights need it. By default as --init-from needs it; from nothing, no."""
 
@@ -35,6 +40,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"--model.init-std {self.init_std}: a positive number is needed")
         if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"--model.aux-weight {self.aux_weight}: a number from 0 on is needed")
 
@@ -141,10 +148,10 @@ def share_threads(config: Config, device: torch.device, local_world_size: int) -
     if device.type == "cuda":
         torch_threads, loader_threads = min(cores, torch.get_num_threads()), min(cores, 16)
     else:
-        # Arithmetic is far more work than decoding, and torch's threads wait for each other: a second loader thread stalls them
-        # all. The table in docs/performance.md is for 2 cores; where there are more, torch leaves the loader its own.
-        loader_threads = max(1, cores // 8)
-        torch_threads = cores if cores <= 2 else cores - loader_threads
+        # Arithmetic is far more work than decoding. On 2 cores both do best with all of them: the table in docs/performance.md.
+        # torch's threads wait for each other, the longer the more there are: on larger machines it leaves some to the loader.
+        loader_threads = min(cores, max(2, cores // 8))
+        torch_threads = cores - cores // 8
     return config.torch_threads or torch_threads, config.data.threads or loader_threads
 
 

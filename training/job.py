@@ -184,9 +184,17 @@ def build_job(
     transform_input = config.model.transform_input
     if transform_input is None:
         transform_input = initial is not None and initial.transform_input
-    model: nn.Module = googlenet(num_classes, config.model.aux_logits, transform_input, config.model.dropout)
+    settings = config.model
+    model: nn.Module = googlenet(
+        num_classes,
+        settings.aux_logits,
+        transform_input,
+        settings.dropout,
+        init=settings.init,
+        init_std=settings.init_std,
+    )
     if initial is not None:
-        initial(model)
+        initial(model, classes)
     if config.sync_batchnorm:
         if device.type != "cuda":
             raise ValueError("--sync-batchnorm: torch has it for GPUs only")

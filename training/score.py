@@ -1,6 +1,7 @@
 """`--evaluate`: what a checkpoint scores, over all and class by class."""
 
 import json
+import logging
 import math
 
 import torch
@@ -11,11 +12,15 @@ from training.evaluation import Evaluation, evaluate
 from training.trained import load_trained
 from training.world import World
 
+log = logging.getLogger("train")
+
 
 def evaluate_only(config: Config, world: World) -> None:
     """`--evaluate`: scores a checkpoint, and says how it does on each class."""
     assert config.evaluate is not None
     raw, ema = (load_trained(config.evaluate, weights, device=world.device) for weights in ("raw", "ema"))
+    if world.is_main and config.image_size not in (Config().image_size, ema.preprocessing.image_size):
+        log.warning("scored at %d pixels, as the checkpoint says, and not at --image-size", ema.preprocessing.image_size)
     torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
     torch.set_num_threads(torch_threads)
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)

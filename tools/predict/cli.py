@@ -28,8 +28,8 @@ class Predict:
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """best.pt or last.pt of a run."""
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES ...")]
-    """Image files; folders, of which all images at any depth are taken; shards, as a folder, a tar, a glob or a brace
-    pattern, here or at a URL."""
+    """Image files, or a quoted glob of them; folders, of which all images at any depth are taken; shards, as a folder, a
+    tar, a glob or a brace pattern, here or at a URL."""
     top: int = 5
     """How many classes of each image."""
     weights: Literal["ema", "raw"] = "ema"

@@ -1,6 +1,7 @@
 """What is to be predicted: image files, folders of them and shards, read one image after the other."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,13 +57,13 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """A file that is an image, whatever its name."""
+class ImageFiles:
+    """Files that are images, whatever their names."""
 
-    path: str
+    paths: Sequence[str]
 
     def read(self) -> Iterator[Encoded]:
-        yield _read_file(self.path)
+        return map(_read_file, self.paths)
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,30 @@ def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tupl
     return [_open_input(location, split, label_key, classes) for location in inputs]
 
 
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
 def _open_input(location: str, split: str, label_key: str, classes: tuple[str, ...] | None) -> Source:
     path = Path(location)
-    if path.is_dir() and not (path / INFO_FILE).exists() and not any(path.glob("*.tar")):
+    has_tars = path.is_dir() and any(path.glob("*.tar"))
+    if has_tars and not (path / INFO_FILE).exists() and any(map(_is_image, os.listdir(path))):
+        raise ValueError(f"{location}: holds images and tars; name the tars ('{path / '*.tar'}'), or the images, or both")
+    if path.is_dir() and not (path / INFO_FILE).exists() and not has_tars:
         extents, left_out = Extents(location), list[tuple[str, str]]()
         list_files(path, "", extents, left_out, images_only=True)
         if not extents and not left_out:
             raise ValueError(f"{location}: no images in this folder, nor shards")
         return ImageFolder(location, extents, left_out)
     if path.is_file() and path.suffix != ".tar":
-        return ImageFile(location)
-    if not path.exists() and not is_url(location) and not set(location) & set("*?[{"):
-        raise ValueError(f"{location}: no such file or folder")
+        return ImageFiles([location])
+    if not path.exists() and not is_url(location):
+        if glob.has_magic(location) and _is_image(location):  # a pattern that the shell has left as it is
+            if paths := sorted(glob.glob(location, recursive=True)):
+                return ImageFiles(paths)
+            raise ValueError(f"{location}: no such image")
+        if not set(location) & set("*?[{"):
+            raise ValueError(f"{location}: no such file or folder")
     shards = open_shards(location, split, label_key=label_key)
     if shards.classes is None:
         shards = replace(shards, label_reader=replace(shards.label_reader, classes=classes))
