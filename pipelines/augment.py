@@ -1,8 +1,8 @@
 """What happens to images between their encoded bytes and the network, as pieces of a DALI graph; the same for CPU and GPU.
 
-The dataclasses are the settings of `--data.crop` and `--data.augment`, and build their piece of the graph. DALI is imported
-where a piece is built, so that the settings can be had without it. Resizing is bilinear with antialiasing throughout, which is
-what Pillow's bilinear filter does.
+The dataclasses are the settings of `--data.crop` and `--data.augment`, and build their piece of the graph. DALI and torch are
+imported where a piece is built, so that the settings can be had without them. Resizing is bilinear with antialiasing
+throughout, which is what Pillow's bilinear filter does; on a CPU torch does it (pipelines/resize.py).
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from pipelines.loader import MEAN, STD, resize_shorter_for
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from nvidia.dali.types import DALIDataType
+
+    from pipelines.resize import BatchResize
 
 Device = Literal["cpu", "gpu"]
 Color = tuple[float, float, float]  # red, green and blue, in [0, 1]
@@ -52,6 +54,10 @@ class RandomResizedCrop:
         pixels = fn.decoders.image_random_crop(
             encoded, device=_DECODER[device], output_type=types.RGB, random_area=self.scale, random_aspect_ratio=self.ratio
         )
+        if device == "cpu":
+            from pipelines.resize import WholeResize
+
+            return _resized_on_cpu(pixels, WholeResize(size=size, num_threads=_num_threads()))
         return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
@@ -315,11 +321,16 @@ def _normalized(
 def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
     """The shorter side resized to `resize_shorter`, then the centre `size` x `size`: torchvision's `Resize` and `CenterCrop`.
 
-    Both happen in one resampling of the region that the crop shows, with torchvision's rounding: the longer side's new length
-    is truncated, the crop's corner is rounded half to even.
+    On a GPU both happen in one resampling of the region that the crop shows, with torchvision's rounding: the longer side's new
+    length is truncated, the crop's corner is rounded half to even.
     """
     from nvidia.dali import fn, types
 
+    if device == "cpu":
+        from pipelines.resize import CenterCropResize
+
+        pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        return _resized_on_cpu(pixels, CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads()))
     height_width = fn.peek_image_shape(encoded)[:2]
     resized = height_width * resize_shorter // fn.reductions.min(height_width)
     margin = resized - size
@@ -327,7 +338,7 @@ def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, de
     corner = half + (margin - 2 * half) * (half - half // 2 * 2)
     # From pixels of the resized image, which never exists, to pixels of the original.
     to_original = fn.cast(height_width, dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
-    pixels = fn.decoders.image(encoded, device=_DECODER[device], output_type=types.RGB)
+    pixels = fn.decoders.image(encoded, device="mixed", output_type=types.RGB)
     return fn.resize(
         pixels,
         size=[size, size],
@@ -336,3 +347,16 @@ def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, de
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
+
+
+def _resized_on_cpu(pixels: "DataNode", resize: "BatchResize") -> "DataNode":
+    from nvidia.dali import fn
+
+    return fn.dl_tensor_python_function(pixels, function=resize, batch_processing=True, output_layouts="HWC")
+
+
+def _num_threads() -> int:
+    """Of the pipeline that is being built."""
+    from nvidia.dali.pipeline import Pipeline
+
+    return int(Pipeline.current().num_threads)
