@@ -82,9 +82,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
                     image = ImageOps.mirror(image)
         else:
             image = resized_center_crop(image, self.image_size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        normalized = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return {"image": normalized, "target": torch.tensor(label)}
+        return {"image": normalized(image), "target": torch.tensor(label)}
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -253,6 +251,12 @@ def random_resized_crop(image: Image.Image, size: int, crop: RandomResizedCrop, 
             box = (left, top, left + crop_width, top + crop_height)
             break
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def normalized(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, `(3, H, W)` float32, without ImageNet's mean and by its deviation."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def _folder_samples(folder: Path) -> list[Located]:

@@ -47,9 +47,10 @@ def test_nothing_imports_the_tools() -> None:
 
 
 def test_dali_and_pillow_are_where_they_belong() -> None:
-    assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py"}
+    as_a_peer = "tools/throughput/loaders.py"
+    assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py", as_a_peer}
     in_tools = {f"tools/shards/{name}.py" for name in ("check", "drawing", "encode", "preview")}
-    in_tools.add("tools/throughput/peers.py")
+    in_tools |= {as_a_peer, "tools/throughput/peers.py", "tools/throughput/peer_loaders.py"}
     assert importers("PIL", *CODE) == {"pipelines/pillow.py", "training/pictures.py", *in_tools}
 
 
@@ -68,6 +69,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("predict", ["--help"]),
         ("export", ["--help"]),
         ("throughput", ["step", "--help"]),
+        ("throughput", ["compare", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

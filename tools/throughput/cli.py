@@ -68,6 +68,62 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Measure this project's loader against others, on the CPU, with the same images and the same work.
+
+    `train` is a random resized crop, flip and normalization; `valid` resizes, crops the centre and normalizes. Each turn is a
+    process of its own, which gives images epoch after epoch. Ratios are to DALI as its documentation has it. Peers that are
+    not installed are named and left out.
+    """
+
+    shards: tyro.conf.Positional[str]
+    """Training shards, as --data.train takes them; local ones."""
+    splits: tuple[Literal["train", "valid"], ...] = ("train", "valid")
+    """What is done to the images."""
+    rounds: int = 5
+    """Turns of each loader."""
+    images: int = 2048
+    """That a loader gives in a turn, once it is warm."""
+    batch_size: int = 64
+    """Images a batch."""
+    image_size: int = 224
+    """Side of the images, pixels."""
+    threads: int | None = None
+    """Threads or processes that decode; by default one a CPU."""
+    only: tuple[str, ...] = ()
+    """Names of loaders; a name that is not there gets the list of those that are. DALI is always there."""
+    peers_python: str = sys.executable
+    """Interpreter of an environment in which peers are installed (torchvision, litdata, mosaicml-streaming, spdl)."""
+    scratch: Path | None = None
+    """Folder for what the loaders need to have written, left as it was; by default the system's for temporary files."""
+    json: Path | None = None
+    """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
+
+    def run(self) -> int:
+        import os
+        import tempfile
+
+        from tools.throughput.compare import benchmark
+
+        report = benchmark(
+            self.shards,
+            splits=self.splits,
+            rounds=self.rounds,
+            images=self.images,
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            threads=len(os.sched_getaffinity(0)) if self.threads is None else self.threads,
+            only=self.only,
+            peers_python=self.peers_python,
+            scratch=self.scratch or Path(tempfile.gettempdir()),
+        )
+        print(report, flush=True)
+        if self.json is not None:
+            self.json.write_text(report.as_json() + "\n")
+        return 1 if any(result.error for result in report.results) else 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Measure the planning of a conversion, with names that are made up."""
 
@@ -173,7 +229,8 @@ class Step:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Convert | Plan | Remote | Step]] = {
+COMMANDS: dict[str, Callable[..., Compare | Convert | Plan | Remote | Step]] = {
+    "compare": Compare,
     "convert": Convert,
     "plan": Plan,
     "remote": Remote,

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +150,8 @@ def choose(everybody: Sequence[Competitor], only: Sequence[str]) -> list[Competi
     return [one for one in everybody if not only or one.name in only or one.group in only]
 
 
-def probe(python: str) -> tuple[set[str], dict[str, str]]:
-    """Which of the peers' modules an interpreter has, and the versions of what takes part.
+def probe(python: str, modules: Iterable[str], distributions: Iterable[str]) -> tuple[set[str], dict[str, str]]:
+    """Which of the modules an interpreter has, and the versions of those of the distributions that it has.
 
     Raises:
         ValueError: It is no Python interpreter.
@@ -162,12 +162,12 @@ def probe(python: str) -> tuple[set[str], dict[str, str]]:
         "modules, distributions = json.loads(sys.argv[1])\n"
         "print(json.dumps([[m for m in modules if importlib.util.find_spec(m)], versions(distributions)]))\n"
     )
-    question = json.dumps([list(PEER_MODULES), DISTRIBUTIONS])
+    question = json.dumps([[*modules], [*distributions]])
     try:
         done = subprocess.run(
             [python, "-c", script, question], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
         )
-        modules, found = json.loads(done.stdout)
+        present, found = json.loads(done.stdout)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise ValueError(f"--peers-python {python}: not a Python interpreter ({error})") from error
-    return set(modules), found
+    return set(present), found

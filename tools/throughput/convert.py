@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.throughput.competitors import ENVIRONMENT, ROOT, Competitor, choose, competitors, probe
+from tools.throughput.competitors import (
+    DISTRIBUTIONS,
+    ENVIRONMENT,
+    PEER_MODULES,
+    ROOT,
+    Competitor,
+    choose,
+    competitors,
+    probe,
+)
 from tools.throughput.hardware import Hardware, describe_hardware, now
 from tools.throughput.process import run_measured
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
@@ -149,7 +158,7 @@ def benchmark(
             raise ValueError(f"{option} {number}: at least 1 is needed")
     everybody = competitors(peers_python, resize, quality)
     chosen = choose(everybody, only)
-    modules, peers_versions = probe(peers_python)
+    modules, peers_versions = probe(peers_python, PEER_MODULES, DISTRIBUTIONS)
     files = _class_folder_files(source)
     picked = [files[i * len(files) // images] for i in range(images)] if images and images < len(files) else files
     wanted = images or len(files)
@@ -168,7 +177,7 @@ def benchmark(
         settings=Settings(str(source), rounds, wanted, resize, quality, tuple(only)),
         date=now(),
         hardware=describe_hardware(),
-        versions=probe(sys.executable)[1],
+        versions=probe(sys.executable, PEER_MODULES, DISTRIBUTIONS)[1],
         peers_versions=peers_versions,
         image_bytes=image_bytes,
         interval="of the median, between order statistics; `coverage` is its probability",
@@ -240,7 +249,7 @@ class Track:
                 written = sum(file.stat().st_size for file in self._destination.rglob("*") if file.is_file())
             finally:
                 shutil.rmtree(self._destination)
-            return Turn(ran.seconds, ran.seconds_without_start_up, ran.peak_memory_bytes, written)
+            return Turn(ran.seconds, ran.said.get("seconds"), ran.peak_memory_bytes, written)
 
         return run
 

@@ -26,19 +26,19 @@ class Run:
 
     Attributes:
         seconds: From its start to its end.
-        seconds_without_start_up: What the command measured itself, if it did.
+        said: What the command measured itself: the JSON object in its last line, or nothing.
         peak_memory_bytes: The largest sum over the processes of the command that was seen at once.
     """
 
     seconds: float
-    seconds_without_start_up: float | None
+    said: dict[str, float]
     peak_memory_bytes: int
 
 
 def run_measured(command: Sequence[str | Path], folder: Path, logs: Path, environment: Mapping[str, str]) -> Run:
     """Runs a command to its end, and ends whatever it left running.
 
-    A command that measures itself prints, as its last line, a JSON object with `seconds`. Memory is sampled 20 times a second
+    Memory is sampled 20 times a second
     from /proc, anonymous and shared-memory pages of all processes that descend from the command: peaks between two samples are
     missed, and pages that forked processes share count for each of them. It costs the command some 0.1 % of a core.
 
@@ -74,13 +74,13 @@ def run_measured(command: Sequence[str | Path], folder: Path, logs: Path, enviro
         lines = (err.read_text(errors="replace") or out.read_text(errors="replace")).splitlines()
         said = [line.strip() for line in lines if line.strip() and not PROGRESS_BAR.search(line)]
         raise TurnError(said[-1] if said else f"exit status {process.returncode}")
-    return Run(seconds, _own_seconds(out.read_text(errors="replace")), peak_memory_bytes)
+    return Run(seconds, _last_object(out.read_text(errors="replace")), peak_memory_bytes)
 
 
-def _own_seconds(printed: str) -> float | None:
-    with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
-        return float(json.loads(printed.splitlines()[-1])["seconds"])
-    return None
+def _last_object(printed: str) -> dict[str, float]:
+    with contextlib.suppress(ValueError, IndexError, TypeError):
+        return dict(json.loads(printed.splitlines()[-1]))
+    return {}
 
 
 def _memory_bytes(pid: int) -> int:

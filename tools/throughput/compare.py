@@ -1,0 +1,312 @@
+"""`throughput compare`: this project's loader against others, and against what none of them can be faster than."""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.augment import RandomResizedCrop
+from pipelines.index import read_index
+from pipelines.loader import MEAN, STD, resize_shorter_for
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards, read_label
+from tools.throughput.competitors import ENVIRONMENT, ROOT, probe
+from tools.throughput.hardware import Hardware, describe_hardware, now
+from tools.throughput.process import Run, run_measured
+from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
+from tools.throughput.turn import Task
+
+MODULES = ("torchvision", "litdata", "streaming", "spdl")
+DISTRIBUTIONS = (
+    *("nvidia-dali-cuda120", "torch", "pillow", "webdataset"),
+    *("torchvision", "litdata", "mosaicml-streaming", "spdl-core", "spdl-io"),
+)
+REFERENCE = "dali"
+SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A loader, or a floor.
+
+    Attributes:
+        name: For --only.
+        what: For the reader of the table.
+        needs: Module that the peers' interpreter has to have; None for those that this project's interpreter runs.
+        has_to_prepare: It reads files of a kind of its own, which are written before the measurement.
+    """
+
+    name: str
+    what: str
+    needs: str | None = None
+    has_to_prepare: bool = False
+
+
+FLOOR = Rival("decode", "the decoder alone, whole images in memory")
+RIVALS = (
+    Rival("ours", "this project's loader"),
+    Rival(REFERENCE, "DALI as documented (static executor, its iterator)"),
+    Rival("pillow", "DataLoader and Pillow, this project's pair"),
+    Rival("webdataset", "webdataset WebLoader, Pillow"),
+    Rival("torchvision", "DataLoader, Pillow, torchvision", "torchvision"),
+    Rival("litdata", "LitData, Pillow, torchvision", "litdata", has_to_prepare=True),
+    Rival("mds", "MosaicML Streaming, Pillow, torchvision", "streaming", has_to_prepare=True),
+    Rival("spdl", "SPDL (FFmpeg)", "spdl"),
+    FLOOR,
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a loader did in a round; the last three are None for the floor."""
+
+    images_per_second: float
+    first_seconds: float | None = None
+    cpu_milliseconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A loader's turns, and what follows from them.
+
+    Attributes:
+        split: What was done to the images: "train" or "valid".
+        name: Of the loader.
+        what: The same for people.
+        is_installed: Whether it is there.
+        error: What it printed last, where it failed.
+        turns: One a round.
+        images_per_second: Once it is warm.
+        ratio: The same as a part of DALI's in the same round.
+        first_seconds: From the start of the process to the first batch, importing torch included.
+        cpu_milliseconds: Of all its processes and threads, for an image.
+        peak_memory_bytes: The largest of the rounds.
+    """
+
+    split: str
+    name: str
+    what: str
+    is_installed: bool = True
+    error: str | None = None
+    turns: tuple[Turn, ...] = ()
+    images_per_second: Statistic | None = None
+    ratio: Statistic | None = None
+    first_seconds: Statistic | None = None
+    cpu_milliseconds: Statistic | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured."""
+
+    shards: str
+    samples: int
+    image_bytes: int
+    images: int
+    batch_size: int
+    image_size: int
+    threads: int
+    rounds: int
+    results: tuple[Result, ...]
+    hardware: Hardware
+    versions: dict[str, str]
+    peers_versions: dict[str, str]
+    date: str
+
+    def as_json(self) -> str:
+        """One JSON object with the attributes as keys."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.shards}: {self.samples:,} images of {self.image_bytes / self.samples / 1e3:.0f} KB; {self.rounds} rounds, "
+            f"{self.images:,} images a turn, {self.batch_size} x {self.image_size} pixels a batch, {self.threads} threads or "
+            f"processes; {self.hardware.cores} cores of {self.hardware.cpu}; median (95 % interval)"
+        ]
+        for split in dict.fromkeys(result.split for result in self.results):
+            lines += ["", f"{split:<52}{'images/s':>10}{'ratio':>22}{'CPU ms':>9}{'first batch':>13}{'memory MB':>11}"]
+            lines += [_line(result) for result in self.results if result.split == split]
+        return "\n".join(lines)
+
+
+def benchmark(
+    location: str,
+    *,
+    splits: Sequence[str],
+    rounds: int,
+    images: int,
+    batch_size: int,
+    image_size: int,
+    threads: int,
+    only: Sequence[str],
+    peers_python: str,
+    scratch: Path,
+) -> Report:
+    """Lets all loaders give the same images, in turns, each a process of its own.
+
+    Args:
+        location: Shards, as --data.train takes them.
+        splits: What to do to them: "train", "valid".
+        rounds: Turns of each loader.
+        images: That a loader gives in a turn, once it is warm, epoch after epoch.
+        batch_size: Images a batch.
+        image_size: Side of the images, pixels.
+        threads: Threads or processes that decode.
+        only: Names of loaders; all where empty.
+        peers_python: The interpreter that has the peers installed.
+        scratch: Folder to write in; left as it was.
+
+    Raises:
+        ValueError: The arguments cannot be used as they are; says what to change.
+    """
+    numbers = {"rounds": rounds, "images": images, "batch-size": batch_size, "image-size": image_size, "threads": threads}
+    for option, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"--{option} {number}: at least 1 is needed")
+    rivals = choose(only)
+    shards = open_shards(location, "train")
+    if shards.is_remote or shards.num_samples < batch_size:
+        raise ValueError(f"{location}: at least {batch_size} samples in local shards are needed")
+    modules, peers_versions = probe(peers_python, MODULES, DISTRIBUTIONS)
+    present = [rival for rival in rivals if rival.needs is None or rival.needs in modules]
+    with tempfile.TemporaryDirectory(prefix="throughput-", dir=scratch) as folder:
+        image_bytes = extract(shards, Path(folder))
+        ground = Ground(shards, Path(folder), peers_python, batch_size, image_size, threads, images)
+        turns = {(split, rival.name): ground.turn(rival, split) for split in splits for rival in present}
+        outcomes = take_turns({f"{split} {name}": turn for (split, name), turn in turns.items()}, rounds)
+    return Report(
+        *(location, shards.num_samples, image_bytes, images, batch_size, image_size, threads, rounds),
+        tuple(_result(rival, split, outcomes) for split in splits for rival in rivals),
+        describe_hardware(),
+        probe(sys.executable, MODULES, DISTRIBUTIONS)[1],
+        peers_versions,
+        now(),
+    )
+
+
+def choose(only: Sequence[str]) -> list[Rival]:
+    """Those named, and the reference; all where none is named.
+
+    Raises:
+        ValueError: There is no such loader.
+    """
+    names = [rival.name for rival in RIVALS]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"--only {unknown[0]}: no such loader; there are {', '.join(names)}")
+    return [rival for rival in RIVALS if not only or rival.name in (*only, REFERENCE)]
+
+
+def extract(shards: ShardSet, folder: Path) -> int:
+    """Writes the images of shards as files, and `folder`/list with a line `LABEL PATH` for each; gives their bytes."""
+    lines, total = list[str](), 0
+    (folder / "images").mkdir()
+    for tar, index in zip(shards.tars, shards.indices, strict=True):
+        with open(tar, "rb") as file:
+            for sample in read_index(index):
+                image = find_component(sample, IMAGE_EXTENSIONS, tar)
+                path = folder / "images" / f"{len(lines):08d}.{image.extension}"
+                file.seek(image.offset)
+                total += path.write_bytes(file.read(image.size))
+                lines.append(f"{read_label(file, sample, tar, shards.label_reader)} {path}\n")
+    (folder / "list").write_text("".join(lines))
+    return total
+
+
+class Ground:
+    """Where the loaders run: what they read, and with which commands."""
+
+    def __init__(
+        self, shards: ShardSet, folder: Path, peers_python: str, batch_size: int, image_size: int, threads: int, images: int
+    ) -> None:
+        self._folder, self._peers_python, self._num_samples = folder, peers_python, shards.num_samples
+        crop = RandomResizedCrop()
+        self._task = Task(
+            split="train",
+            tars=tuple(os.path.abspath(tar) for tar in shards.tars),
+            indices=tuple(os.path.abspath(index) for index in shards.indices),
+            list=str(folder / "list"),
+            folder="",
+            batch_size=batch_size,
+            image_size=image_size,
+            resize_shorter=resize_shorter_for(image_size),
+            scale=crop.scale,
+            ratio=crop.ratio,
+            mean=MEAN,
+            std=STD,
+            threads=threads,
+            images=images,
+        )
+        (folder / "logs").mkdir()
+
+    def turn(self, rival: Rival, split: str) -> Callable[[], Turn]:
+        """What to call for a turn of the loader."""
+        if rival is FLOOR:
+            return self._floor
+        module = "tools.throughput.peer_loaders" if rival.needs else "tools.throughput.loaders"
+        python = self._peers_python if rival.needs else sys.executable
+        data, task = self._folder / rival.name, self._folder / f"{rival.name}-{split}.json"
+        task.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(self._task, split=split, folder=str(data)))))
+
+        def run() -> Turn:
+            if rival.has_to_prepare and not data.exists():
+                data.mkdir()
+                self._run(python, "-m", module, f"prepare-{rival.name}", str(task))
+            ran = self._run(python, "-m", module, rival.name, str(task), str(time.monotonic()))
+            said = ran.said
+            return Turn(
+                said["images"] / said["seconds"],
+                said["first_seconds"],
+                1000 * said["cpu_seconds"] / said["images"],
+                ran.peak_memory_bytes,
+            )
+
+        return run
+
+    def _floor(self) -> Turn:
+        ran = self._run(sys.executable, "-m", "tools.throughput.floors", "decode", str(self._folder / "list"))
+        return Turn(self._num_samples / ran.said["seconds"])
+
+    def _run(self, *command: str) -> Run:
+        return run_measured(command, ROOT, self._folder / "logs", ENVIRONMENT)
+
+
+def _result(rival: Rival, split: str, outcomes: Mapping[str, Outcome[Turn]]) -> Result:
+    outcome, reference = outcomes.get(f"{split} {rival.name}"), outcomes[f"{split} {REFERENCE}"]
+    blank = Result(split, rival.name, rival.what, turns=outcome.turns if outcome else ())
+    if outcome is None:
+        return dataclasses.replace(blank, is_installed=False)
+    if outcome.error is not None:
+        return dataclasses.replace(blank, error=outcome.error)
+    rates = [turn.images_per_second for turn in outcome.turns]
+    firsts = [turn.first_seconds for turn in outcome.turns if turn.first_seconds is not None]
+    costs = [turn.cpu_milliseconds for turn in outcome.turns if turn.cpu_milliseconds is not None]
+    pairs = zip(rates, reference.turns, strict=False)  # the reference has fewer, where it failed
+    return dataclasses.replace(
+        blank,
+        images_per_second=summarize(rates),
+        ratio=None if reference.error else summarize([rate / other.images_per_second for rate, other in pairs]),
+        first_seconds=summarize(firsts) if firsts else None,
+        cpu_milliseconds=summarize(costs) if costs else None,
+        peak_memory_bytes=max((turn.peak_memory_bytes or 0 for turn in outcome.turns), default=0) or None,
+    )
+
+
+def _line(result: Result) -> str:
+    if result.images_per_second is None:
+        return f"{result.what:<52}{f'failed: {result.error}' if result.is_installed else 'not installed'}"
+    ratio, first, cost, memory = result.ratio, result.first_seconds, result.cpu_milliseconds, result.peak_memory_bytes
+    cells = (
+        f"{result.images_per_second.median:,.0f}",
+        f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "-",
+        f"{cost.median:.2f}" if cost else "-",
+        f"{first.median:.1f} s" if first else "-",
+        f"{memory / 1e6:,.0f}" if memory else "-",
+    )
+    widths = (10, 22, 9, 13, 11)
+    return f"{result.what:<52}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

@@ -1,0 +1,108 @@
+"""The loaders of `throughput compare` that this project's interpreter runs; see `turn.py`.
+
+Each imports what it needs itself, as the time to the first batch counts.
+"""
+
+from typing import Any, Literal
+
+import torch
+
+from pipelines import DataConfig, build_loader, open_shards
+from pipelines.augment import RandomResizedCrop
+from tools.throughput import turn
+from tools.throughput.turn import Batches, Task
+
+
+def ours(task: Task) -> Batches:
+    """This project's loader."""
+    return _own("dali", task)
+
+
+def pillow(task: Task) -> Batches:
+    """The DataLoader pair that it replaces, a process for each thread."""
+    return _own("pillow", task)
+
+
+def _own(backend: Literal["dali", "pillow"], task: Task) -> Batches:
+    pattern = f"{{{','.join(task.tars)}}}" if len(task.tars) > 1 else task.tars[0]
+    loader = build_loader(
+        DataConfig(backend=backend, crop=RandomResizedCrop(scale=task.scale, ratio=task.ratio)),
+        "train" if task.split == "train" else "valid",
+        shards=open_shards(pattern, task.split),
+        batch_size=task.batch_size,
+        image_size=task.image_size,
+        device=torch.device("cpu"),
+        num_threads=task.threads,
+    )
+    while True:
+        for batch in loader:
+            if len(batch["target"]) == task.batch_size:
+                yield batch["image"], batch["target"]
+
+
+def dali(task: Task) -> Batches:
+    """DALI as its documentation has it: the static executor, its own iterator."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    shuffle = {"random_shuffle": True, "initial_fill": 1024} if task.split == "train" else {}
+    color: dict[str, Any] = {
+        "dtype": types.FLOAT,
+        "output_layout": "CHW",
+        "mean": [255 * value for value in task.mean],
+        "std": [255 * value for value in task.std],
+    }
+    size = task.image_size
+
+    @pipeline_def(batch_size=task.batch_size, num_threads=task.threads, device_id=None)
+    def pipeline() -> tuple[Any, Any]:
+        encoded, label = fn.readers.webdataset(
+            paths=list(task.tars), index_paths=list(task.indices), ext=["jpg;jpeg", "cls"], name="reader", **shuffle
+        )
+        if task.split == "train":
+            pixels = fn.decoders.image_random_crop(
+                encoded, output_type=types.RGB, random_area=list(task.scale), random_aspect_ratio=list(task.ratio)
+            )
+            images = fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+            return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), **color), fn.pad(label)
+        pixels = fn.decoders.image(encoded, output_type=types.RGB)
+        images = fn.resize(pixels, resize_shorter=task.resize_shorter, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.crop_mirror_normalize(images, crop=[size, size], **color), fn.pad(label)
+
+    iterator = DALIGenericIterator(
+        pipeline(), ["image", "label"], reader_name="reader", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
+    )
+    while True:
+        for [batch] in iterator:
+            yield batch["image"], batch["label"]
+
+
+def webdataset(task: Task) -> Batches:
+    """Webdataset with Pillow, its `WebLoader` with a process for each thread."""
+    import numpy as np
+    import webdataset as wds  # type: ignore[import-untyped]
+    from PIL import Image, ImageOps
+
+    from pipelines.pillow import normalized, random_resized_crop, resized_center_crop
+
+    train = task.split == "train"
+    crop, rng = RandomResizedCrop(scale=task.scale, ratio=task.ratio), np.random.default_rng()
+
+    def transformed(image: Image.Image) -> torch.Tensor:
+        if not train:
+            return normalized(resized_center_crop(image, task.image_size))
+        cropped = random_resized_crop(image, task.image_size, crop, rng)
+        return normalized(ImageOps.mirror(cropped) if rng.random() < 0.5 else cropped)
+
+    samples = wds.WebDataset(list(task.tars), shardshuffle=100 if train else False)
+    samples = samples.shuffle(1000 if train else 0).decode("pilrgb").to_tuple("jpg;jpeg", "cls")
+    samples = samples.map_tuple(transformed, int).batched(task.batch_size, partial=False)
+    loader = wds.WebLoader(samples, batch_size=None, num_workers=task.threads, persistent_workers=True)
+    while True:
+        yield from loader
+
+
+if __name__ == "__main__":
+    turn.main({"ours": ours, "pillow": pillow, "dali": dali, "webdataset": webdataset})

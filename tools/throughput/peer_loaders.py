@@ -1,0 +1,184 @@
+"""The loaders of `throughput compare` that need packages of their own, each as its documentation has it; see `turn.py`.
+
+Run by an interpreter that has them installed. It imports nothing of this project but `turn.py`. `prepare-NAME` as the loader
+writes what it reads into the task's folder.
+"""
+
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tools.throughput import turn
+from tools.throughput.peers import read_list
+from tools.throughput.turn import Batches, Task
+
+
+def transforms(task: Task) -> Callable[[Any], Any]:
+    """torchvision's, for Pillow's images."""
+    from torchvision import transforms as v1  # type: ignore[import-not-found]
+
+    ending = [v1.ToTensor(), v1.Normalize(task.mean, task.std)]
+    if task.split == "train":
+        return v1.Compose([v1.RandomResizedCrop(task.image_size, task.scale, task.ratio), v1.RandomHorizontalFlip(), *ending])
+    return v1.Compose([v1.Resize(task.resize_shorter), v1.CenterCrop(task.image_size), *ending])
+
+
+def torchvision(task: Task) -> Batches:
+    """`DataLoader` over image files, Pillow and torchvision, a process for each thread."""
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.datasets.folder import pil_loader  # type: ignore[import-not-found]
+
+    class Images(Dataset[Any]):
+        def __init__(self) -> None:
+            self.entries, self.transform = read_list(task.list), transforms(task)
+
+        def __len__(self) -> int:
+            return len(self.entries)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            path, label = self.entries[index]
+            return self.transform(pil_loader(path)), label
+
+    options: dict[str, Any] = {"num_workers": task.threads, "persistent_workers": True, "drop_last": True}
+    loader = DataLoader(Images(), task.batch_size, shuffle=task.split == "train", **options)
+    while True:
+        yield from loader
+
+
+def prepare_mds(task: Task) -> None:
+    """Mosaic's shards."""
+    from streaming import MDSWriter  # type: ignore[import-not-found]
+
+    with MDSWriter(columns={"image": "bytes", "label": "int"}, out=task.folder, size_limit=64 << 20) as writer:
+        for path, label in read_list(task.list):
+            writer.write({"image": Path(path).read_bytes(), "label": label})
+
+
+def mds(task: Task) -> Batches:
+    """mosaicml-streaming with Pillow and torchvision."""
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, at: int) -> tuple[Any, int]:
+            sample = super().__getitem__(at)
+            return decoded(sample["image"], transform), sample["label"]
+
+    transform = transforms(task)
+    images = Images(local=task.folder, shuffle=task.split == "train", batch_size=task.batch_size)
+    loader: Any = DataLoader(images, task.batch_size, num_workers=task.threads, persistent_workers=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def prepare_litdata(task: Task) -> None:
+    """LitData's chunks."""
+    import litdata  # type: ignore[import-not-found]
+
+    shutil.rmtree(task.folder)  # which it wants to make itself
+    litdata.optimize(
+        fn=litdata_sample, inputs=read_list(task.list), output_dir=task.folder, chunk_bytes=64 << 20, num_workers=task.threads
+    )
+
+
+def litdata_sample(entry: tuple[str, int]) -> dict[str, Any]:
+    path, label = entry
+    return {"image": Path(path).read_bytes(), "label": label}
+
+
+def litdata(task: Task) -> Batches:
+    """LitData with Pillow and torchvision, a process for each thread."""
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    transform = transforms(task)
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: Any) -> tuple[Any, int]:
+            sample = super().__getitem__(index)
+            return decoded(sample["image"], transform), sample["label"]
+
+    images = Images(task.folder, shuffle=task.split == "train", drop_last=True)
+    loader = StreamingDataLoader(images, batch_size=task.batch_size, num_workers=task.threads, persistent_workers=True)
+    while True:
+        yield from loader
+
+
+def decoded(encoded: bytes, transform: Callable[[Any], Any]) -> Any:
+    """An image, out of the bytes of its file."""
+    import io
+
+    from PIL import Image
+
+    return transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def spdl(task: Task) -> Batches:
+    """SPDL: FFmpeg decodes, crops, resizes and flips in threads; torch normalizes the batch."""
+    import spdl.io  # type: ignore[import-not-found]
+    import torch
+    from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found]
+
+    mean, std = (torch.tensor(values) * 255 for values in (task.mean, task.std))
+    entries = read_list(task.list)
+
+    def source() -> Iterator[tuple[str, int]]:
+        while True:
+            yield from random.sample(entries, len(entries)) if task.split == "train" else entries
+
+    def decode(entry: tuple[str, int]) -> tuple[Any, int]:
+        packets = spdl.io.demux_image(entry[0])
+        filters = spdl_filters(task, packets.width, packets.height)
+        return spdl.io.decode_packets(packets, filter_desc=filters), entry[1]
+
+    def batch(samples: list[tuple[Any, int]]) -> tuple[Any, Any]:
+        images = spdl.io.to_torch(spdl.io.convert_frames([frames for frames, _ in samples]))
+        normalized = images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+        return normalized, torch.tensor([label for _, label in samples])
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(source())
+        .pipe(decode, concurrency=task.threads, output_order="input")
+        .aggregate(task.batch_size, drop_last=True)
+        .pipe(batch)
+        .add_sink(3)
+        .build(num_threads=task.threads + 1)
+    )
+    with pipeline.auto_stop():
+        yield from pipeline
+
+
+def spdl_filters(task: Task, width: int, height: int) -> str:
+    """What FFmpeg is to do with an image; `area` is its antialiased filter."""
+    size, ending = task.image_size, "format=pix_fmts=rgb24"
+    if task.split != "train":
+        scale = task.resize_shorter / min(width, height)
+        resized = f"scale={int(width * scale)}:{int(height * scale)}:flags=area"
+        return f"{resized},crop={size}:{size},{ending}"
+    left, top, crop_width, crop_height = random_box(task, width, height)
+    flip = "hflip," if random.random() < 0.5 else ""
+    return f"crop={crop_width}:{crop_height}:{left}:{top},scale={size}:{size}:flags=area,{flip}{ending}"
+
+
+def random_box(task: Task, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random resized crop; of all of the image where ten draws do not fit."""
+    for _ in range(10):
+        area = width * height * random.uniform(*task.scale)
+        ratio = task.ratio[0] * (task.ratio[1] / task.ratio[0]) ** random.random()
+        crop_width, crop_height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return random.randint(0, width - crop_width), random.randint(0, height - crop_height), crop_width, crop_height
+    return 0, 0, width, height
+
+
+LOADERS = {"torchvision": torchvision, "mds": mds, "litdata": litdata, "spdl": spdl}
+PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata}
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("prepare-"):
+        PREPARE[sys.argv[1].removeprefix("prepare-")](turn.read_task(sys.argv[2]))
+    else:
+        turn.main(LOADERS)

@@ -1,0 +1,110 @@
+"""A loader's turn in `throughput compare`. It needs nothing but Python, as a peer's interpreter may have nothing else.
+
+Each turn is a process of its own, `python -m MODULE LOADER TASK STARTED`, the last line of which is a JSON object.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WARM_UP_BATCHES = 4  # after the first: until queues are full and memory is found
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all loaders are given to do.
+
+    Attributes:
+        split: "train": random resized crop, flip, normalize. "valid": resize, centre crop, normalize.
+        tars: The shards.
+        indices: Their index files, as DALI wants them.
+        list: File with a line `LABEL PATH` for each image, the same images as files.
+        folder: Where the loader finds what it has been given time to prepare.
+        batch_size: Images a batch.
+        image_size: Side of the images, pixels.
+        resize_shorter: In "valid", of the shorter side before the crop.
+        scale: In "train", smallest and largest area of the crop.
+        ratio: In "train", smallest and largest width/height of the crop.
+        mean: Of the channels, in [0, 1].
+        std: The same.
+        threads: Threads or processes that decode.
+        images: To give in a turn, epoch after epoch.
+    """
+
+    split: str
+    tars: tuple[str, ...]
+    indices: tuple[str, ...]
+    list: str
+    folder: str
+    batch_size: int
+    image_size: int
+    resize_shorter: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    threads: int
+    images: int
+
+
+# Gives batches without end, epoch after epoch: images float32 `(N, 3, size, size)` and labels `(N,)`, torch's tensors.
+Batches = Iterator[tuple[Any, Any]]
+
+
+def main(loaders: Mapping[str, Callable[[Task], Batches]]) -> None:
+    """Takes the turn that the command line asks for.
+
+    Raises:
+        ValueError: What the loader gives is not what was asked for.
+    """
+    name, path, started = sys.argv[1:]
+    task = read_task(path)
+    batches = loaders[name](task)
+    images, labels = next(batches)
+    # CLOCK_MONOTONIC, which all processes have in common.
+    first_seconds = time.monotonic() - float(started)
+    check(task, images, labels)
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    clock, cpu, count = time.monotonic(), cpu_seconds(os.getpid()), 0
+    while count < task.images:
+        count += len(next(batches)[1])
+    seconds, cpu = time.monotonic() - clock, cpu_seconds(os.getpid()) - cpu
+    print(json.dumps({"first_seconds": first_seconds, "seconds": seconds, "cpu_seconds": cpu, "images": count}), flush=True)
+    os._exit(0)  # some loaders' processes take seconds to find out that nobody wants their batches any more
+
+
+def read_task(path: str) -> Task:
+    """Out of a JSON file with its attributes as keys."""
+    return Task(**json.loads(Path(path).read_text()))
+
+
+def check(task: Task, images: Any, labels: Any) -> None:
+    """Whether a batch is what all are to give, as far as numbers tell.
+
+    Raises:
+        ValueError: It is not.
+    """
+    shape, wanted = tuple(images.shape), (task.batch_size, 3, task.image_size, task.image_size)
+    if shape != wanted or len(labels) != task.batch_size or str(images.dtype) != "torch.float32":
+        raise ValueError(f"gives {images.dtype} {shape} with {len(labels)} labels; torch.float32 {wanted} was asked for")
+    mean, std = images.mean().item(), images.std().item()
+    if not (abs(mean) < 2 and 0.3 < std < 3):  # from 0 to 1 the deviation is some 0.25
+        raise ValueError(f"gives images of mean {mean:.2f} and deviation {std:.2f}, which are not normalized")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Time on the CPU of a process and of all that descend from it and are still there."""
+    try:
+        # After the name, which may hold anything: fields 14 and 15 of proc_pid_stat(5), user and system time.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS + sum(map(cpu_seconds, children))
