@@ -5,7 +5,7 @@ convolutions): names and shapes of its state dict are those of torchvision's `go
 differs from the notebook it came from, and from the paper.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,12 @@ class GoogLeNet(nn.Module):
         dropout: Probability of dropping a feature before the last layer.
         dropout_aux: The same inside the auxiliary heads; 0.7 in the paper.
         init: Of the weights. "torch": as torch does it, uniform within 1 / sqrt(fan-in) of 0. "he": convolutions normal of std
-            sqrt(2 / fan-out), arXiv 1502.01852, linear layers as follows. "truncated-normal": all of `init_std`, within two of
-            them, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
-        init_std: See `init`.
+            sqrt(2 / fan-out), arXiv 1502.01852, linear layers as follows. "truncated-normal": normal of std `init_std`, at most
+            two of them from 0, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
+        init_std: Standard deviation of what `init` draws from a truncated normal: "he"'s linear layers too.
+
+    Raises:
+        ValueError: There is no such `init`.
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class GoogLeNet(nn.Module):
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
+        if init not in get_args(Init):
+            raise ValueError(f"init {init!r}: there are {', '.join(get_args(Init))}")
         self.aux_logits = aux_logits
         self.transform_input = transform_input
 

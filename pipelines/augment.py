@@ -1,8 +1,10 @@
-"""What happens to images between their encoded bytes and the network, as pieces of a DALI graph; the same for CPU and GPU.
+"""What happens to images between their encoded bytes and the network, as pieces of a DALI graph.
+
+The graph is the same for CPU and GPU but for resizing: bilinear with antialiasing throughout, which is what Pillow's bilinear
+filter does, and which on a CPU torch does (pipelines/resize.py).
 
 The dataclasses are the settings of `--data.crop` and `--data.augment`, and build their piece of the graph. DALI and torch are
-imported where a piece is built, so that the settings can be had without them. Resizing is bilinear with antialiasing
-throughout, which is what Pillow's bilinear filter does; on a CPU torch does it (pipelines/resize.py).
+imported where a piece is built, so that the settings can be had without them.
 """
 
 import contextlib
@@ -319,18 +321,25 @@ def _normalized(
 
 
 def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
-    """The shorter side resized to `resize_shorter`, then the centre `size` x `size`: torchvision's `Resize` and `CenterCrop`.
+    """The shorter side resized to `resize_shorter`, then the centre `size` x `size`, as by torchvision."""
+    if device == "gpu":
+        return center_crop_resampled(encoded, size, resize_shorter, device)
+    from nvidia.dali import fn, types
 
-    On a GPU both happen in one resampling of the region that the crop shows, with torchvision's rounding: the longer side's new
-    length is truncated, the crop's corner is rounded half to even.
+    from pipelines.resize import CenterCropResize
+
+    pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return _resized_on_cpu(pixels, CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads()))
+
+
+def center_crop_resampled(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
+    """The same in one resampling by DALI of the region that the crop shows: uint8 HWC.
+
+    The rounding is torchvision's: the longer side's new length is truncated, the crop's corner is rounded half to even. A GPU's
+    way, which can be had on a CPU too, where it is slower.
     """
     from nvidia.dali import fn, types
 
-    if device == "cpu":
-        from pipelines.resize import CenterCropResize
-
-        pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        return _resized_on_cpu(pixels, CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads()))
     height_width = fn.peek_image_shape(encoded)[:2]
     resized = height_width * resize_shorter // fn.reductions.min(height_width)
     margin = resized - size
@@ -338,7 +347,7 @@ def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, de
     corner = half + (margin - 2 * half) * (half - half // 2 * 2)
     # From pixels of the resized image, which never exists, to pixels of the original.
     to_original = fn.cast(height_width, dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
-    pixels = fn.decoders.image(encoded, device="mixed", output_type=types.RGB)
+    pixels = fn.decoders.image(encoded, device=_DECODER[device], output_type=types.RGB)
     return fn.resize(
         pixels,
         size=[size, size],

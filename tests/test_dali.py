@@ -8,18 +8,23 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
 from pipelines import DataConfig, Loader, build_loader
-from pipelines.augment import RandomResizedCrop
-from pipelines.loader import STD
+from pipelines.augment import RandomResizedCrop, center_crop_resampled
+from pipelines.loader import MEAN, STD, resize_shorter_for
 from pipelines.notation import augmentation_classes
+from pipelines.pillow import resized_center_crop
 from tests.conftest import write_image
 from tests.loader_contract import make_loader, same, saved, take
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
 CPU = torch.device("cpu")
+# Every rounding of the resized length and of the crop's corner occurs.
+SIZES = [(500, 375), (375, 500), (256, 256), (301, 256), (256, 259), (1000, 777), (640, 427), (83, 120), (224, 91)]
 
 
 def valid_loader(shards: Path | str, backend: str = "dali", image_size: int = 224, batch_size: int = 4) -> Loader:
@@ -42,22 +47,54 @@ def mean_differences(shards: Path, image_size: int) -> list[float]:
 
 @pytest.mark.parametrize("image_size", [32, 64, 224])
 def test_valid_pixels_are_pillows(tmp_path: Path, image_size: int) -> None:
-    """Sizes are chosen so that every rounding of the resized length and of the crop's corner occurs."""
-    sizes = [(500, 375), (375, 500), (256, 256), (301, 256), (256, 259), (1000, 777), (640, 427), (83, 120), (224, 91)]
-    for i, size in enumerate(sizes):
+    for i, size in enumerate(SIZES):
         write_image(tmp_path / "images" / "a" / f"{i}.png", i, size)
         write_image(tmp_path / "images" / "b" / f"{i}.jpg", 100 + i, size, quality=92)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=100), num_workers=1)
     differences = mean_differences(tmp_path / "shards", image_size)
-    assert len(differences) == 2 * len(sizes)
-    assert max(differences[: len(sizes)]) < 0.01  # PNG
+    assert len(differences) == 2 * len(SIZES)
+    assert max(differences[: len(SIZES)]) < 0.01  # PNG
     assert max(differences) < 0.15  # decoders of JPEG differ by a little
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 224])
+def test_the_gpus_resizing_is_pillows(tmp_path: Path, image_size: int) -> None:
+    """The operators that validation has on a GPU, run on the CPU."""
+    paths = [tmp_path / f"{i}.png" for i in range(len(SIZES))]
+    for i, path in enumerate(paths):
+        write_image(path, i, SIZES[i])
+    encoded = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+
+    @pipeline_def(batch_size=len(SIZES), num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda: encoded, batch=True, dtype=types.UINT8, ndim=1)
+        return center_crop_resampled(images, image_size, resize_shorter_for(image_size), "cpu")
+
+    [images] = pipeline().run()
+    for i, path in enumerate(paths):
+        reference = np.asarray(resized_center_crop(Image.open(path), image_size), np.float32)
+        # It differs by half a gray value where the resized sides are rounded.
+        assert np.abs(np.asarray(images.at(i), np.float32) - reference).mean() < 0.3
+
+
+def test_a_line_is_an_image(tmp_path: Path) -> None:
+    """Resized whole, 20,000 pixels by one would become 3 GB; and the crop shows the middle of a strip as Pillow has it."""
+    for i, size in enumerate([(20_000, 1), (1, 20_000), (2000, 90), (90, 2001)]):
+        write_image(tmp_path / "images" / str(i) / "0.png", i, size)
+    convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=4), num_workers=1)
+    with valid_loader(tmp_path / "shards") as dali:
+        [batch] = dali
+    pixels = 255 * (batch["image"] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
+    for image, label in zip(pixels, batch["target"].tolist(), strict=True):
+        if label >= 2:
+            reference = np.asarray(resized_center_crop(Image.open(tmp_path / "images" / str(label) / "0.png"), 224), np.float32)
+            assert np.abs(image.permute(1, 2, 0).numpy() - reference).mean() < 0.3
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) -> None:
     epochs = []
-    for num_threads in (1, 9):  # with more than four, several resize a batch
+    for num_threads in (1, 5):  # with more than two, several resize a batch
         options: dict[str, Any] = {"batch_size": 10, "image_size": 32, "device": CPU, "num_threads": num_threads}
         with build_loader(DataConfig(train=str(shards), valid=str(shards)), split, **options) as loader:
             epochs.append([batch["image"] for batch in loader])

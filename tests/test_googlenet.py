@@ -129,6 +129,11 @@ def test_initial_weights(init: Init, conv_std: float, linear_std: float) -> None
     assert linear.bias.any() == (init == "torch")
 
 
+def test_unknown_initial_weights() -> None:
+    with pytest.raises(ValueError, match=r"^init 'orthogonal': there are torch, he, truncated-normal$"):
+        googlenet(init="orthogonal")  # type: ignore[arg-type]
+
+
 def test_state_dict_is_torchvisions() -> None:
     state = googlenet(num_classes=7).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected_shapes(7)
