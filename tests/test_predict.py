@@ -162,7 +162,9 @@ def test_order_and_repetition(checkpoint: Path, mixed: Path, shards: Path) -> No
     assert torch.allclose(probabilities(done.predictions[0]), probabilities(done.predictions[-1]), atol=1e-5)
 
 
-def test_a_pattern_that_the_shell_has_left(checkpoint: Path, mixed: Path) -> None:
+def test_patterns_that_the_shell_has_left(checkpoint: Path, mixed: Path) -> None:
+    done = predict(checkpoint, mixed / "sub" / "**" / "*", mixed / "g.w*", "--json")
+    assert [prediction["path"] for prediction in done.predictions] == [f"{mixed}/sub/deep/i.jpg", f"{mixed}/g.webp"]
     done = predict(checkpoint, mixed / "**" / "*.jpg", "--json")
     assert [prediction["path"] for prediction in done.predictions] == [f"{mixed}/a.jpg", f"{mixed}/sub/deep/i.jpg"]
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == [

@@ -125,7 +125,7 @@ def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tupl
     """What the command line names, in its order.
 
     Args:
-        inputs: Image files, folders of images, and shards as for `open_shards`.
+        inputs: Image files and patterns for them, folders of images, and shards as for `open_shards`.
         split: Which, of a folder of shards with several.
         label_key: See `open_shards`.
         classes: Names of classes by number, where shards have none of their own.
@@ -154,9 +154,11 @@ def _open_input(location: str, split: str, label_key: str, classes: tuple[str, .
     if path.is_file() and path.suffix != ".tar":
         return ImageFiles([location])
     if not path.exists() and not is_url(location):
-        if glob.has_magic(location) and _is_image(location):  # a pattern that the shell has left as it is
-            if paths := sorted(glob.glob(location, recursive=True)):
-                return ImageFiles(paths)
+        # A pattern that the shell has left as it is.
+        paths = [match for match in sorted(glob.glob(location, recursive=True)) if not Path(match).is_dir()]
+        if paths and not any(match.endswith(".tar") for match in paths):
+            return ImageFiles(paths)
+        if glob.has_magic(location) and _is_image(location):
             raise ValueError(f"{location}: no such image")
         if not set(location) & set("*?[{"):
             raise ValueError(f"{location}: no such file or folder")
