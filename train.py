@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipelines import Loader, ShardSet, build_loader, open_shards
-from pipelines.meter import Meter, Rates
+from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.mix import mix
 from pipelines.order import order_warning
 from pipelines.quarantine import FILE_NAME as QUARANTINE
@@ -264,6 +264,8 @@ def train_epoch(job: Job, loader: Loader, meter: Meter, run: RunFolder) -> Itera
             log_step(job, i, lr, loader, meter, run)
         if job.step < end:
             yield
+        else:
+            log_pace(job, meter)
     yield  # the epoch's last step, once the loader is at the beginning of the next epoch
 
 
@@ -337,6 +339,25 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
             f"and were skipped; {run.path / 'last.pt'} has the last saved weights, if any were: begin anew with "
             "--init-from, and a lower --optim.lr or a --grad-clip"
         )
+
+
+def log_pace(job: Job, meter: Meter) -> None:
+    """Says at an epoch's end what set its pace, over all ranks; the first batches, which are slower, are told apart.
+
+    Where ranks wait for each other, only those that wait for data count that time as such.
+    """
+    own = [value for rates in (meter.warm_up, meter.steady) for value in (rates.images, rates.seconds, rates.wait_seconds)]
+    sums = job.world.sum(torch.tensor(own, dtype=torch.float64, device=job.device)).tolist()
+    warm_up, steady = (
+        Rates(int(images), seconds / job.world.size, wait_seconds / job.world.size)
+        for images, seconds, wait_seconds in (sums[:3], sums[3:])
+    )
+    pace = steady if steady.images else warm_up  # of an epoch that is no longer than that
+    log.info(
+        "epoch %d/%d  train: %.1f images/s  (first %d batches: %.1f s, %.1f s of them waiting)  %s",
+        *(job.epoch, job.config.epochs, pace.images_per_second, WARM_UP_BATCHES, warm_up.seconds, warm_up.wait_seconds),
+        verdict(job.device.type, pace.data_wait_percent),
+    )
 
 
 def validate(job: Job, loader: Loader, leave: Leave) -> Evaluation | None:

@@ -1,13 +1,21 @@
-"""Throughput, and how long the device waited for data."""
+"""Throughput, how long the device waited for data, and which of the two, model or data, sets the pace."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from pipelines.loader import Batch, Loader
+
+# Of each pass over the data: a pipeline fills its queues then, and in a run's first pass memory is found, kernels are chosen.
+WARM_UP_BATCHES = 3
+# From here on waiting is worth mending.
+DATA_BOUND_PERCENT = 5.0
+
+Mark = Any  # an instant: seconds on the host's clock, or an event in the GPU's stream
 
 
 @dataclass
@@ -26,55 +34,70 @@ class Rates:
     def data_wait_percent(self) -> float:
         return min(100.0, 100 * self.wait_seconds / self.seconds) if self.seconds else 0.0
 
-
-@dataclass
-class _CPUWait:
-    """On a CPU the step is done when it returns, so the wait is the time spent in the loader's `next`."""
-
-    seconds: float = 0.0
-    _asked: float = 0.0
-
-    def asked(self) -> None:
-        self._asked = time.perf_counter()
-
-    def arrived(self) -> None:
-        self.seconds += time.perf_counter() - self._asked
-
-    def take(self) -> float:
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def add(self, other: "Rates") -> None:
+        self.images += other.images
+        self.seconds += other.seconds
+        self.wait_seconds += other.wait_seconds
 
 
-@dataclass
-class _CUDAWait:
-    """On a GPU, work is queued: the time in `next` says little, and waiting for the device at each step would cost throughput.
+def verdict(device_type: str, wait_percent: float, own_rate_percent: float | None = None, cause: str = "") -> str:
+    """What sets the pace, in one line.
 
-    Two events a step are put into the stream instead, one after the step's work and one when the next batch is there. What
-    lies between them the device spent without work. They are read when the caller takes the sum, as it does to log a loss.
+    Args:
+        device_type: "cuda" or "cpu".
+        wait_percent: Part of the time in which the device waits for data.
+        own_rate_percent: The rate, of that which the model has without waiting and without loading. Where it has not been
+            measured, it is what waiting leaves.
+        cause: What to say about data that is waited for, where more is known than for how long.
+    """
+    if wait_percent >= DATA_BOUND_PERCENT:
+        return f"data-bound{cause or f': waits {wait_percent:.0f} % of the time for data'}"
+    own_rate_percent = 100 - wait_percent if own_rate_percent is None else own_rate_percent
+    return f"{'GPU' if device_type == 'cuda' else 'compute'}-bound: {own_rate_percent:.1f} % of the model's own rate"
+
+
+class _CPUClock:
+    """On a CPU a step is done when it returns: the host's clock will do."""
+
+    def mark(self) -> Mark:
+        return time.perf_counter()
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+    def seconds(self, start: Mark, end: Mark) -> float:
+        return float(end - start)
+
+
+class _CUDAClock:
+    """On a GPU work is queued: the host's clock says little, and waiting for the device at each step would cost throughput.
+
+    An event is put into the stream instead, and read when the caller takes the rates, as it does to log a loss. Between one
+    after a step's work and one when the next batch is there the device had nothing to do.
     """
 
-    device: torch.device
-    _gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    _idle_from: torch.cuda.Event | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-    def _record(self) -> torch.cuda.Event:
+    def mark(self) -> Mark:
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def asked(self) -> None:
-        self._idle_from = self._record()
+    def wait(self, mark: Mark) -> None:
+        mark.synchronize()
 
-    def arrived(self) -> None:
-        assert self._idle_from is not None
-        self._gaps.append((self._idle_from, self._record()))
+    def seconds(self, start: Mark, end: Mark) -> float:
+        return float(start.elapsed_time(end)) / 1000
 
-    def take(self) -> float:
-        if self._gaps:
-            self._gaps[-1][1].synchronize()
-        milliseconds = sum(start.elapsed_time(end) for start, end in self._gaps)
-        self._gaps.clear()
-        return milliseconds / 1000
+
+@dataclass(frozen=True)
+class _Taken:
+    """A batch: when it was asked for, when it was there, how many images it has."""
+
+    asked: Mark
+    arrived: Mark
+    images: int
 
 
 class Meter:
@@ -82,36 +105,48 @@ class Meter:
 
     Attributes:
         total: Since the beginning, up to the last `take()`.
+        warm_up: Of the first `WARM_UP_BATCHES` batches of the last pass over `batches()` and their steps: what the start of a
+            pipeline, and in a run's first pass of everything else, costs.
+        steady: Of the batches after those.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._wait = _CUDAWait(device) if device.type == "cuda" else _CPUWait()
-        self._images = 0
-        self._since = time.perf_counter()
-        self.total = Rates()
+        self._clock: _CUDAClock | _CPUClock = _CUDAClock(device) if device.type == "cuda" else _CPUClock()
+        self._taken: list[_Taken] = []
+        self._since = self._clock.mark()
+        self._num_counted = 0  # batches of this pass that are in its rates
+        self.total, self.warm_up, self.steady = Rates(), Rates(), Rates()
 
     def batches(self, loader: Loader) -> Iterator[Batch]:
-        """One epoch of the loader, measured. A pause between two epochs (validation, say) does not count."""
+        """One epoch of the loader, or what is left of it, measured. A pause between two (validation, say) does not count."""
         loader.reset()
-        self._wait.take()
-        self._images, self._since = 0, time.perf_counter()
+        self._taken.clear()
+        self._num_counted = 0
+        self.warm_up, self.steady = Rates(), Rates()
+        self._since = self._clock.mark()
         while True:
-            self._wait.asked()
+            asked = self._clock.mark()
             with record_function("data: next batch"):
                 batch = loader.next()
             if batch is None:
                 return
-            self._wait.arrived()
-            self._images += len(batch["target"])
+            self._taken.append(_Taken(asked, self._clock.mark(), len(batch["target"])))
             yield batch
 
     def take(self) -> Rates:
         """The rates since the last call, or since the epoch began; on a GPU this waits for the work queued so far."""
-        wait_seconds = self._wait.take()
-        now = time.perf_counter()
-        rates = Rates(self._images, now - self._since, wait_seconds)
-        self._images, self._since = 0, now
-        self.total.images += rates.images
-        self.total.seconds += rates.seconds
-        self.total.wait_seconds += rates.wait_seconds
+        end = self._clock.mark()
+        self._clock.wait(end)
+        ends = [*(batch.asked for batch in self._taken[1:]), end]
+        rates = Rates()
+        for batch, until in zip(self._taken, ends, strict=False):
+            seconds, wait_seconds = self._clock.seconds(self._since, until), self._clock.seconds(batch.asked, batch.arrived)
+            of_batch = Rates(batch.images, seconds, wait_seconds)
+            rates.add(of_batch)
+            (self.warm_up if self._num_counted < WARM_UP_BATCHES else self.steady).add(of_batch)
+            self._num_counted += 1
+            self._since = until
+        self._taken.clear()
+        self._since = end
+        self.total.add(rates)
         return rates

@@ -1,4 +1,4 @@
-"""The meter, on a clock that the test moves."""
+"""The meter, on a clock that the test moves; and what is made of its figures."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines import Batch
-from pipelines.meter import Meter
+from pipelines.meter import Meter, Rates, verdict
 from pipelines.synthetic import SyntheticLoader
 
 
@@ -19,16 +19,18 @@ class Clock:
 
 
 class SlowLoader(SyntheticLoader):
-    """Four batches of 8, each after 3 seconds."""
+    """Batches of 8, four unless told otherwise, each after 3 seconds, but for a slower first one."""
 
-    def __init__(self, clock: Clock) -> None:
-        cpu = torch.device("cpu")
-        super().__init__(32, train=True, batch_size=8, image_size=1, device=cpu, dtype=torch.float32, num_classes=2)
-        self.clock = clock
+    def __init__(self, clock: Clock, num_batches: int = 4, first_seconds: float = 3) -> None:
+        cpu, samples = torch.device("cpu"), 8 * num_batches
+        super().__init__(samples, train=True, batch_size=8, image_size=1, device=cpu, dtype=torch.float32, num_classes=2)
+        self.clock, self.first_seconds, self.is_first = clock, first_seconds, True
 
     def next(self) -> Batch | None:
         batch = super().next()
-        self.clock.now += 3 if batch is not None else 0
+        if batch is not None:
+            self.clock.now += self.first_seconds if self.is_first else 3
+            self.is_first = False
         return batch
 
 
@@ -46,6 +48,43 @@ def test_wait_and_rate_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.total.images == 64
     assert meter.total.seconds == pytest.approx(32)
     assert meter.total.data_wait_percent == pytest.approx(75)
+
+
+def test_the_first_batches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each pass anew, wherever the rates are taken meanwhile; in all they count like others."""
+    clock = Clock()
+    monkeypatch.setattr("pipelines.meter.time", SimpleNamespace(perf_counter=clock))
+    meter = Meter(torch.device("cpu"))
+    for take_after in (2, 3, 5):
+        taken = Rates()
+        for number, _ in enumerate(meter.batches(SlowLoader(clock, num_batches=5, first_seconds=60)), 1):
+            clock.now += 40 if number == 1 else 1
+            if number in (take_after, 5):
+                taken.add(meter.take())
+                clock.now += 0.5  # the log, which is the next step's time
+        slow = 0.5 if take_after == 2 else 0
+        assert meter.warm_up == Rates(images=24, seconds=60 + 40 + 2 * (3 + 1) + slow, wait_seconds=60 + 2 * 3)
+        slow = 0.5 if take_after == 3 else 0
+        assert meter.steady == Rates(images=16, seconds=2 * (3 + 1) + slow, wait_seconds=2 * 3)
+        meter.warm_up.add(meter.steady)
+        assert meter.warm_up == taken
+    assert meter.total.images == 3 * 40
+    next(meter.batches(SlowLoader(clock)))
+    assert meter.steady == meter.warm_up == Rates()
+
+
+@pytest.mark.parametrize(
+    ("device_type", "wait", "own", "cause", "text"),
+    [
+        ("cuda", 0.7, None, "", "GPU-bound: 99.3 % of the model's own rate"),
+        ("cpu", 4.9, None, "", "compute-bound: 95.1 % of the model's own rate"),
+        ("cpu", 0.4, 88.0, " by decode", "compute-bound: 88.0 % of the model's own rate"),
+        ("cuda", 23.4, None, "", "data-bound: waits 23 % of the time for data"),
+        ("cpu", 5.0, 94.0, " by decode: loader 9 img/s", "data-bound by decode: loader 9 img/s"),
+    ],
+)
+def test_verdict(device_type: str, wait: float, own: float | None, cause: str, text: str) -> None:
+    assert verdict(device_type, wait, own, cause) == text
 
 
 @pytest.mark.parametrize(("step_seconds", "idle_seconds"), [(1.0, 9.0), (12.0, 3.0)])
@@ -79,7 +118,9 @@ def test_wait_on_a_gpu_is_what_its_stream_idles(
     meter = Meter(torch.device("cuda", 0))
     for _ in meter.batches(SlowLoader(clock)):
         device.done = max(device.done, clock.now) + step_seconds
-    clock.now = max(clock.now, device.done)  # reading the loss waits for the device
     rates = meter.take()
+    assert clock.now == device.done  # the caller is about to read the loss
+    assert rates.seconds == pytest.approx(3 + 3 * max(3, step_seconds) + step_seconds)
+    assert (meter.warm_up.images, meter.steady.images) == (24, 8)
     assert rates.wait_seconds == pytest.approx(idle_seconds)
     assert rates.images == 32

@@ -85,6 +85,12 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     assert last["best"] == max(max(line["top1"], line["ema_top1"]) for line in valid)
     assert load_checkpoint(run / "best.pt")["best"] == last["best"]
     assert re.search(r"epoch 1/2  step 3/7  loss \S+  lr \S+  \S+ images/s  data wait \S+ %  \d+m\d\ds left", printed)
+    paces = re.findall(r"epoch (\d)/2  train: \S+ images/s  \(first 3 batches: \S+ s, \S+ s of them waiting\)  (.*)\n", printed)
+    assert [epoch for epoch, _ in paces] == ["1", "2"]
+    for _, verdict in paces:
+        assert re.fullmatch(
+            r"compute-bound: \d+\.\d % of the model's own rate|data-bound: waits \d+ % of the time for data", verdict
+        )
     assert re.search(r"top-1 +\d+\.\d % +\d+\.\d %\n", printed)
     assert re.search(r"training: \d+\.\d images/s, \d+\.\d % of the time spent waiting for data", printed)
     assert str(run) in printed
