@@ -70,6 +70,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("export", ["--help"]),
         ("throughput", ["step", "--help"]),
         ("throughput", ["compare", "--help"]),
+        ("throughput", ["model", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

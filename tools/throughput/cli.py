@@ -229,9 +229,69 @@ class Step:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Compare | Convert | Plan | Remote | Step]] = {
+@dataclass(frozen=True)
+class Network:
+    """What of the network its speed depends on."""
+
+    aux_logits: bool = True
+    """Train with the two auxiliary heads."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Measure the training step alone, over precisions and batch sizes, on batches that lie on the device.
+
+    A matrix product in the same precision, which takes turns with the steps, says what the device's arithmetic can do.
+    """
+
+    batch_sizes: tuple[int, ...] = (16, 32, 64)
+    """Images a step."""
+    precisions: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    """As --precision of train.py; tf32 and fp16 need a GPU."""
+    image_size: int = 224
+    """Side of the images, pixels."""
+    model: Network = Network()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """As --device of train.py."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """As --compile of train.py."""
+    torch_threads: int | None = None
+    """CPU threads for the arithmetic; by default torch's own choice."""
+    steps: int = 20
+    """Steps of a turn."""
+    rounds: int = 5
+    """Turns of each precision with each batch size."""
+    json: Path | None = None
+    """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
+
+    def run(self) -> int:
+        if self.steps < 1 or self.rounds < 1:
+            raise ValueError(f"--steps {self.steps} --rounds {self.rounds}: at least 1 of each is needed")
+        if min(self.batch_sizes, default=0) < 2:
+            raise ValueError(f"--batch-sizes {' '.join(map(str, self.batch_sizes))}: sizes from 2 on are needed")
+        from tools.throughput.model import benchmark
+        from training.config import Config, ModelConfig
+
+        config = Config(
+            epochs=1000,  # the schedule goes on all the time
+            image_size=self.image_size,
+            model=ModelConfig(aux_logits=self.model.aux_logits),
+            device=self.device,
+            compile=self.compile,
+            torch_threads=self.torch_threads,
+        )
+        batch_sizes, precisions = dict.fromkeys(self.batch_sizes), dict.fromkeys(self.precisions)
+        report = benchmark(config, batch_sizes=[*batch_sizes], precisions=[*precisions], steps=self.steps, rounds=self.rounds)
+        print(report, flush=True)
+        if self.json is not None:
+            self.json.write_text(report.as_json() + "\n")
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Compare | Convert | Model | Plan | Remote | Step]] = {
     "compare": Compare,
     "convert": Convert,
+    "model": Model,
     "plan": Plan,
     "remote": Remote,
     "step": Step,

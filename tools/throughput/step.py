@@ -96,21 +96,13 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         torch.set_num_threads(config.torch_threads)
     device = choose_device(config.device)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
-    loader = SyntheticLoader(
-        steps * config.batch_size,
-        train=True,
-        batch_size=config.batch_size,
-        image_size=config.image_size,
-        device=device,
-        dtype=torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32,
-        num_classes=NUM_CLASSES,
-    )
+    loader = make_loader(config, device, autocast_dtype, steps)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
     loops = {
         BAREST: make_barest(config, world, autocast_dtype, loader, steps),
         TRAINER: make_trainer(config, world, autocast_dtype, loader, steps),
     }
-    outcomes = take_turns({name: _measured(loop, steps, device) for name, loop in loops.items()}, rounds)
+    outcomes = take_turns({name: measured(loop, steps, device) for name, loop in loops.items()}, rounds)
     base = outcomes[BAREST].turns
     results = [
         Result(
@@ -133,6 +125,19 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         describe_hardware(),
         versions(("torch",)),
         now(),
+    )
+
+
+def make_loader(config: Config, device: torch.device, autocast_dtype: torch.dtype | None, steps: int) -> SyntheticLoader:
+    """Of as many batches as steps, which lie on the device."""
+    return SyntheticLoader(
+        steps * config.batch_size,
+        train=True,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        device=device,
+        dtype=torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32,
+        num_classes=NUM_CLASSES,
     )
 
 
@@ -193,7 +198,7 @@ def make_barest(
     return run
 
 
-def _measured(loop: Callable[[], None], steps: int, device: torch.device) -> Callable[[], Turn]:
+def measured(loop: Callable[[], None], steps: int, device: torch.device) -> Callable[[], Turn]:
     """The loop as a competitor, warm."""
 
     def wait() -> None:
