@@ -71,6 +71,7 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("throughput", ["step", "--help"]),
         ("throughput", ["compare", "--help"]),
         ("throughput", ["model", "--help"]),
+        ("throughput", ["train", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from pipelines import DataConfig
+from pipelines.mix import MixConfig
 from tools import command
 
 DESCRIPTION = """How fast things are here, against their peers and against what they cannot be faster than.
@@ -288,13 +290,84 @@ class Model:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Compare | Convert | Model | Plan | Remote | Step]] = {
+@dataclass(frozen=True)
+class Train:
+    """Measure a training job beside the same job without its data, and try what may make it faster.
+
+    Job, model alone, loader alone take turns: the job whole; on shards that have left the page cache; on a few of its batches,
+    held in memory; on a synthetic batch. The last line says whether data holds it up, and which of the remedies tried helped:
+    other numbers of --data.threads, smaller images in the shards. Options are those of train.py, but for those that its speed
+    does not depend on. --data.valid is not used.
+    """
+
+    data: DataConfig = DataConfig()
+    mix: MixConfig = MixConfig()
+    model: Network = Network()
+    batch_size: int = 64
+    """As --batch-size of train.py."""
+    accumulate_steps: int = 1
+    """As --accumulate-steps of train.py."""
+    image_size: int = 224
+    """As --image-size of train.py."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """As --device of train.py."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """As --precision of train.py."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """As --compile of train.py."""
+    grad_clip: float | None = None
+    """As --grad-clip of train.py."""
+    torch_threads: int | None = None
+    """As --torch-threads of train.py."""
+    seed: int = 0
+    """As --seed of train.py."""
+    steps: int = 20
+    """Steps of a turn, after those that warm up."""
+    rounds: int = 5
+    """Turns of each; at least 3, as fewer say nothing of the noise."""
+    json: Path | None = None
+    """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
+
+    def run(self) -> int:
+        if not self.data.train:
+            raise ValueError("--data.train is needed, the shards to train on")
+        if self.data.size_schedule:
+            raise ValueError("--data.size-schedule: one size is measured, that of --image-size")
+        if self.steps < 1 or self.rounds < 3:
+            raise ValueError(f"--steps {self.steps} --rounds {self.rounds}: at least 1 step and 3 rounds are needed")
+        from tools.throughput.train import benchmark
+        from training.config import Config, ModelConfig
+
+        config = Config(
+            epochs=1000,  # the schedule goes on all the time
+            data=self.data,
+            mix=self.mix,
+            model=ModelConfig(aux_logits=self.model.aux_logits),
+            batch_size=self.batch_size,
+            accumulate_steps=self.accumulate_steps,
+            image_size=self.image_size,
+            device=self.device,
+            precision=self.precision,
+            compile=self.compile,
+            grad_clip=self.grad_clip,
+            torch_threads=self.torch_threads,
+            seed=self.seed,
+        )
+        report = benchmark(config, steps=self.steps, rounds=self.rounds)
+        print(report, flush=True)
+        if self.json is not None:
+            self.json.write_text(report.as_json() + "\n")
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Compare | Convert | Model | Plan | Remote | Step | Train]] = {
     "compare": Compare,
     "convert": Convert,
     "model": Model,
     "plan": Plan,
     "remote": Remote,
     "step": Step,
+    "train": Train,
 }
 
 

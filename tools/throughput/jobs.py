@@ -1,0 +1,211 @@
+"""Turns of a training job in this process: whole, and without what it may have to wait for."""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipelines import Batch, DataConfig, Loader, ShardSet, build_loader
+from pipelines.meter import WARM_UP_BATCHES, Meter, Rates
+from pipelines.mix import mix
+from pipelines.synthetic import SyntheticLoader
+from tools.throughput.competitors import ROOT
+from tools.throughput.process import run_measured
+from tools.throughput.rounds import TurnError
+from training.config import Config, choose_autocast_dtype, share_threads
+from training.job import build_job, train_step
+from training.world import World
+
+CACHED_BATCHES = 4
+
+Step = Callable[[Batch], None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn came to, by the meter that train.py has."""
+
+    images_per_second: float
+    wait_percent: float
+
+
+class CachedLoader(SyntheticLoader):
+    """The same few batches again and again, as many as there would be of synthetic ones."""
+
+    def __init__(self, batches: Sequence[Batch], num_samples: int) -> None:
+        image = batches[0]["image"]
+        super().__init__(
+            num_samples,
+            train=True,
+            batch_size=len(image),
+            image_size=image.shape[-1],
+            device=image.device,
+            dtype=image.dtype,
+            num_classes=1,
+        )
+        self._batches = itertools.cycle(batches)
+
+    def next(self) -> Batch | None:
+        return None if super().next() is None else next(self._batches)
+
+
+class JobTurns:
+    """The job of a configuration on local shards, its model made once, its loader anew for each turn.
+
+    So all turns read the same samples, those with which the first epoch begins.
+
+    Args:
+        config: That of train.py.
+        shards: Of its training split.
+        device: Where to train.
+        steps: That count in a turn; the first `WARM_UP_BATCHES` batches of each epoch do not.
+
+    Attributes:
+        arithmetic: Its dtype, for people.
+        torch_threads: As train.py shares them out.
+        data_threads: The same for the loader.
+    """
+
+    def __init__(self, config: Config, shards: ShardSet, device: torch.device, steps: int) -> None:
+        self.config, self._shards, self._device = config, shards, device
+        self._num_batches = steps * config.accumulate_steps
+        self.torch_threads, self.data_threads = share_threads(config, device, 1)
+        torch.set_num_threads(self.torch_threads)
+        autocast_dtype = choose_autocast_dtype(config.precision, device)
+        self._dtype = torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32
+        self._num_classes = shards.num_classes()
+        self._job = build_job(
+            config,
+            World(rank=0, size=1, local_rank=0, local_size=1, device=device),
+            num_classes=self._num_classes,
+            classes=None,
+            autocast_dtype=autocast_dtype,
+            steps_per_epoch=max(1, shards.num_samples // (config.batch_size * config.accumulate_steps)),
+        )
+        self._job.model.train()
+        self.arithmetic = self._job.arithmetic
+        with self._open(config.data) as loader:
+            self._cached = list(itertools.islice(loader, CACHED_BATCHES))
+
+    def model(self, torch_threads: int | None = None) -> Turn:
+        """The job on one synthetic batch that lies on the device."""
+        torch.set_num_threads(torch_threads or self.torch_threads)
+        loader = SyntheticLoader(
+            self._shards.num_samples,
+            train=True,
+            batch_size=self.config.batch_size,
+            image_size=self.config.image_size,
+            device=self._device,
+            dtype=self._dtype,
+            num_classes=self._num_classes,
+        )
+        turn = self._run(loader, self._step)
+        torch.set_num_threads(self.torch_threads)
+        return turn
+
+    def cached(self) -> Turn:
+        """The job on a few batches of its own, which stay where the loader has put them."""
+        return self._run(CachedLoader(self._cached, self._shards.num_samples), self._step)
+
+    def job(self, data: DataConfig | None = None, data_threads: int | None = None) -> Turn:
+        """The job as it is, or with other data."""
+        with self._open(data or self.config.data, data_threads) as loader:
+            return self._run(loader, self._step)
+
+    def cold(self) -> Turn:
+        """The job as it is after its shards have left the page cache.
+
+        Raises:
+            TurnError: They do not leave it.
+        """
+        drop_from_page_cache(self._shards.tars)
+        return self.job()
+
+    def loader(self, data_threads: int | None = None) -> Turn:
+        """The loader alone."""
+        with self._open(self.config.data, data_threads) as loader:
+            return self._run(loader, lambda batch: None)
+
+    def resized(self, size: int, folder: Path) -> DataConfig:
+        """The settings for some of the shards, as many as a turn reads, with the images converted to that shorter side.
+
+        Args:
+            size: Pixels.
+            folder: For the converted shards, which are made when it is not there.
+
+        Raises:
+            TurnError: The conversion failed.
+        """
+        data = self.config.data
+        if not folder.exists():
+            sample = folder.with_name(f"{folder.name}-of")
+            sample.mkdir()
+            for number, tar in enumerate(self._enough_tars()):
+                (sample / f"{number:06d}.tar").symlink_to(os.path.abspath(tar))
+            options = ["--resize", str(size), "--source", "webdataset", "--class-file", data.class_file]
+            options += ["--label-key", data.label_key] if data.label_key else []
+            run_measured([sys.executable, "-m", "tools.shards", "convert", sample, folder, *options], ROOT, sample, {})
+        return dataclasses.replace(data, train=str(folder), index_dir="", label_key="", class_file="", quarantine=())
+
+    def _enough_tars(self) -> Iterable[Path | str]:
+        wanted = (self._num_batches + WARM_UP_BATCHES) * self.config.batch_size
+        before = [0, *itertools.accumulate(self._shards.lengths)]
+        return [tar for tar, count in zip(self._shards.tars, before, strict=False) if count < wanted]
+
+    def _open(self, data: DataConfig, data_threads: int | None = None) -> Loader:
+        return build_loader(
+            data,
+            "train",
+            shards=self._shards if data == self.config.data else None,
+            batch_size=self.config.batch_size,
+            image_size=self.config.image_size,
+            device=self._device,
+            dtype=self._dtype,
+            num_classes=self._num_classes,
+            num_threads=data_threads or self.data_threads,
+            seed=self.config.seed,
+        )
+
+    def _step(self, batch: Batch) -> None:
+        config, job = self.config, self._job
+        options = {"num_classes": self._num_classes, "step": job.step, "seed": config.seed}
+        train_step(job, *mix(config.mix, batch["image"], batch["target"], **options))
+
+    def _run(self, loader: Loader, step: Step) -> Turn:
+        """Epoch after epoch until enough batches count."""
+        meter, steady, left = Meter(self._device), Rates(), self._num_batches
+        while left:
+            for number, batch in enumerate(meter.batches(loader), 1):
+                step(batch)
+                left -= number > WARM_UP_BATCHES
+                if not left or number == len(loader):
+                    break
+            meter.take()
+            steady.add(meter.steady)
+        return Turn(steady.images_per_second, steady.data_wait_percent)
+
+
+def drop_from_page_cache(files: Iterable[Path | str]) -> None:
+    """Makes the next reader of files fetch them from storage.
+
+    Raises:
+        TurnError: They stay, as they do in a file system in memory, or it cannot be told.
+    """
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is not written yet would stay
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)  # succeeds only for what is in memory
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise TurnError(f"whether {path} is in the page cache cannot be told: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+        raise TurnError(f"{path} does not leave the page cache")
