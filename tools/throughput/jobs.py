@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.job import build_job, train_step
 from training.world import World
 
 CACHED_BATCHES = 4
+DROP_TRIES, DROP_SECONDS = 10, 0.1
 
 Step = Callable[[Batch], None]
 
@@ -197,15 +199,25 @@ def drop_from_page_cache(files: Iterable[Path | str]) -> None:
         TurnError: They stay, as they do in a file system in memory, or it cannot be told.
     """
     for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # what is not written yet would stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)  # succeeds only for what is in memory
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise TurnError(f"whether {path} is in the page cache cannot be told: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
-        raise TurnError(f"{path} does not leave the page cache")
+        for _ in range(DROP_TRIES):
+            if _drop(path):
+                break
+            time.sleep(DROP_SECONDS)
+        else:
+            raise TurnError(f"not measured: {path} does not leave the page cache")
+
+
+def _drop(path: Path | str) -> bool:
+    """Whether a file has left the page cache; a page that somebody is using stays."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # what is not written yet would stay
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)  # succeeds only for what is in memory
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise TurnError(f"not measured: whether {path} is in the page cache cannot be told ({error.strerror})") from error
+    finally:
+        os.close(descriptor)
+    return False

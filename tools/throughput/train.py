@@ -68,7 +68,8 @@ class Report:
         fetch_stall_percent: The job whose shards have been dropped from the page cache against the one that finds them there:
             storage that neither of them hides. None where they cannot be dropped, as from a file system in memory.
         of_both_percent: On a CPU, where step and loader share the cores: the job's rate as a part of 1 / (1 / model + 1 /
-            loader), each of them alone with all cores, which is what both costs added up allow.
+            loader), which is what both costs added up allow. Each of them is alone with all cores then, or with its threads
+            of the job where these are the faster: threads that other programs disturb wait for each other.
         trials: Where the data costs the job 5 % or more: the job again, and after it what might make it faster.
         verdict: What sets the pace; and those trials that helped, whose intervals lie above the job's.
     """
@@ -222,8 +223,12 @@ def _stalls(without: Sequence[float], rates: Sequence[float]) -> list[float]:
 
 
 def _of_both(rates: Mapping[str, Sequence[float]]) -> list[float]:
-    model, loader = rates.get(MODEL_ALL, rates[MODEL]), rates.get(LOADER_ALL, rates[LOADER])
-    return [100 * job * (1 / one + 1 / other) for job, one, other in zip(rates[JOB], model, loader, strict=True)]
+    """The job's rate as a part of what model and loader would come to by turns, each at its best, %."""
+    models, loaders = (
+        [max(pair) for pair in zip(rates[name], rates.get(all_cores, rates[name]), strict=True)]
+        for name, all_cores in ((MODEL, MODEL_ALL), (LOADER, LOADER_ALL))
+    )
+    return [100 * job * (1 / one + 1 / other) for job, one, other in zip(rates[JOB], models, loaders, strict=True)]
 
 
 def _result(name: str, what: str, outcome: Outcome[Turn], base: Sequence[float]) -> Result:
