@@ -1,5 +1,6 @@
 """`throughput compare`, run as a user runs it; what it measures is for no test to judge."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines.loader import MEAN, STD
+from tools.throughput import peer_loaders
 from tools.throughput.turn import Task, check
 
 NAMES = ["ours", "dali", "pillow", "webdataset", "torchvision", "litdata", "mds", "spdl", "decode"]
@@ -177,6 +179,25 @@ def test_a_batch_as_it_was_asked_for(images: torch.Tensor) -> None:
 def test_a_batch_of_something_else(images: torch.Tensor, num_labels: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(TASK, images, torch.zeros(num_labels))
+
+
+def test_what_a_peer_prepares_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = dataclasses.replace(TASK, folder=str(tmp_path / "mds"))
+
+    def write(task: Task) -> None:
+        folder = Path(task.folder)
+        folder.mkdir()  # as MDSWriter does, which refuses a folder with something in it
+        (folder / "shard").touch()
+        if not (tmp_path / "space").exists():
+            raise OSError("no space left")
+
+    monkeypatch.setitem(peer_loaders.PREPARE, "mds", write)
+    with pytest.raises(OSError, match="no space left"):
+        peer_loaders.prepare("mds", task)
+    assert not Path(task.folder).exists()
+    (tmp_path / "space").touch()
+    peer_loaders.prepare("mds", task)
+    assert {path.name for path in tmp_path.rglob("*")} == {"space", "mds", "shard"}
 
 
 def test_too_few_samples(shards: Path) -> None:

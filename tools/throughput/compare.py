@@ -29,7 +29,6 @@ DISTRIBUTIONS = (
 )
 REFERENCE = "dali"
 PREPARED_FACTOR = 2.2  # what a loader prepares, to the images' bytes; LitData has its chunks twice for a while
-SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
