@@ -1,5 +1,6 @@
 """The command line of `throughput`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def publish(report: Report, json: Path | None) -> None:
     print(report, flush=True)
     if json is not None:
         json.write_text(report.as_json() + "\n")
+
+
+def _as_seen_from_here(program: str) -> str:
+    """A path to it that holds in other folders too, where competitors run; a bare name is found on PATH."""
+    return os.path.abspath(program) if os.sep in program else program
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Convert:
             resize=self.resize,
             quality=self.quality,
             only=self.only,
-            peers_python=self.peers_python,
+            peers_python=_as_seen_from_here(self.peers_python),
         )
         publish(report, self.json)
         return 1 if any(result.error for result in report.results) else 0
@@ -143,7 +149,7 @@ class Compare:
             image_size=self.image_size,
             threads=len(os.sched_getaffinity(0)) if self.threads is None else self.threads,
             only=self.only,
-            peers_python=self.peers_python,
+            peers_python=_as_seen_from_here(self.peers_python),
             scratch=self.scratch or Path(tempfile.gettempdir()),
         )
         publish(report, self.json)
