@@ -78,7 +78,7 @@ def test_the_gpus_resizing_is_pillows(tmp_path: Path, image_size: int) -> None:
 
 
 def test_a_line_is_an_image(tmp_path: Path) -> None:
-    """Resized whole, 20,000 pixels by one would become 3 GB; and the crop shows the middle of a strip as Pillow has it."""
+    """Resized whole, 20,000 pixels by one would become 4 GB; and the crop shows the middle of a strip as Pillow has it."""
     for i, size in enumerate([(20_000, 1), (1, 20_000), (2000, 90), (90, 2001)]):
         write_image(tmp_path / "images" / str(i) / "0.png", i, size)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=4), num_workers=1)
