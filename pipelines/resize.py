@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-# DALI runs the CPU operators of a graph one after the other, so the threads that decode wait while these resize. On two cores a
-# pool of two was slower all the same (665 images/s to 744): each image takes turns with Python's lock. More are not measured.
-THREADS_PER_WORKER = 2
+# DALI runs the CPU operators of a graph one after the other: the threads that decode wait while these resize, so there are as many.
+# An image holds Python's lock for an eighth of its time, so that more than these would wait for it.
+MOST_WORKERS = 8
 
 # Resizing a part of an image gives what resizing all of it gives, where the part begins on whole pixels of both; this near, in
 # pixels of the original, is as good as whole, and further than that before the crop nobody looks for such a place.
@@ -39,7 +39,7 @@ class BatchResize(ABC):
     def __call__(self, *inputs: Sequence[Any]) -> list[Any]:
         """For each image what is made of it, `inputs` having one sequence for each argument of `resized`."""
         samples = [*zip(*inputs, strict=True)]
-        num_workers = -(-self.num_threads // THREADS_PER_WORKER)
+        num_workers = min(self.num_threads, MOST_WORKERS)
         if num_workers == 1:
             return self._all(samples)
         parts = [samples[i::num_workers] for i in range(num_workers)]

@@ -94,7 +94,7 @@ def test_a_line_is_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) -> None:
     epochs = []
-    for num_threads in (1, 5):  # with more than two, several resize a batch
+    for num_threads in (1, 5):  # with more than one, several resize a batch
         options: dict[str, Any] = {"batch_size": 10, "image_size": 32, "device": CPU, "num_threads": num_threads}
         with build_loader(DataConfig(train=str(shards), valid=str(shards)), split, **options) as loader:
             epochs.append([batch["image"] for batch in loader])
