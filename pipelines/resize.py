@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-# DALI runs the CPU operators of a graph one after the other: the threads that decode wait while these resize, so there are as many.
+# DALI runs the CPU operators of a graph one after the other: threads that decode wait while these resize, so there are as many.
 # An image holds Python's lock for an eighth of its time, so that more than these would wait for it.
 MOST_WORKERS = 8
 
