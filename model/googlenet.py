@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
 
-Init = Literal["torch", "he", "truncated-normal"]
+Init = Literal["he", "torch", "truncated-normal"]
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -95,9 +95,9 @@ class GoogLeNet(nn.Module):
             weights (ported from TensorFlow) expect: mean 0.5, std 0.5.
         dropout: Probability of dropping a feature before the last layer.
         dropout_aux: The same inside the auxiliary heads; 0.7 in the paper.
-        init: Of the weights. "torch": as torch does it, uniform within 1 / sqrt(fan-in) of 0. "he": convolutions normal of std
-            sqrt(2 / fan-out), arXiv 1502.01852, linear layers as follows. "truncated-normal": normal of std `init_std`, at most
-            two of them from 0, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
+        init: Of the weights. "he": convolutions normal of std sqrt(2 / fan-out), arXiv 1502.01852, linear layers as in the last
+            one. "torch": as torch does it, uniform within 1 / sqrt(fan-in) of 0. "truncated-normal": normal of std `init_std`,
+            at most two of them from 0, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
         init_std: Standard deviation of what `init` draws from a truncated normal: "he"'s linear layers too.
 
     Raises:
@@ -111,7 +111,7 @@ class GoogLeNet(nn.Module):
         transform_input: bool = False,
         dropout: float = 0.2,
         dropout_aux: float = 0.7,
-        init: Init = "torch",
+        init: Init = "he",
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def googlenet(
     transform_input: bool = False,
     dropout: float = 0.2,
     dropout_aux: float = 0.7,
-    init: Init = "torch",
+    init: Init = "he",
     init_std: float = 0.01,
 ) -> GoogLeNet:
     """A freshly initialized `GoogLeNet`; see there for the arguments."""

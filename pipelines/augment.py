@@ -59,7 +59,7 @@ class RandomResizedCrop:
         if device == "cpu":
             from pipelines.resize import WholeResize
 
-            return _resized_on_cpu(pixels, WholeResize(size=size, num_threads=_num_threads()))
+            return _resized_on_cpu(WholeResize(size=size, num_threads=_num_threads()), pixels)
         return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
 
 
@@ -328,8 +328,11 @@ def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, de
 
     from pipelines.resize import CenterCropResize
 
-    pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-    return _resized_on_cpu(pixels, CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads()))
+    resize = CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads())
+    shape = fn.peek_image_shape(encoded)
+    region = fn.dl_tensor_python_function(shape, function=resize.regions, batch_processing=True)
+    pixels = fn.decoders.image_slice(encoded, start=region[:2], end=region[2:], axis_names="HW", output_type=types.RGB)
+    return _resized_on_cpu(resize, pixels, shape)
 
 
 def center_crop_resampled(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
@@ -358,10 +361,10 @@ def center_crop_resampled(encoded: "DataNode", size: int, resize_shorter: int, d
     )
 
 
-def _resized_on_cpu(pixels: "DataNode", resize: "BatchResize") -> "DataNode":
+def _resized_on_cpu(resize: "BatchResize", *inputs: "DataNode") -> "DataNode":
     from nvidia.dali import fn
 
-    return fn.dl_tensor_python_function(pixels, function=resize, batch_processing=True, output_layouts="HWC")
+    return fn.dl_tensor_python_function(*inputs, function=resize, batch_processing=True, output_layouts="HWC")
 
 
 def _num_threads() -> int:

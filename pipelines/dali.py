@@ -16,6 +16,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines import augment
+from pipelines.augment import HorizontalFlip
 from pipelines.segments import Segment
 from pipelines.shards import IMAGE_EXTENSIONS
 
@@ -62,9 +63,8 @@ def padded_source(encoded: DataNode) -> DataNode:
     return fn.pad(fn.get_property(encoded, key="source_info"))
 
 
-# The dynamic executor hands its buffers over, where the static one has them copied. Conditionals are what DALI's automatic
-# augmentations are written with; a graph without any runs as fast with them enabled.
-@pipeline_def(exec_dynamic=True, enable_checkpointing=True, enable_conditionals=True)
+# The dynamic executor hands its buffers over, where the static one has them copied.
+@pipeline_def(exec_dynamic=True, enable_checkpointing=True)
 def image_pipeline(
     tars: Sequence[str],
     indices: Sequence[str],
@@ -181,8 +181,11 @@ class SegmentPipeline:
         self.before = delivered, checkpoint
         self.held = contextlib.ExitStack()
         self._num_scheduled = delivered
+        steps = settings.config.augment if settings.train else ()
         with _making:
             self._pipeline: Pipeline = image_pipeline(
+                # What `if` in an augmentation needs. It has DALI translate the graph's Python, which takes half a second.
+                enable_conditionals=any(not isinstance(step, HorizontalFlip) for step in steps),
                 train=settings.train,
                 device="gpu" if settings.device.type == "cuda" else "cpu",
                 image_size=settings.image_size,

@@ -19,7 +19,7 @@ def _weights() -> dict[str, Any]:
     """Of three classes, averaged and raw ones being different."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = googlenet(num_classes=len(CLASSES), init="he")  # torch's own weights let signals die out until they are trained
+        model = googlenet(num_classes=len(CLASSES))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as training has it
     average = EMA(model, decay=0.9)
     average.update_parameters(model)

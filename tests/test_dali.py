@@ -78,7 +78,7 @@ def test_the_gpus_resizing_is_pillows(tmp_path: Path, image_size: int) -> None:
 
 
 def test_a_line_is_an_image(tmp_path: Path) -> None:
-    """Resized whole, 20,000 pixels by one would become 3 GB; and the crop shows the middle of a strip as Pillow has it."""
+    """Resized whole, 20,000 pixels by one would become 4 GB; and the crop shows the middle of a strip as Pillow has it."""
     for i, size in enumerate([(20_000, 1), (1, 20_000), (2000, 90), (90, 2001)]):
         write_image(tmp_path / "images" / str(i) / "0.png", i, size)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=4), num_workers=1)
@@ -94,7 +94,7 @@ def test_a_line_is_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) -> None:
     epochs = []
-    for num_threads in (1, 5):  # with more than two, several resize a batch
+    for num_threads in (1, 5):  # with more than one, several resize a batch
         options: dict[str, Any] = {"batch_size": 10, "image_size": 32, "device": CPU, "num_threads": num_threads}
         with build_loader(DataConfig(train=str(shards), valid=str(shards)), split, **options) as loader:
             epochs.append([batch["image"] for batch in loader])

@@ -130,7 +130,7 @@ def test_initial_weights(init: Init, conv_std: float, linear_std: float) -> None
 
 
 def test_unknown_initial_weights() -> None:
-    with pytest.raises(ValueError, match=r"^init 'orthogonal': there are torch, he, truncated-normal$"):
+    with pytest.raises(ValueError, match=r"^init 'orthogonal': there are he, torch, truncated-normal$"):
         googlenet(init="orthogonal")  # type: ignore[arg-type]
 
 

@@ -118,6 +118,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, six_images: Path) ->
         (["{1}", "--rounds", "0"], "--rounds 0: at least 1 is needed"),
         (["{1}", "--only", "zip"], "--only zip: no such competitor; there are copied, checked, resized, tar, cp, shards, "),
         (["{1}", "--peers-python", "/bin/false"], "--peers-python /bin/false: not a Python interpreter"),
+        (["{1}", "--json", "{0}/no/report.json"], "no/report.json: there is no folder {0}/no; make it first"),
         (["{1}", "--images", "1000000000000"], "GB needed; name another folder with --scratch, or fewer --images"),
     ],
 )
@@ -126,7 +127,7 @@ def test_wrong_input_gets_one_clear_line(tmp_path: Path, six_images: Path, argum
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert message.format(tmp_path) in done.stderr
 
 
 def test_each_round_begins_with_another_competitor() -> None:

@@ -27,6 +27,12 @@ def test_table_and_figures(tmp_path: Path) -> None:
         assert all(seconds > 0 for seconds in result["seconds"]["rounds"] + result["cpu_seconds"]["rounds"])
 
 
+def test_figures_have_a_place_before_they_are_measured(tmp_path: Path) -> None:
+    done = throughput("--json", tmp_path / "no" / "report.json")
+    assert done.returncode == 2
+    assert done.stderr == f"error: --json {tmp_path}/no/report.json: there is no folder {tmp_path}/no; make it first\n"
+
+
 def test_wrong_settings_are_said_in_a_line() -> None:
     done = throughput("--rounds", 0)
     assert (done.returncode, done.stderr) == (2, "error: --steps 20 --rounds 0: at least 1 of each is needed\n")

@@ -47,7 +47,7 @@ def test_what_else_it_says(checkpoint: Path) -> None:
 
 
 def test_without_names_and_heads(tmp_path: Path) -> None:
-    model = googlenet(5, aux_logits=False, transform_input=True, init="he")
+    model = googlenet(5, aux_logits=False, transform_input=True)
     path = checkpoints.write(
         tmp_path / "last.pt",
         model=model.state_dict(),

@@ -28,10 +28,10 @@ class ModelConfig:
     """Part of a target's probability that is spread over all classes."""
     ema_decay: float = 0.999
     """How much of the averaged weights stays at each step; the average looks back on about 1 / (1 - decay) steps."""
-    init: Init = "torch"
-    """Of the weights: as torch does it; He's (convolutions); or a truncated normal of --model.init-std."""
+    init: Init = "he"
+    """Of the weights: He's (convolutions); as torch does it; or a truncated normal of --model.init-std."""
     init_std: float = 0.01
-    """Standard deviation of --model.init truncated-normal."""
+    """Standard deviation of --model.init truncated-normal, and of He's linear layers."""
     transform_input: bool | None = None
     """Scale the input as torchvision's published weights need it. By default as --init-from needs it; from nothing, no."""
 

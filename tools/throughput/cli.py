@@ -1,10 +1,11 @@
 """The command line of `throughput`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import tyro
 
@@ -18,6 +19,36 @@ All competitors take turns in one run, on the same data and the same machine; wh
 
 Exit status: 0 done; 1 failed on the way, or a competitor did; 2 a mistake in the command or its input, said in one line; 130
 interrupted."""
+
+
+class Report(Protocol):
+    """What a measurement found out: a table as text, and all figures as JSON."""
+
+    def as_json(self) -> str: ...
+
+
+def require_folder(json: Path | None) -> None:
+    """Whether figures can be written to a file, before they are measured.
+
+    Raises:
+        ValueError: There is no folder for it, or it is one.
+    """
+    if json is not None and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
+    if json is not None and json.is_dir():
+        raise ValueError(f"--json {json}: this is a folder; name a file in it")
+
+
+def publish(report: Report, json: Path | None) -> None:
+    """Prints the table and writes the figures."""
+    print(report, flush=True)
+    if json is not None:
+        json.write_text(report.as_json() + "\n")
+
+
+def _as_seen_from_here(program: str) -> str:
+    """A path to it that holds in other folders too, where competitors run; a bare name is found on PATH."""
+    return os.path.abspath(program) if os.sep in program else program
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,7 @@ class Convert:
     """Interpreter of an environment in which peers are installed (litdata, mosaicml-streaming, img2dataset, opencv)."""
 
     def run(self) -> int:
+        require_folder(self.json)
         import tempfile
 
         from tools.throughput.convert import benchmark
@@ -61,11 +93,9 @@ class Convert:
             resize=self.resize,
             quality=self.quality,
             only=self.only,
-            peers_python=self.peers_python,
+            peers_python=_as_seen_from_here(self.peers_python),
         )
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 1 if any(result.error for result in report.results) else 0
 
 
@@ -76,16 +106,19 @@ class Compare:
     `train` is a random resized crop, flip and normalization; `valid` resizes, crops the centre and normalizes. Each turn is a
     process of its own, which gives images epoch after epoch. Ratios are to DALI as its documentation has it. Peers that are
     not installed are named and left out.
+
+    The decoder alone, beside them, decodes whole images in memory on all cores. It is no bound: in `train` DALI decodes no more
+    of an image than the crop needs, and others have other decoders.
     """
 
     shards: tyro.conf.Positional[str]
     """Training shards, as --data.train takes them; local ones."""
     splits: tuple[Literal["train", "valid"], ...] = ("train", "valid")
     """What is done to the images."""
-    rounds: int = 5
-    """Turns of each loader."""
+    rounds: int = 6
+    """Turns of each loader; six are the fewest whose median has an interval of 95 %."""
     images: int = 2048
-    """That a loader gives in a turn, once it is warm."""
+    """That a loader gives in a turn, once it is warm. All read the first shards that hold so many, one a thread at least."""
     batch_size: int = 64
     """Images a batch."""
     image_size: int = 224
@@ -97,11 +130,13 @@ class Compare:
     peers_python: str = sys.executable
     """Interpreter of an environment in which peers are installed (torchvision, litdata, mosaicml-streaming, spdl)."""
     scratch: Path | None = None
-    """Folder for what the loaders need to have written, left as it was; by default the system's for temporary files."""
+    """Folder for what the loaders need to have written, made if need be; by default the system's for temporary files.
+    Nothing is left in it."""
     json: Path | None = None
     """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
 
     def run(self) -> int:
+        require_folder(self.json)
         import os
         import tempfile
 
@@ -116,12 +151,10 @@ class Compare:
             image_size=self.image_size,
             threads=len(os.sched_getaffinity(0)) if self.threads is None else self.threads,
             only=self.only,
-            peers_python=self.peers_python,
+            peers_python=_as_seen_from_here(self.peers_python),
             scratch=self.scratch or Path(tempfile.gettempdir()),
         )
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 1 if any(result.error for result in report.results) else 0
 
 
@@ -169,6 +202,7 @@ class Remote:
     """File to write all figures to."""
 
     def run(self) -> int:
+        require_folder(self.json)
         from tools.throughput.remote import benchmark
 
         report = benchmark(
@@ -180,9 +214,7 @@ class Remote:
             threads=self.threads,
             rounds=self.rounds,
         )
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 0
 
 
@@ -211,6 +243,7 @@ class Step:
     """File to write all figures to."""
 
     def run(self) -> int:
+        require_folder(self.json)
         if self.steps < 1 or self.rounds < 1:
             raise ValueError(f"--steps {self.steps} --rounds {self.rounds}: at least 1 of each is needed")
         from tools.throughput.step import benchmark
@@ -225,9 +258,7 @@ class Step:
             torch_threads=self.torch_threads,
         )
         report = benchmark(config, steps=self.steps, rounds=self.rounds)
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 0
 
 
@@ -267,6 +298,7 @@ class Model:
     """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
 
     def run(self) -> int:
+        require_folder(self.json)
         if self.steps < 1 or self.rounds < 1:
             raise ValueError(f"--steps {self.steps} --rounds {self.rounds}: at least 1 of each is needed")
         if min(self.batch_sizes, default=0) < 2:
@@ -284,9 +316,7 @@ class Model:
         )
         batch_sizes, precisions = dict.fromkeys(self.batch_sizes), dict.fromkeys(self.precisions)
         report = benchmark(config, batch_sizes=[*batch_sizes], precisions=[*precisions], steps=self.steps, rounds=self.rounds)
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 0
 
 
@@ -329,6 +359,7 @@ class Train:
     """File to write all figures to: every turn, medians with their intervals, hardware, versions."""
 
     def run(self) -> int:
+        require_folder(self.json)
         if not self.data.train:
             raise ValueError("--data.train is needed, the shards to train on")
         if self.data.size_schedule:
@@ -354,9 +385,7 @@ class Train:
             seed=self.seed,
         )
         report = benchmark(config, steps=self.steps, rounds=self.rounds)
-        print(report, flush=True)
-        if self.json is not None:
-            self.json.write_text(report.as_json() + "\n")
+        publish(report, self.json)
         return 0
 
 

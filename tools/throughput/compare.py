@@ -1,42 +1,45 @@
-"""`throughput compare`: this project's loader against others, and against what none of them can be faster than."""
+"""`throughput compare`: this project's loader against others, and beside the decoder alone."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.augment import RandomResizedCrop
-from pipelines.index import read_index
+from pipelines.index import Component, read_index
 from pipelines.loader import MEAN, STD, resize_shorter_for
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards, read_label
-from tools.throughput.competitors import ENVIRONMENT, ROOT, probe
+from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards
+from tools.throughput.competitors import ROOT, probe
 from tools.throughput.hardware import Hardware, describe_hardware, now
 from tools.throughput.process import Run, run_measured
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
+from tools.throughput.scratch import open_scratch
 from tools.throughput.turn import Task
 
 MODULES = ("torchvision", "litdata", "streaming", "spdl")
 DISTRIBUTIONS = (
-    *("nvidia-dali-cuda120", "torch", "pillow", "webdataset"),
+    *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "torch", "pillow", "webdataset"),
     *("torchvision", "litdata", "mosaicml-streaming", "spdl-core", "spdl-io"),
 )
 REFERENCE = "dali"
-SPLITS = ("train", "valid")
+PREPARED_FACTOR = 2.2  # what a loader prepares, to the images' bytes; LitData has its chunks twice for a while
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A loader, or a floor.
+    """A loader, or the decoder alone.
 
     Attributes:
         name: For --only.
         what: For the reader of the table.
-        needs: Module that the peers' interpreter has to have; None for those that this project's interpreter runs.
+        needs: Module that the peers' interpreter has to have; None for those that this project's interpreter runs. Those of the
+            peers read the images as files, or prepare from these what they read.
         has_to_prepare: It reads files of a kind of its own, which are written before the measurement.
     """
 
@@ -46,23 +49,24 @@ class Rival:
     has_to_prepare: bool = False
 
 
-FLOOR = Rival("decode", "the decoder alone, whole images in memory")
+# Not a bound: a loader may decode no more than the crop of an image.
+DECODER = Rival("decode", "the decoder alone: whole images, all cores")
 RIVALS = (
     Rival("ours", "this project's loader"),
-    Rival(REFERENCE, "DALI as documented (static executor, its iterator)"),
+    Rival(REFERENCE, "DALI as documented (its PyTorch iterator)"),
     Rival("pillow", "DataLoader and Pillow, this project's pair"),
     Rival("webdataset", "webdataset WebLoader, Pillow"),
     Rival("torchvision", "DataLoader, Pillow, torchvision", "torchvision"),
     Rival("litdata", "LitData, Pillow, torchvision", "litdata", has_to_prepare=True),
     Rival("mds", "MosaicML Streaming, Pillow, torchvision", "streaming", has_to_prepare=True),
     Rival("spdl", "SPDL (FFmpeg)", "spdl"),
-    FLOOR,
+    DECODER,
 )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a loader did in a round; the last three are None for the floor."""
+    """What a loader did in a round; the last three are None for the decoder alone."""
 
     images_per_second: float
     first_seconds: float | None = None
@@ -103,7 +107,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured."""
+    """All that was measured; samples and their image bytes are those of the shards that were read, see `first_shards`."""
 
     shards: str
     samples: int
@@ -124,10 +128,11 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def __str__(self) -> str:
+        coverage = max((result.images_per_second.coverage for result in self.results if result.images_per_second), default=0.0)
         lines = [
             f"{self.shards}: {self.samples:,} images of {self.image_bytes / self.samples / 1e3:.0f} KB; {self.rounds} rounds, "
             f"{self.images:,} images a turn, {self.batch_size} x {self.image_size} pixels a batch, {self.threads} threads or "
-            f"processes; {self.hardware.cores} cores of {self.hardware.cpu}; median (95 % interval)"
+            f"processes; {self.hardware.cores} cores of {self.hardware.cpu}; median ({100 * coverage:.0f} % interval)"
         ]
         for split in dict.fromkeys(result.split for result in self.results):
             lines += ["", f"{split:<52}{'images/s':>10}{'ratio':>22}{'CPU ms':>9}{'first batch':>13}{'memory MB':>11}"]
@@ -154,30 +159,37 @@ def benchmark(
         location: Shards, as --data.train takes them.
         splits: What to do to them: "train", "valid".
         rounds: Turns of each loader.
-        images: That a loader gives in a turn, once it is warm, epoch after epoch.
+        images: That a loader gives in a turn, once it is warm, epoch after epoch. Of the shards the first are read that hold so
+            many.
         batch_size: Images a batch.
         image_size: Side of the images, pixels.
         threads: Threads or processes that decode.
         only: Names of loaders; all where empty.
         peers_python: The interpreter that has the peers installed.
-        scratch: Folder to write in; left as it was.
+        scratch: Folder to write in, made if need be; left as it was.
 
     Raises:
-        ValueError: The arguments cannot be used as they are; says what to change.
+        ValueError: The arguments or the shards cannot be used as they are; says what to change.
+        OSError: The disk is full.
     """
     numbers = {"rounds": rounds, "images": images, "batch-size": batch_size, "image-size": image_size, "threads": threads}
     for option, number in numbers.items():
         if number < 1:
             raise ValueError(f"--{option} {number}: at least 1 is needed")
     rivals = choose(only)
-    shards = open_shards(location, "train")
+    shards = first_shards(open_shards(location, "train"), max(images, batch_size), threads)
     if shards.is_remote or shards.num_samples < batch_size:
         raise ValueError(f"{location}: at least {batch_size} samples in local shards are needed")
     modules, peers_versions = probe(peers_python, MODULES, DISTRIBUTIONS)
     present = [rival for rival in rivals if rival.needs is None or rival.needs in modules]
-    with tempfile.TemporaryDirectory(prefix="throughput-", dir=scratch) as folder:
-        image_bytes = extract(shards, Path(folder))
-        ground = Ground(shards, Path(folder), peers_python, batch_size, image_size, threads, images)
+    reads_files = any(rival.needs or rival is DECODER for rival in present)
+    samples = read_samples(shards)
+    image_bytes = sum(sample.image.size for sample in samples)
+    needed_bytes = image_bytes * (reads_files + PREPARED_FACTOR * sum(rival.has_to_prepare for rival in present))
+    with open_scratch(scratch, int(needed_bytes)) as (folder, environment):
+        if reads_files:
+            extract(samples, folder)
+        ground = Ground(shards, folder, environment, peers_python, batch_size, image_size, threads, images)
         turns = {(split, rival.name): ground.turn(rival, split) for split in splits for rival in present}
         outcomes = take_turns({f"{split} {name}": turn for (split, name), turn in turns.items()}, rounds)
     return Report(
@@ -202,29 +214,83 @@ def choose(only: Sequence[str]) -> list[Rival]:
     return [rival for rival in RIVALS if not only or rival.name in (*only, REFERENCE)]
 
 
-def extract(shards: ShardSet, folder: Path) -> int:
-    """Writes the images of shards as files, and `folder`/list with a line `LABEL PATH` for each; gives their bytes."""
-    lines, total = list[str](), 0
-    (folder / "images").mkdir()
+def first_shards(shards: ShardSet, num_samples: int, num_shards: int) -> ShardSet:
+    """The first of the shards that together have so many samples, and are so many that each of a loader's processes has one.
+
+    All, where there are not so many.
+    """
+    count = 0
+    while count < len(shards.tars) and (count < num_shards or sum(shards.lengths[:count]) < num_samples):
+        count += 1
+    return dataclasses.replace(
+        shards,
+        tars=shards.tars[:count],
+        indices=shards.indices[:count],
+        lengths=shards.lengths[:count],
+        sizes=shards.sizes[:count],
+    )
+
+
+class Sample(NamedTuple):
+    """An image in a tar, and its class number."""
+
+    tar: str
+    image: Component
+    label: int
+
+
+def read_samples(shards: ShardSet) -> list[Sample]:
+    """All of them, in order.
+
+    Raises:
+        ValueError: One has no image, or no label that all loaders can read; names it.
+    """
+    samples = []
     for tar, index in zip(shards.tars, shards.indices, strict=True):
         with open(tar, "rb") as file:
             for sample in read_index(index):
-                image = find_component(sample, IMAGE_EXTENSIONS, tar)
+                label = find_component(sample, ("cls",), tar)
+                file.seek(label.offset)
+                number = file.read(label.size).strip()
+                if not number.isdigit():
+                    place = f"{tar}:{label.offset}:{label.name}"
+                    raise ValueError(
+                        f"{place}: the label is {number[:40]!r}; other loaders need the numbers that `shards convert` writes"
+                    )
+                samples.append(Sample(tar, find_component(sample, IMAGE_EXTENSIONS, tar), int(number)))
+    return samples
+
+
+def extract(samples: Sequence[Sample], folder: Path) -> None:
+    """Writes the images as files, and `folder`/list with a line `LABEL PATH` for each."""
+    lines = list[str]()
+    (folder / "images").mkdir()
+    for tar, of_tar in itertools.groupby(samples, key=lambda sample: sample.tar):
+        with open(tar, "rb") as file:
+            for _, image, label in of_tar:
                 path = folder / "images" / f"{len(lines):08d}.{image.extension}"
                 file.seek(image.offset)
-                total += path.write_bytes(file.read(image.size))
-                lines.append(f"{read_label(file, sample, tar, shards.label_reader)} {path}\n")
+                path.write_bytes(file.read(image.size))
+                lines.append(f"{label} {path}\n")
     (folder / "list").write_text("".join(lines))
-    return total
 
 
 class Ground:
     """Where the loaders run: what they read, and with which commands."""
 
     def __init__(
-        self, shards: ShardSet, folder: Path, peers_python: str, batch_size: int, image_size: int, threads: int, images: int
+        self,
+        shards: ShardSet,
+        folder: Path,
+        environment: Mapping[str, str],
+        peers_python: str,
+        batch_size: int,
+        image_size: int,
+        threads: int,
+        images: int,
     ) -> None:
-        self._folder, self._peers_python, self._num_samples = folder, peers_python, shards.num_samples
+        self._folder, self._environment, self._peers_python = folder, environment, peers_python
+        self._num_samples = shards.num_samples
         crop = RandomResizedCrop()
         self._task = Task(
             split="train",
@@ -246,8 +312,8 @@ class Ground:
 
     def turn(self, rival: Rival, split: str) -> Callable[[], Turn]:
         """What to call for a turn of the loader."""
-        if rival is FLOOR:
-            return self._floor
+        if rival is DECODER:
+            return self._decode
         module = "tools.throughput.peer_loaders" if rival.needs else "tools.throughput.loaders"
         python = self._peers_python if rival.needs else sys.executable
         data, task = self._folder / rival.name, self._folder / f"{rival.name}-{split}.json"
@@ -255,7 +321,6 @@ class Ground:
 
         def run() -> Turn:
             if rival.has_to_prepare and not data.exists():
-                data.mkdir()
                 self._run(python, "-m", module, f"prepare-{rival.name}", str(task))
             ran = self._run(python, "-m", module, rival.name, str(task), str(time.monotonic()))
             said = ran.said
@@ -268,12 +333,12 @@ class Ground:
 
         return run
 
-    def _floor(self) -> Turn:
+    def _decode(self) -> Turn:
         ran = self._run(sys.executable, "-m", "tools.throughput.floors", "decode", str(self._folder / "list"))
         return Turn(self._num_samples / ran.said["seconds"])
 
     def _run(self, *command: str) -> Run:
-        return run_measured(command, ROOT, self._folder / "logs", ENVIRONMENT)
+        return run_measured(command, ROOT, self._folder / "logs", self._environment)
 
 
 def _result(rival: Rival, split: str, outcomes: Mapping[str, Outcome[Turn]]) -> Result:

@@ -1,4 +1,4 @@
-"""Who takes part in `throughput convert`, and with which command."""
+"""Who takes part in `throughput convert`, and with which command; and what an interpreter has, for `throughput compare` too."""
 
 import json
 import os

@@ -7,14 +7,12 @@ import random
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tools.throughput.competitors import (
     DISTRIBUTIONS,
-    ENVIRONMENT,
     PEER_MODULES,
     ROOT,
     Competitor,
@@ -25,6 +23,7 @@ from tools.throughput.competitors import (
 from tools.throughput.hardware import Hardware, describe_hardware, now
 from tools.throughput.process import run_measured
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
+from tools.throughput.scratch import open_scratch
 
 SPACE_FACTOR = 2.2  # LitData has its chunks twice for a while; tars of small images are larger than the images
 
@@ -164,14 +163,13 @@ def benchmark(
     wanted = images or len(files)
     sizes = [(source / file).stat().st_size for file in picked]
     image_bytes = sum(sizes) * (wanted // len(sizes)) + sum(sizes[: wanted % len(sizes)])
-    scratch.mkdir(parents=True, exist_ok=True)
-    _require_space(scratch, int(image_bytes * (SPACE_FACTOR + (wanted != len(files)))))
+    needed_bytes = int(image_bytes * (SPACE_FACTOR + (wanted != len(files))))
     installed = [one for one in chosen if one.needs is None or one.needs in modules]
     root = source
-    with tempfile.TemporaryDirectory(prefix="throughput-", dir=scratch) as folder:
+    with open_scratch(scratch, needed_bytes) as (folder, environment):
         if wanted != len(files):
-            root, picked = _copy(source, picked, wanted, Path(folder, "source"))
-        track = Track(root.resolve(), picked, Path(folder))
+            root, picked = _copy(source, picked, wanted, folder / "source")
+        track = Track(root.resolve(), picked, folder, environment)
         outcomes = take_turns({one.name: track.turn(one) for one in installed}, rounds)
     return Report(
         settings=Settings(str(source), rounds, wanted, resize, quality, tuple(only)),
@@ -194,15 +192,6 @@ def _class_folder_files(source: Path) -> list[str]:
     return files
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; name another folder with --scratch, "
-            "or fewer --images"
-        )
-
-
 def _copy(source: Path, files: Sequence[str], count: int, destination: Path) -> tuple[Path, list[str]]:
     """A folder of `count` images, those of the source again and again under other names."""
     copies = []
@@ -222,13 +211,14 @@ class Track:
         source: Absolute path of the folder of class folders.
         files: Paths in it.
         folder: For everything else.
+        environment: Of the competitors.
     """
 
-    def __init__(self, source: Path, files: Sequence[str], folder: Path) -> None:
+    def __init__(self, source: Path, files: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         self._files = [source / file for file in files]
         self._destination, self._logs = folder / "out", folder / "logs"
         self._logs.mkdir()
-        self._environment = {**ENVIRONMENT, "DATA_OPTIMIZER_CACHE_FOLDER": str(folder / "litdata")}
+        self._environment = environment
         self._places = {"source": source, "files": folder / "files", "paths": folder / "paths", "destination": folder / "out"}
         labels = {name: number for number, name in enumerate(sorted({Path(file).parts[0] for file in files}))}
         shuffled = random.Random(0).sample(files, len(files))  # shards hold images in such an order, whoever writes them

@@ -1,6 +1,7 @@
-"""What a conversion cannot be faster than: its work on images in memory, without files, on all cores.
+"""Work on images in memory, without files, on all cores: what a conversion cannot be faster than.
 
-Run by `throughput convert` as `python -m tools.throughput.floors decode|resize LIST`; the last line printed is a JSON object.
+Run by `throughput convert`, and with `decode` by `throughput compare`: `python -m tools.throughput.floors decode|resize LIST`;
+the last line printed is a JSON object.
 """
 
 import argparse

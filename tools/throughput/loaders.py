@@ -3,14 +3,19 @@
 Each imports what it needs itself, as the time to the first batch counts.
 """
 
+import functools
+import io
 from typing import Any, Literal
 
 import torch
 
 from pipelines import DataConfig, build_loader, open_shards
 from pipelines.augment import RandomResizedCrop
+from pipelines.shards import IMAGE_EXTENSIONS
 from tools.throughput import turn
 from tools.throughput.turn import Batches, Task
+
+IMAGES = ";".join(IMAGE_EXTENSIONS)  # as DALI and webdataset both have it: whichever a sample has
 
 
 def ours(task: Task) -> Batches:
@@ -34,20 +39,19 @@ def _own(backend: Literal["dali", "pillow"], task: Task) -> Batches:
         device=torch.device("cpu"),
         num_threads=task.threads,
     )
-    while True:
-        for batch in loader:
-            if len(batch["target"]) == task.batch_size:
+    with loader:
+        while True:
+            for batch in loader:
                 yield batch["image"], batch["target"]
 
 
 def dali(task: Task) -> Batches:
-    """DALI as its documentation has it: the static executor, its own iterator."""
+    """DALI as its documentation has it, with its iterator for PyTorch and this project's shuffle buffer."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
-    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    shuffle = {"random_shuffle": True, "initial_fill": 1024} if task.split == "train" else {}
+    shuffle = {"random_shuffle": True, "initial_fill": DataConfig().shuffle_buffer} if task.split == "train" else {}
     color: dict[str, Any] = {
         "dtype": types.FLOAT,
         "output_layout": "CHW",
@@ -59,7 +63,12 @@ def dali(task: Task) -> Batches:
     @pipeline_def(batch_size=task.batch_size, num_threads=task.threads, device_id=None)
     def pipeline() -> tuple[Any, Any]:
         encoded, label = fn.readers.webdataset(
-            paths=list(task.tars), index_paths=list(task.indices), ext=["jpg;jpeg", "cls"], name="reader", **shuffle
+            paths=list(task.tars),
+            index_paths=list(task.indices),
+            ext=[IMAGES, "cls"],
+            case_sensitive_extensions=False,
+            name="reader",
+            **shuffle,
         )
         if task.split == "train":
             pixels = fn.decoders.image_random_crop(
@@ -71,35 +80,38 @@ def dali(task: Task) -> Batches:
         images = fn.resize(pixels, resize_shorter=task.resize_shorter, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.crop_mirror_normalize(images, crop=[size, size], **color), fn.pad(label)
 
-    iterator = DALIGenericIterator(
-        pipeline(), ["image", "label"], reader_name="reader", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
-    )
+    iterator = DALIGenericIterator(pipeline(), ["image", "label"], reader_name="reader", auto_reset=True)
     while True:
         for [batch] in iterator:
             yield batch["image"], batch["label"]
 
 
 def webdataset(task: Task) -> Batches:
-    """Webdataset with Pillow, its `WebLoader` with a process for each thread."""
+    """Webdataset with Pillow, its `WebLoader` with a process for each thread, or for each tar where those are fewer."""
     import numpy as np
     import webdataset as wds  # type: ignore[import-untyped]
     from PIL import Image, ImageOps
 
     from pipelines.pillow import normalized, random_resized_crop, resized_center_crop
 
-    train = task.split == "train"
-    crop, rng = RandomResizedCrop(scale=task.scale, ratio=task.ratio), np.random.default_rng()
+    train, crop = task.split == "train", RandomResizedCrop(scale=task.scale, ratio=task.ratio)
 
-    def transformed(image: Image.Image) -> torch.Tensor:
+    @functools.cache
+    def generator() -> np.random.Generator:
+        return np.random.default_rng()  # made when first needed, so that each process has one of its own
+
+    def transformed(encoded: bytes) -> torch.Tensor:
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
         if not train:
             return normalized(resized_center_crop(image, task.image_size))
-        cropped = random_resized_crop(image, task.image_size, crop, rng)
-        return normalized(ImageOps.mirror(cropped) if rng.random() < 0.5 else cropped)
+        cropped = random_resized_crop(image, task.image_size, crop, generator())
+        return normalized(ImageOps.mirror(cropped) if generator().random() < 0.5 else cropped)
 
-    samples = wds.WebDataset(list(task.tars), shardshuffle=100 if train else False)
-    samples = samples.shuffle(1000 if train else 0).decode("pilrgb").to_tuple("jpg;jpeg", "cls")
-    samples = samples.map_tuple(transformed, int).batched(task.batch_size, partial=False)
-    loader = wds.WebLoader(samples, batch_size=None, num_workers=task.threads, persistent_workers=True)
+    samples = wds.WebDataset(list(task.tars), shardshuffle=100 if train else False, empty_check=False)
+    samples = samples.shuffle(1000 if train else 0).to_tuple(IMAGES, "cls")
+    samples = samples.map_tuple(transformed, int).batched(task.batch_size, partial=True)
+    processes = min(task.threads, len(task.tars))
+    loader = wds.WebLoader(samples, batch_size=None, num_workers=processes, persistent_workers=True)
     while True:
         yield from loader
 

@@ -1,9 +1,12 @@
 """The loaders of `throughput compare` that need packages of their own, each as its documentation has it; see `turn.py`.
 
-Run by an interpreter that has them installed. It imports nothing of this project but `turn.py`. `prepare-NAME` as the loader
-writes what it reads into the task's folder.
+Run by an interpreter that has those packages and need not have this project's: of the project it imports only what needs
+nothing but Python. `python -m tools.throughput.peer_loaders prepare-NAME TASK` writes what the loader reads, into the task's
+folder.
 """
 
+import dataclasses
+import os
 import random
 import shutil
 import sys
@@ -42,7 +45,7 @@ def torchvision(task: Task) -> Batches:
             path, label = self.entries[index]
             return self.transform(pil_loader(path)), label
 
-    options: dict[str, Any] = {"num_workers": task.threads, "persistent_workers": True, "drop_last": True}
+    options: dict[str, Any] = {"num_workers": task.threads, "persistent_workers": True}
     loader = DataLoader(Images(), task.batch_size, shuffle=task.split == "train", **options)
     while True:
         yield from loader
@@ -69,7 +72,7 @@ def mds(task: Task) -> Batches:
 
     transform = transforms(task)
     images = Images(local=task.folder, shuffle=task.split == "train", batch_size=task.batch_size)
-    loader: Any = DataLoader(images, task.batch_size, num_workers=task.threads, persistent_workers=True, drop_last=True)
+    loader: Any = DataLoader(images, task.batch_size, num_workers=task.threads, persistent_workers=True)
     while True:
         yield from loader
 
@@ -78,7 +81,6 @@ def prepare_litdata(task: Task) -> None:
     """LitData's chunks."""
     import litdata  # type: ignore[import-not-found]
 
-    shutil.rmtree(task.folder)  # which it wants to make itself
     litdata.optimize(
         fn=litdata_sample, inputs=read_list(task.list), output_dir=task.folder, chunk_bytes=64 << 20, num_workers=task.threads
     )
@@ -100,7 +102,7 @@ def litdata(task: Task) -> Batches:
             sample = super().__getitem__(index)
             return decoded(sample["image"], transform), sample["label"]
 
-    images = Images(task.folder, shuffle=task.split == "train", drop_last=True)
+    images = Images(task.folder, shuffle=task.split == "train")
     loader = StreamingDataLoader(images, batch_size=task.batch_size, num_workers=task.threads, persistent_workers=True)
     while True:
         yield from loader
@@ -142,7 +144,7 @@ def spdl(task: Task) -> Batches:
         PipelineBuilder()
         .add_source(source())
         .pipe(decode, concurrency=task.threads, output_order="input")
-        .aggregate(task.batch_size, drop_last=True)
+        .aggregate(task.batch_size)
         .pipe(batch)
         .add_sink(3)
         .build(num_threads=task.threads + 1)
@@ -155,8 +157,8 @@ def spdl_filters(task: Task, width: int, height: int) -> str:
     """What FFmpeg is to do with an image; `area` is its antialiased filter."""
     size, ending = task.image_size, "format=pix_fmts=rgb24"
     if task.split != "train":
-        scale = task.resize_shorter / min(width, height)
-        resized = f"scale={int(width * scale)}:{int(height * scale)}:flags=area"
+        shorter = min(width, height)
+        resized = f"scale={width * task.resize_shorter // shorter}:{height * task.resize_shorter // shorter}:flags=area"
         return f"{resized},crop={size}:{size},{ending}"
     left, top, crop_width, crop_height = random_box(task, width, height)
     flip = "hflip," if random.random() < 0.5 else ""
@@ -174,11 +176,19 @@ def random_box(task: Task, width: int, height: int) -> tuple[int, int, int, int]
     return 0, 0, width, height
 
 
+def prepare(name: str, task: Task) -> None:
+    """Writes what a loader reads; the task's folder appears when all is written."""
+    unfinished = f"{task.folder}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # where it failed before
+    PREPARE[name](dataclasses.replace(task, folder=unfinished))
+    os.rename(unfinished, task.folder)
+
+
 LOADERS = {"torchvision": torchvision, "mds": mds, "litdata": litdata, "spdl": spdl}
 PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata}
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("prepare-"):
-        PREPARE[sys.argv[1].removeprefix("prepare-")](turn.read_task(sys.argv[2]))
+        prepare(sys.argv[1].removeprefix("prepare-"), turn.read_task(sys.argv[2]))
     else:
         turn.main(LOADERS)

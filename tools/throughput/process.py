@@ -38,9 +38,9 @@ class Run:
 def run_measured(command: Sequence[str | Path], folder: Path, logs: Path, environment: Mapping[str, str]) -> Run:
     """Runs a command to its end, and ends whatever it left running.
 
-    Memory is sampled 20 times a second
-    from /proc, anonymous and shared-memory pages of all processes that descend from the command: peaks between two samples are
-    missed, and pages that forked processes share count for each of them. It costs the command some 0.1 % of a core.
+    Memory is sampled 20 times a second from /proc, anonymous and shared-memory pages of all processes that descend from the
+    command: peaks between two samples are missed, and pages that forked processes share count for each of them. It costs the
+    command some 0.1 % of a core.
 
     Args:
         command: Program and arguments.

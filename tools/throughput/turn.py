@@ -3,16 +3,18 @@
 Each turn is a process of its own, `python -m MODULE LOADER TASK STARTED`, the last line of which is a JSON object.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 WARM_UP_BATCHES = 4  # after the first: until queues are full and memory is found
+TOLERANCE = 0.05  # of normalized values, for what interpolation and another order of arithmetic may do
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -24,7 +26,7 @@ class Task:
         split: "train": random resized crop, flip, normalize. "valid": resize, centre crop, normalize.
         tars: The shards.
         indices: Their index files, as DALI wants them.
-        list: File with a line `LABEL PATH` for each image, the same images as files.
+        list: File with a line `LABEL PATH` for each image, the same images as files; there for those alone who read files.
         folder: Where the loader finds what it has been given time to prepare.
         batch_size: Images a batch.
         image_size: Side of the images, pixels.
@@ -53,8 +55,9 @@ class Task:
     images: int
 
 
-# Gives batches without end, epoch after epoch: images float32 `(N, 3, size, size)` and labels `(N,)`, torch's tensors.
-Batches = Iterator[tuple[Any, Any]]
+# Gives batches without end, epoch after epoch, the last of an epoch as large as it comes: images float32 `(N, 3, size, size)`
+# and N labels, torch's tensors. Closed, it ends its threads and processes.
+Batches = Generator[tuple[Any, Any], None, None]
 
 
 def main(loaders: Mapping[str, Callable[[Task], Batches]]) -> None:
@@ -65,19 +68,18 @@ def main(loaders: Mapping[str, Callable[[Task], Batches]]) -> None:
     """
     name, path, started = sys.argv[1:]
     task = read_task(path)
-    batches = loaders[name](task)
-    images, labels = next(batches)
-    # CLOCK_MONOTONIC, which all processes have in common.
-    first_seconds = time.monotonic() - float(started)
-    check(task, images, labels)
-    for _ in range(WARM_UP_BATCHES):
-        next(batches)
-    clock, cpu, count = time.monotonic(), cpu_seconds(os.getpid()), 0
-    while count < task.images:
-        count += len(next(batches)[1])
-    seconds, cpu = time.monotonic() - clock, cpu_seconds(os.getpid()) - cpu
-    print(json.dumps({"first_seconds": first_seconds, "seconds": seconds, "cpu_seconds": cpu, "images": count}), flush=True)
-    os._exit(0)  # some loaders' processes take seconds to find out that nobody wants their batches any more
+    with contextlib.closing(loaders[name](task)) as batches:
+        images, labels = next(batches)
+        # CLOCK_MONOTONIC, which all processes have in common.
+        first_seconds = time.monotonic() - float(started)
+        check(task, images, labels)
+        for _ in range(WARM_UP_BATCHES):
+            next(batches)
+        clock, cpu, count = time.monotonic(), cpu_seconds(os.getpid()), 0
+        while count < task.images:
+            count += len(next(batches)[1])
+        seconds, cpu = time.monotonic() - clock, cpu_seconds(os.getpid()) - cpu
+    print(json.dumps({"first_seconds": first_seconds, "seconds": seconds, "cpu_seconds": cpu, "images": count}))
 
 
 def read_task(path: str) -> Task:
@@ -86,17 +88,20 @@ def read_task(path: str) -> Task:
 
 
 def check(task: Task, images: Any, labels: Any) -> None:
-    """Whether a batch is what all are to give, as far as numbers tell.
+    """Whether a batch is what all are to give, as far as numbers tell; it may be smaller than was asked for.
 
     Raises:
         ValueError: It is not.
     """
-    shape, wanted = tuple(images.shape), (task.batch_size, 3, task.image_size, task.image_size)
-    if shape != wanted or len(labels) != task.batch_size or str(images.dtype) != "torch.float32":
-        raise ValueError(f"gives {images.dtype} {shape} with {len(labels)} labels; torch.float32 {wanted} was asked for")
-    mean, std = images.mean().item(), images.std().item()
-    if not (abs(mean) < 2 and 0.3 < std < 3):  # from 0 to 1 the deviation is some 0.25
-        raise ValueError(f"gives images of mean {mean:.2f} and deviation {std:.2f}, which are not normalized")
+    shape, wanted = tuple(images.shape), (len(labels), 3, task.image_size, task.image_size)
+    if shape != wanted or not 0 < len(labels) <= task.batch_size or str(images.dtype) != "torch.float32":
+        asked = f"torch.float32 (N, 3, {task.image_size}, {task.image_size}) and N labels, N up to {task.batch_size}"
+        raise ValueError(f"gives {images.dtype} {shape} and {len(labels)} labels; {asked} were asked for")
+    low = min(-mean / std for mean, std in zip(task.mean, task.std, strict=True))
+    high = max((1 - mean) / std for mean, std in zip(task.mean, task.std, strict=True))
+    least, most = images.min().item(), images.max().item()
+    if not (low - TOLERANCE <= least < 0 and most <= high + TOLERANCE):  # pixels from 0 to 1 or to 255 are never negative
+        raise ValueError(f"gives values from {least:.2f} to {most:.2f}; normalized ones are from {low:.2f} to {high:.2f}")
 
 
 def cpu_seconds(pid: int) -> float:
