@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,10 @@ def _reader_options(settings: Settings, segment: Segment, files: Sequence[tuple[
     }
 
 
+def _shut_down_elsewhere(pipeline: Pipeline) -> None:
+    threading.Thread(target=pipeline._shutdown, name="ends a pipeline").start()
+
+
 # Of pipelines: DALI's automatic augmentations switch warnings off for a while, for all threads, and must not do so crosswise.
 _making = threading.Lock()
 
@@ -197,6 +202,10 @@ class SegmentPipeline:
                 **_reader_options(settings, segment, files),
             )
         self._pipeline.build()
+        # A pipeline's destructor waits for its threads. The garbage collector comes to it in whatever thread it happens to run,
+        # which may be one of those while it resizes: it would wait for itself, and end the process.
+        self._collected = weakref.finalize(self, _shut_down_elsewhere, self._pipeline)
+        self._collected.atexit = False  # DALI sees to that itself
 
     @property
     def is_done(self) -> bool:
@@ -229,7 +238,9 @@ class SegmentPipeline:
         return tuple(output.as_tensor() for output in outputs)
 
     def close(self) -> None:
-        """Lets go of the tars."""
+        """Ends the work under way, and lets go of the tars; batches that have been had stay as they are."""
+        self._collected.detach()
+        self._pipeline._shutdown()
         self.held.close()
 
     def _schedule(self) -> None:

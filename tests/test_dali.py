@@ -1,6 +1,8 @@
 """What the DALI pipeline makes of images and labels."""
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +102,35 @@ def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) 
             epochs.append([batch["image"] for batch in loader])
     assert all(torch.equal(one, other) for one, other in zip(*epochs, strict=True))
     assert len(epochs[0]) > 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("end", ["loader.close(); ", ""])
+def test_the_garbage_collector_comes_in_a_pipelines_own_thread(shards: Path, num_threads: int, end: str) -> None:
+    """While it works on batches that nobody wants any more, and a cycle of references has what is left of it."""
+    script = f"""
+import gc, sys, time, torch
+from pipelines import DataConfig, build_loader
+from pipelines.resize import WholeResize
+failures, resized = [], WholeResize.resized
+sys.unraisablehook = lambda raised: failures.append(raised.exc_value)
+def slowly(self, *inputs):
+    time.sleep(0.02)
+    gc.collect()
+    return resized(self, *inputs)
+WholeResize.resized = slowly
+gc.disable()
+options = dict(batch_size=8, image_size=32, device=torch.device("cpu"), num_threads={num_threads})
+loader = build_loader(DataConfig(train={str(shards)!r}), "train", **options)
+loader.next()
+loader.itself, pipeline = loader, loader._current
+pipeline.itself = pipeline
+{end}del loader, pipeline
+time.sleep(2)
+sys.exit(str(failures) if failures else None)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_formats_and_colour_modes(tmp_path: Path) -> None:
