@@ -137,7 +137,6 @@ class Compare:
 
     def run(self) -> int:
         require_folder(self.json)
-        import os
         import tempfile
 
         from tools.throughput.compare import benchmark
