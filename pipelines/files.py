@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder for what can be found out again."""
 
 import os
+import uuid
 from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file: a temporary file beside it, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -15,3 +16,14 @@ def replace_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def user_cache(kind: str, name: str) -> Path:
+    """The path of a file in the user's cache folder, the folder made.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name

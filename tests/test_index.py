@@ -1,14 +1,16 @@
 """Index files: against DALI's own tool, and damaged."""
 
+import concurrent.futures
 import io
 import tarfile
 import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 import wds2idx
 
-from pipelines import open_shards
+from pipelines import DataConfig, build_loader, open_shards
 from pipelines.index import Component, count_samples, ensure_index, iter_components, read_index, scan_tar, write_index
 
 
@@ -122,6 +124,23 @@ def test_memory_does_not_grow_with_the_tar(tmp_path: Path) -> None:
     assert peak < 500_000  # five thousand members kept would be ten times that
 
 
+def test_memory_does_not_grow_with_the_index_but_with_the_segment(tmp_path: Path, shards: Path) -> None:
+    """A tar may hold the whole data set; here the index lists its samples again and again."""
+    tar = open_shards(str(shards), "train").tars[0]
+    samples = scan_tar(tar)
+    (tmp_path / "x.tar").symlink_to(tar)
+    write_index(tmp_path / "x.idx", 5000 * samples)
+    data = DataConfig(train=str(tmp_path / "x.tar"), segment_samples=1000)
+    options = {"batch_size": 8, "image_size": 32, "device": torch.device("cpu"), "num_threads": 1, "num_classes": 3}
+    tracemalloc.start()
+    with build_loader(data, "train", **options) as loader:
+        batch = loader.next()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert batch is not None
+    assert peak < 10_000_000  # eighty thousand samples read into objects are six times that
+
+
 def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls"])
@@ -129,6 +148,19 @@ def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
     assert cached.is_relative_to(tmp_path / "cache")
     write_index(tmp_path / "x.idx", read_index(cached))
     assert ensure_index(tmp_path / "x.tar") == tmp_path / "x.idx"
+
+
+def test_threads_may_want_the_same_index_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loaders of several ranks in one process do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tars = [tmp_path / f"{i}.tar" for i in range(20)]
+    for tar in tars:
+        make_tar(tar, ["1.jpg", "1.cls"])
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda _: [ensure_index(tar) for tar in tars], range(8)))
+    assert all(read_index(index) == scan_tar(tar) for index, tar in zip(paths[0], tars, strict=True))
+    assert all(others == paths[0] for others in paths)
+    assert sorted((tmp_path / "cache").rglob("*.*")) == sorted(paths[0])
 
 
 def test_a_folder_of_indices_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
