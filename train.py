@@ -27,7 +27,7 @@ from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.mix import mix
 from pipelines.order import order_warning
 from pipelines.quarantine import FILE_NAME as QUARANTINE
-from training.config import Config, choose_autocast_dtype, share_threads
+from training.config import Config, apply_tuned, choose_autocast_dtype, share_threads
 from training.evaluation import Evaluation, evaluate
 from training.initial import read_initial_weights
 from training.job import HEADS, Job, build_job, global_batch_size, train_step
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with join_world(config.device) as world:
             if not world.is_main:
                 log.setLevel(logging.WARNING)
+            config = apply_tuned(config, world.device, world.local_size, is_main=world.is_main)
             is_left = False
             try:
                 (train if config.evaluate is None else evaluate_only)(config, world)

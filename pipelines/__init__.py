@@ -7,6 +7,7 @@ from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.loader import Batch, Loader
 from pipelines.notation import AugmentationList
 from pipelines.shards import ShardSet, open_shards
+from pipelines.tuned import with_tuned
 
 if TYPE_CHECKING:  # imported where it is used: torch takes seconds, and a tool's --help needs none of it
     from pathlib import Path
@@ -35,6 +36,13 @@ class DataConfig:
     """dali: the pipeline. For comparison: pillow, the DataLoader pair that it replaces; synthetic, batches without cost."""
     threads: int | None = None
     """CPU threads (pillow: worker processes) that load data. By default chosen by device: see docs/performance.md."""
+    prefetch: int | None = None
+    """Batches that DALI's pipeline works on at a time, beside the one in use; each takes memory. By default DALI's, 2."""
+    hw_decoder_load: float | None = None
+    """Part of the images, 0 to 1, that a GPU's JPEG decoder in hardware takes, where there is one; by default DALI's, 0.65. It
+    may round pixels in another way than the decoder that takes the rest."""
+    tuned: str = ""
+    """File that `throughput tune` has written for this machine: its threads, prefetch and hw_decoder_load, where not given."""
     crop: RandomResizedCrop = RandomResizedCrop()
     augment: AugmentationList = (HorizontalFlip(),)
     """What happens to training images after the crop, in this order; may be empty. docs/augmentation.md has the parameters."""
@@ -58,14 +66,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--data.threads {self.threads}: at least 1 is needed")
+        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"--data.hw-decoder-load {self.hw_decoder_load}: a number from 0 to 1 is needed")
         if not 0 < self.cache_gigabytes < float("inf"):
             raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
-        for name in ("shuffle_buffer", "segment_samples"):
+        for name in ("prefetch", "shuffle_buffer", "segment_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--data.{name.replace('_', '-')} {value}: at least 1 is needed")
         if self.backend != "dali" and self.size_schedule:
             raise ValueError(f"--data.size-schedule: the {self.backend} backend has images of one size only")
+        for name, unset in (("prefetch", None), ("hw_decoder_load", None), ("tuned", "")):
+            if self.backend != "dali" and getattr(self, name) != unset:
+                raise ValueError(f"--data.{name.replace('_', '-')}: only --data.backend dali has it, {self.backend} has not")
         self.image_size_of(0, 0)
         beyond_pillow = [step.name for step in self.augment if not isinstance(step, HorizontalFlip)]
         if self.backend == "pillow" and beyond_pillow:
@@ -110,7 +123,7 @@ def build_loader(
     image_size: int,
     device: "torch.device",
     dtype: "torch.dtype | None" = None,
-    num_threads: int = 4,
+    num_threads: int | None = None,
     shards: ShardSet | None = None,
     num_classes: int | None = None,
     seed: int = 0,
@@ -127,7 +140,7 @@ def build_loader(
         image_size: Side of the images, pixels.
         device: Where the batches lie; a CUDA device needs its index.
         dtype: Of the images; float32 (the default), or float16 on a GPU.
-        num_threads: CPU threads or worker processes.
+        num_threads: CPU threads or worker processes; by default those of `config`, or 4.
         shards: What `open_shards` gave for the split, where the caller has it already.
         num_classes: Labels must be below it; by default what the shards say.
         seed: Of shuffling and augmentation.
@@ -136,8 +149,10 @@ def build_loader(
         quarantine: File to which samples that cannot be used are written, if any.
 
     Raises:
-        ValueError: No such shards, or too few samples for a batch.
+        ValueError: No such shards, or too few samples for a batch; or `config.tuned` cannot be used.
     """
+    config = with_tuned(config, device)
+    num_threads = num_threads if num_threads is not None else config.threads or 4
     train = split == "train"
     shards = shards or config.open_shards(split)
     num_classes = num_classes or shards.num_classes()

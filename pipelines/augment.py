@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.loader import MEAN, STD, resize_shorter_for
 
@@ -25,12 +25,26 @@ if TYPE_CHECKING:
     from pipelines.resize import BatchResize
 
 Device = Literal["cpu", "gpu"]
+Stage = Literal["decode", "resize", "normalize"]
 Color = tuple[float, float, float]  # red, green and blue, in [0, 1]
 # "mixed" is DALI's name for decoding that starts on the CPU and ends on the GPU.
 _DECODER = {"cpu": "cpu", "gpu": "mixed"}
 MEAN_COLOR = [round(255 * value) for value in MEAN]
 # What fills the corners where an image was moved: DALI's warping operators take one value for all channels.
 GRAY = 128
+
+
+def _decoder_options(device: Device, hw_decoder_load: float | None) -> dict[str, Any]:
+    """Of DALI's decoders: RGB on `device`; there is a decoder in hardware on GPUs alone."""
+    from nvidia.dali import types
+
+    options: dict[str, Any] = {"device": _DECODER[device], "output_type": types.RGB}
+    if device == "gpu":
+        # Chroma interpolated as libjpeg-turbo does it, which CPUs and other programs have; nvJPEG would repeat its pixels.
+        options["jpeg_fancy_upsampling"] = True
+        if hw_decoder_load is not None:
+            options["hw_decoder_load"] = hw_decoder_load
+    return options
 
 
 @dataclass(frozen=True)
@@ -49,18 +63,12 @@ class RandomResizedCrop:
         if self.scale[1] > 1:
             raise ValueError(f"crop.scale {self.scale[0]} {self.scale[1]}: a crop cannot be larger than the image, 1.0")
 
-    def decode(self, encoded: "DataNode", size: int, device: Device) -> "DataNode":
-        """The crop of each image, uint8 HWC RGB, `size` x `size` pixels; only the crop's part of a JPEG is decoded."""
-        from nvidia.dali import fn, types
+    def decode(self, encoded: "DataNode", device: Device, hw_decoder_load: float | None = None) -> "DataNode":
+        """The crop of each image, uint8 HWC RGB, in the size that it has there; only the crop's part of a JPEG is decoded."""
+        from nvidia.dali import fn
 
-        pixels = fn.decoders.image_random_crop(
-            encoded, device=_DECODER[device], output_type=types.RGB, random_area=self.scale, random_aspect_ratio=self.ratio
-        )
-        if device == "cpu":
-            from pipelines.resize import WholeResize
-
-            return _resized_on_cpu(WholeResize(size=size, num_threads=_num_threads()), pixels)
-        return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+        options = _decoder_options(device, hw_decoder_load)
+        return fn.decoders.image_random_crop(encoded, random_area=self.scale, random_aspect_ratio=self.ratio, **options)
 
 
 @dataclass(frozen=True)
@@ -278,9 +286,20 @@ def training_images(
     size: int,
     device: Device,
     dtype: "DALIDataType",
+    until: Stage = "normalize",
+    hw_decoder_load: float | None = None,
 ) -> "DataNode":
-    """Encoded images, 1-D uint8 on the CPU, cropped, augmented and normalized: HWC of `dtype` on `device`."""
-    images = crop.decode(encoded, size, device)
+    """Encoded images, 1-D uint8 on the CPU, cropped, augmented and normalized: HWC of `dtype` on `device`.
+
+    With `until`, for measurements, what they are after that stage: uint8 HWC, decoded in any size or resized.
+    `hw_decoder_load` is that of `DataConfig`.
+    """
+    images = crop.decode(encoded, device, hw_decoder_load)
+    if until == "decode":
+        return images
+    images = _resized_whole(images, size, device)
+    if until == "resize":
+        return images
     mirror: DataNode | None = None
     for augmentation in augmentations:
         if isinstance(augmentation, HorizontalFlip) and mirror is None:
@@ -299,10 +318,19 @@ def validation_images(
     resize_shorter: int | None = None,
     mean: Color = MEAN,
     std: Color = STD,
+    until: Stage = "normalize",
+    hw_decoder_load: float | None = None,
 ) -> "DataNode":
-    """Encoded images, 1-D uint8 on the CPU, resized, cropped to the centre and normalized: HWC of `dtype` on `device`."""
-    images = _resized_center_crop(encoded, size, resize_shorter or resize_shorter_for(size), device)
-    return _normalized(images, dtype, 0, mean, std)
+    """Encoded images, 1-D uint8 on the CPU, resized, cropped to the centre and normalized: HWC of `dtype` on `device`.
+
+    `until` and `hw_decoder_load` are those of `training_images`.
+    """
+    resize_shorter, only_decode = resize_shorter or resize_shorter_for(size), until == "decode"
+    if device == "gpu":
+        images = center_crop_resampled(encoded, size, resize_shorter, device, only_decode, hw_decoder_load)
+    else:
+        images = _center_crop_on_cpu(encoded, size, resize_shorter, only_decode)
+    return images if until in ("decode", "resize") else _normalized(images, dtype, 0, mean, std)
 
 
 def _normalized(
@@ -320,10 +348,18 @@ def _normalized(
     )
 
 
-def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
-    """The shorter side resized to `resize_shorter`, then the centre `size` x `size`, as by torchvision."""
+def _resized_whole(pixels: "DataNode", size: int, device: Device) -> "DataNode":
+    from nvidia.dali import fn, types
+
     if device == "gpu":
-        return center_crop_resampled(encoded, size, resize_shorter, device)
+        return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+    from pipelines.resize import WholeResize
+
+    return _resized_on_cpu(WholeResize(size=size, num_threads=_num_threads()), pixels)
+
+
+def _center_crop_on_cpu(encoded: "DataNode", size: int, resize_shorter: int, only_decode: bool) -> "DataNode":
+    """The shorter side resized to `resize_shorter`, then the centre `size` x `size`, as by torchvision: uint8 HWC."""
     from nvidia.dali import fn, types
 
     from pipelines.resize import CenterCropResize
@@ -331,18 +367,30 @@ def _resized_center_crop(encoded: "DataNode", size: int, resize_shorter: int, de
     resize = CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads())
     shape = fn.peek_image_shape(encoded)
     region = fn.dl_tensor_python_function(shape, function=resize.regions, batch_processing=True)
-    pixels = fn.decoders.image_slice(encoded, start=region[:2], end=region[2:], axis_names="HW", output_type=types.RGB)
-    return _resized_on_cpu(resize, pixels, shape)
+    pixels = fn.decoders.image_slice(
+        encoded, device="cpu", start=region[:2], end=region[2:], axis_names="HW", output_type=types.RGB
+    )
+    return pixels if only_decode else _resized_on_cpu(resize, pixels, shape)
 
 
-def center_crop_resampled(encoded: "DataNode", size: int, resize_shorter: int, device: Device) -> "DataNode":
-    """The same in one resampling by DALI of the region that the crop shows: uint8 HWC.
+def center_crop_resampled(
+    encoded: "DataNode",
+    size: int,
+    resize_shorter: int,
+    device: Device,
+    only_decode: bool = False,
+    hw_decoder_load: float | None = None,
+) -> "DataNode":
+    """The same in one resampling by DALI of the region that the crop shows.
 
     The rounding is torchvision's: the longer side's new length is truncated, the crop's corner is rounded half to even. A GPU's
     way, which can be had on a CPU too, where it is slower.
     """
     from nvidia.dali import fn, types
 
+    pixels = fn.decoders.image(encoded, **_decoder_options(device, hw_decoder_load))
+    if only_decode:
+        return pixels
     height_width = fn.peek_image_shape(encoded)[:2]
     resized = height_width * resize_shorter // fn.reductions.min(height_width)
     margin = resized - size
@@ -350,7 +398,6 @@ def center_crop_resampled(encoded: "DataNode", size: int, resize_shorter: int, d
     corner = half + (margin - 2 * half) * (half - half // 2 * 2)
     # From pixels of the resized image, which never exists, to pixels of the original.
     to_original = fn.cast(height_width, dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
-    pixels = fn.decoders.image(encoded, device=_DECODER[device], output_type=types.RGB)
     return fn.resize(
         pixels,
         size=[size, size],

@@ -2,10 +2,11 @@
 
 import contextlib
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import nvidia.dali
@@ -13,6 +14,7 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
 from numpy.typing import NDArray
+from nvidia.dali.backend import check_cuda_runtime
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
@@ -24,6 +26,12 @@ from pipelines.shards import IMAGE_EXTENSIONS
 if TYPE_CHECKING:
     from pipelines import DataConfig
 
+# Before its first graph for a GPU DALI looks for cuFFT and NPP, and warns where they are missing; nothing here needs them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    check_cuda_runtime()
+
+Stage = Literal["read", "headers"] | augment.Stage
 DALI_VERSION: str = nvidia.dali.__version__
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
@@ -78,17 +86,34 @@ def image_pipeline(
     config: "DataConfig",
     shuffle_buffer: int,
     shuffle_seed: int,
+    until: Stage = "normalize",
 ) -> tuple[DataNode, DataNode, DataNode]:
-    """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU."""
+    """Images `(H, W, 3)` of `dtype` on `device`; labels' bytes and `tar:offset:member`, both uint8 on the CPU.
+
+    With `until`, for measurements, what there is of the images after that stage.
+    """
     encoded, label = read(tars, indices, label_extension, shuffle_buffer, shuffle_seed, mmap=False)
-    source, encoded = padded_source(encoded), with_headers_read(encoded)
-    if train:
-        image = augment.training_images(
-            encoded, config.crop, config.augment, size=image_size, device=device, dtype=DTYPES[dtype]
-        )
-    else:
-        image = augment.validation_images(encoded, size=image_size, device=device, dtype=DTYPES[dtype])
+    source, image = padded_source(encoded), encoded
+    if until != "read":
+        image = with_headers_read(encoded)
+    if until in ("decode", "resize", "normalize"):
+        options: dict[str, Any] = {"size": image_size, "device": device, "dtype": DTYPES[dtype], "until": until}
+        options["hw_decoder_load"] = config.hw_decoder_load
+        if train:
+            image = augment.training_images(image, config.crop, config.augment, **options)
+        else:
+            image = augment.validation_images(image, **options)
     return image, fn.pad(label), source
+
+
+def has_conditionals(train: bool, config: "DataConfig") -> bool:
+    """Whether there may be an `if` in an augmentation: it has DALI translate the graph's Python, which takes half a second."""
+    return train and any(not isinstance(step, HorizontalFlip) for step in config.augment)
+
+
+def queue_options(config: "DataConfig") -> dict[str, int]:
+    """Of the pipeline; they change nothing in what it gives, nor in its state."""
+    return {} if config.prefetch is None else {"prefetch_queue_depth": config.prefetch}
 
 
 @pipeline_def(exec_dynamic=True)
@@ -150,7 +175,8 @@ def _reader_options(settings: Settings, segment: Segment, files: Sequence[tuple[
 
 
 def _shut_down_elsewhere(pipeline: Pipeline) -> None:
-    threading.Thread(target=pipeline._shutdown, name="ends a pipeline").start()
+    # No daemon, as one begun by a thread of DALI would be: Python must not go away while those still want it.
+    threading.Thread(target=pipeline._shutdown, name="ends a pipeline", daemon=False).start()
 
 
 # Of pipelines: DALI's automatic augmentations switch warnings off for a while, for all threads, and must not do so crosswise.
@@ -186,11 +212,9 @@ class SegmentPipeline:
         self.before = delivered, checkpoint
         self.held = contextlib.ExitStack()
         self._num_scheduled = delivered
-        steps = settings.config.augment if settings.train else ()
         with _making:
             self._pipeline: Pipeline = image_pipeline(
-                # What `if` in an augmentation needs. It has DALI translate the graph's Python, which takes half a second.
-                enable_conditionals=any(not isinstance(step, HorizontalFlip) for step in steps),
+                enable_conditionals=has_conditionals(settings.train, settings.config),
                 train=settings.train,
                 device="gpu" if settings.device.type == "cuda" else "cpu",
                 image_size=settings.image_size,
@@ -199,6 +223,7 @@ class SegmentPipeline:
                 device_id=settings.device.index if settings.device.type == "cuda" else None,
                 seed=_seeds(settings, segment)[0],
                 checkpoint=checkpoint or None,
+                **queue_options(settings.config),
                 **_reader_options(settings, segment, files),
             )
         self._pipeline.build()
@@ -222,19 +247,23 @@ class SegmentPipeline:
         if self._num_scheduled == self.delivered:
             self._schedule()
 
-    def run(self) -> tuple[Any, ...]:
+    def run(self, stream: torch.cuda.Stream | None = None) -> tuple[Any, ...]:
         """The next batch's images, labels and sources, as DALI's tensors.
+
+        Args:
+            stream: Which waits for what lies on a GPU; without it the host does.
 
         Raises:
             RuntimeError: There is something in it that DALI cannot read. The pipeline is of no use afterwards.
         """
-        if not self.is_idle:
-            self._schedule()
-        outputs = self._pipeline.share_outputs()
+        self.start()
+        outputs = self._pipeline.share_outputs(stream)
         self._pipeline.release_outputs()
         self.before = self.delivered, self.checkpoint
         self.delivered += 1
         self.checkpoint = self._pipeline.checkpoint()
+        if not self.is_idle:
+            self._schedule()
         return tuple(output.as_tensor() for output in outputs)
 
     def close(self) -> None:

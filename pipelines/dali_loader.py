@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils.dlpack import from_dlpack
 
 from pipelines.cache import ShardCache, open_cache
 from pipelines.dali import DALI_VERSION, SegmentPipeline, Settings, Sources, describe, texts
-from pipelines.diagnose import Locator, TarWatch, undecodable
-from pipelines.index import read_index
+from pipelines.diagnose import Locator, TarWatch, check_open_files, undecodable
+from pipelines.handover import HandOver
+from pipelines.index import read_sample
 from pipelines.labels import LabelReader
 from pipelines.loader import Batch, Loader, check_state
 from pipelines.quarantine import Quarantine, RowId
@@ -100,6 +100,7 @@ class DALILoader(Loader):
             *(segment_samples, shards.label_reader.extension, config),
         )
         self._bad = Quarantine(shards, config, quarantine)
+        self._hand_over = HandOver(device)
         self._watch = TarWatch([] if shards.is_remote else shards.tars)
         self._held = contextlib.ExitStack()
         self._cache: ShardCache | None = None
@@ -152,6 +153,7 @@ class DALILoader(Loader):
             self._cache.close()
         self._prepare(None)
         self._set_current(None)
+        self._hand_over.close()
         self._held.close()
         self._sources, self._segments = None, []
         self._unusable = CLOSED
@@ -302,7 +304,7 @@ class DALILoader(Loader):
             try:
                 pipeline = self._advance()
                 with record_function("dali: run"):
-                    outputs = pipeline.run()
+                    outputs = pipeline.run(self._hand_over.stream)
             except RuntimeError as error:
                 self._leave_out_what_failed(error)
                 continue
@@ -346,6 +348,7 @@ class DALILoader(Loader):
         Raises:
             ValueError: It was something else, or there are too many bad samples.
         """
+        check_open_files(str(error))
         stopped, segment = self._current, self._segment()
         self._set_current(None)
         self._prepare(None)
@@ -379,7 +382,7 @@ class DALILoader(Loader):
         locate = Locator(self._shards, segment.parts, tars)
         rows = [locate(source) for source in sources]
         paths = {part.shard: tar for part, tar in zip(segment.parts, tars, strict=True)}
-        images = [read_image(paths[row.shard], read_index(self._shards.indices[row.shard])[row.row]) for row, *_ in rows]
+        images = [read_image(paths[row.shard], read_sample(self._shards.indices[row.shard], row.row)) for row, *_ in rows]
 
         def stops_alone(i: int) -> bool:
             shard, row = rows[i][0]
@@ -405,8 +408,8 @@ class DALILoader(Loader):
         num_left = sum(segment.num_samples for segment in self._segments) - self._delivered * batch_size
         count = min(batch_size, num_left)
         labels, reasons = parse_labels(np.asarray(text)[:count], self._shards.label_reader, self._num_classes)
-        # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
-        return from_dlpack(image)[:count].permute(0, 3, 1, 2), labels, texts(np.asarray(source)[:count]), reasons
+        # NHWC seen as NCHW is channels_last.
+        return self._hand_over(image)[:count].permute(0, 3, 1, 2), labels, texts(np.asarray(source)[:count]), reasons
 
     def _batch(self, images: Tensor, labels: NDArray[np.int64], sources: Sequence[str]) -> Batch | None:
         """The batch without the stand-ins; None where nothing is left of it."""

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import Color
 from pipelines.check import decoders_silenced
 from pipelines.dali import decoding_pipeline, describe
 from pipelines.diagnose import undecodable
+from pipelines.handover import HandOver
 
 
 class ValidationDecoder:
@@ -48,6 +48,7 @@ class ValidationDecoder:
             std=std,
         )
         self._pipeline = self._make()
+        self._hand_over = HandOver(device)
         self._empty = torch.empty(0, 3, image_size, image_size, device=device)
 
     def __call__(self, images: Sequence[bytes]) -> tuple[Tensor, dict[int, str]]:
@@ -78,8 +79,8 @@ class ValidationDecoder:
     def _run(self, images: Sequence[bytes]) -> Tensor:
         with decoders_silenced():
             [batch] = self._pipeline.run(encoded=[np.frombuffer(image, np.uint8) for image in images])
-        # The tensor takes over DALI's buffer. NHWC seen as NCHW is channels_last.
-        return from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2)
+        # NHWC seen as NCHW is channels_last.
+        return self._hand_over(batch.as_tensor()).permute(0, 3, 1, 2)
 
     def _stops_alone(self, image: bytes) -> bool:
         try:

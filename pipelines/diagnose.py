@@ -1,6 +1,8 @@
 """What made a pipeline stop: a tar that is not what it was, or samples that cannot be used, and which."""
 
+import errno
 import os
+import resource
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,6 +13,21 @@ from pipelines.segments import Part
 from pipelines.shards import ShardSet, image_or_first
 
 WAY_OUT = "Put the shard back as it was and resume, or begin a run on the new ones"
+
+
+def check_open_files(message: str) -> None:
+    """Whether it was for the limit of open files that a pipeline stopped, which is in its message then.
+
+    Raises:
+        ValueError: It was; names the way out.
+    """
+    for line in message.splitlines():
+        if os.strerror(errno.EMFILE) in line:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            raise ValueError(
+                f"{line.rpartition('failed: ')[2]}; this process may have {limit:,} files open: raise that with `ulimit -n`, "
+                "or lower --data.segment-samples, as all shards of a segment are open"
+            )
 
 
 class TarWatch:

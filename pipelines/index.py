@@ -4,10 +4,10 @@ The first line is `v1.2 NUM_SAMPLES`; then one line a sample with four fields a 
 in the tar, size in bytes, name of the member. It is what DALI's `wds2idx` writes.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
-from pipelines.files import replace_text
+from pipelines.files import replace_text, user_cache
 from pipelines.remote import RemoteFile, in_threads, is_url, open_remote, read_text
 
 VERSION = "v1.2"
@@ -91,10 +91,18 @@ def group_samples(components: Iterable[Component]) -> list[Sample]:
 
 def format_index(samples: list[Sample]) -> str:
     """The text of the index of a tar's samples."""
-    lines = [f"{VERSION} {len(samples)}"]
-    for sample in samples:
-        lines.append(" ".join(f"{as_field(c.extension)} {c.offset} {c.size} {as_field(c.name)}" for c in sample))
-    return "\n".join(lines) + "\n"
+    return join_lines(map(format_line, samples))
+
+
+def format_line(sample: Sample) -> str:
+    """The line of a sample, with its end."""
+    return " ".join(f"{as_field(c.extension)} {c.offset} {c.size} {as_field(c.name)}" for c in sample) + "\n"
+
+
+def join_lines(lines: Iterable[str]) -> str:
+    """The text of an index with these lines."""
+    lines = list(lines)
+    return f"{VERSION} {len(lines)}\n{''.join(lines)}"
 
 
 def write_index(index_path: Path, samples: list[Sample]) -> None:
@@ -114,6 +122,30 @@ def read_index(index_path: Path) -> list[Sample]:
     if len(samples) != num_samples:
         raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {len(samples)} listed")
     return samples
+
+
+def read_lines(index_path: Path, start: int, stop: int) -> list[str]:
+    """The lines of the samples `start` to `stop`, as they are: an index of a million samples is long to read into objects.
+
+    Raises:
+        ValueError: The file is not an index of version 1.2, or lists fewer.
+    """
+    with open(index_path, errors="replace") as file:
+        num_samples = _parse_header(index_path, file.readline())
+        lines = list(itertools.islice(file, start, stop))
+    if len(lines) != stop - start:
+        raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {start + len(lines)} listed")
+    return lines
+
+
+def read_sample(index_path: Path, row: int) -> Sample:
+    """The sample of that number.
+
+    Raises:
+        ValueError: The file is not an index of version 1.2, or is damaged.
+    """
+    [line] = read_lines(index_path, row, row + 1)
+    return list(parse_line(index_path, line))
 
 
 def count_samples(index_path: Path) -> int:
@@ -185,9 +217,7 @@ def ensure_remote_index(tar: RemoteFile, index_dir: str = "") -> Path:
 
 
 def _cache_path(stem: str, identity: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / "index"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.idx"
+    return user_cache("index", f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.idx")
 
 
 def as_field(text: str) -> str:
@@ -219,12 +249,19 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
     with _open_tar(tar) as file:
         for component in parse_line(place, index.readline()) if num_samples else ():
             file.seek(max(0, component.offset - tarfile.BLOCKSIZE))
-            try:
-                size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").size
-            except tarfile.TarError:
-                size = -1
-            if size != component.size:
+            if _member_size(file.read(tarfile.BLOCKSIZE)) != component.size:
                 raise ValueError(f"{place}: not an index of {tar}; remove it, or make it anew with `shards index --overwrite`")
+
+
+def _member_size(header: bytes) -> int:
+    """What a member's header says, bytes; -1 where it is none."""
+    with contextlib.suppress(ValueError):
+        # Octal digits, but for sizes from 8 GiB on. To parse all of the header takes ten times as long, for each shard.
+        return int(header[124:136].rstrip(b" \0"), 8)
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").size
+    except tarfile.TarError:
+        return -1
 
 
 def _parse_header(index_path: Path | str, line: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.index import read_index
+from pipelines.index import read_index, read_sample
 from pipelines.remote import is_url
 from pipelines.shards import ShardSet, image_or_first
 
@@ -149,7 +149,7 @@ class Quarantine:
                     self.by_shard[shard][row] = known[named.offset, named.name]
 
     def _describe(self, row: RowId, reason: str) -> BadSample:
-        component = image_or_first(read_index(self._shards.indices[row.shard])[row.row])
+        component = image_or_first(read_sample(self._shards.indices[row.shard], row.row))
         return BadSample(location(self._shards.tars[row.shard]), component.offset, component.name, reason)
 
     def _check(self) -> None:

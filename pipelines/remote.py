@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -26,6 +27,8 @@ THREADS = 16  # they wait for answers nearly all of the time
 # Of a remote tar only headers are asked for: this many bytes a request. It holds the headers of all small members of a sample
 # and of the image that follows, so that a sample costs one request; its images, mostly larger, are passed over.
 READ_AHEAD = 16 * 1024
+
+LISTED_FROM = 32  # objects of one folder that are looked up with a list rather than one by one
 
 T = TypeVar("T")
 
@@ -182,7 +185,33 @@ def stat_once(url: str, stop: threading.Event | None = None) -> RemoteFile:
 
 
 def stat_existing(urls: Iterable[str]) -> list[RemoteFile | None]:
-    """Size and checksums of objects; None for those that are not there."""
+    """Size and checksums of objects; None for those that are not there.
+
+    Many in one folder are listed, a thousand with each answer; one by one is asked for what is in no list.
+    """
+    urls = list(urls)
+    listed = _listed(urls)
+    asked = [url for url in urls if url not in listed]
+    found = {**listed, **dict(zip(asked, _ask_for_each(asked), strict=True))}
+    return [found[url] for url in urls]
+
+
+def _listed(urls: list[str]) -> dict[str, RemoteFile]:
+    """Those of the objects that could be found in lists; of a few in a folder nothing is listed."""
+    folders = collections.defaultdict(list)
+    for url in urls:
+        folders[url.rpartition("/")[0]].append(url)
+    listed = dict[str, RemoteFile]()
+    for folder, within in folders.items():
+        # A web server has no lists, and a store may deny them.
+        if len(within) >= LISTED_FROM and not folder.startswith(("http://", "https://")):
+            with contextlib.suppress(PermissionError):
+                prefix = os.path.commonprefix(within)  # noqa: RUF071  (a store lists by characters)
+                listed.update((file.url, file) for file in glob_files(f"{prefix}*"))
+    return {url: listed[url] for url in urls if url in listed}
+
+
+def _ask_for_each(urls: list[str]) -> list[RemoteFile | None]:
 
     def ask(url: str) -> RemoteFile | None:
         try:
@@ -190,7 +219,7 @@ def stat_existing(urls: Iterable[str]) -> list[RemoteFile | None]:
         except FileNotFoundError:
             return None
 
-    return list(in_threads(ask, list(urls)))
+    return list(in_threads(ask, urls))
 
 
 def list_folder(url: str) -> list[RemoteFile]:

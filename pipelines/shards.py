@@ -1,7 +1,9 @@
 """Which shards: from what the user typed to tars, their indices, sample counts and class names."""
 
 import collections
+import contextlib
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +14,7 @@ from typing import Any, BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from pipelines.files import replace_text, user_cache
 from pipelines.index import Component, Sample, count_samples, ensure_indices, read_index
 from pipelines.labels import LabelReader, open_labels
 from pipelines.remote import RemoteFile, glob_files, is_url, list_folder, read_text, stat_existing
@@ -53,12 +56,35 @@ class ShardSet:
     def num_classes(self) -> int:
         """The number of classes: that of the class names, or else one more than the largest label in the shards.
 
-        Labels that cannot be read do not count: what becomes of their samples is for the loader to decide.
+        Labels that cannot be read do not count: what becomes of their samples is for the loader to decide. To read all labels
+        takes as long as to find that many small pieces of files, so it is done once: the number is kept in the user's cache
+        folder, as long as tars and indices are what they were.
 
         Raises:
             ValueError: There is no label that can be read; or the tars are remote, see `labels`.
         """
-        return len(self.classes) if self.classes is not None else max(self.labels(skip_bad=True)) + 1
+        if self.classes is not None:
+            return len(self.classes)
+        kept = None if self.is_remote else self._count_file()
+        if kept is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+                return int(kept.read_text())
+        count = max(self.labels(skip_bad=True)) + 1
+        if kept is not None:
+            with contextlib.suppress(OSError):  # a full disk costs the next start some seconds, and this one nothing
+                replace_text(kept, f"{count}\n")
+        return count
+
+    def _count_file(self) -> Path | None:
+        """Where the number of classes of these local shards is kept; None where the user has no cache folder to write to."""
+        files = [os.path.abspath(str(file)) for file in (*self.tars, *self.indices)]
+        states = [f"{file} {now.st_size} {now.st_mtime_ns}" for file, now in zip(files, map(os.stat, files), strict=True)]
+        identity = "\n".join([self.label_reader.key, *states])
+        try:
+            path = user_cache("classes", f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.txt")
+        except OSError:
+            return None
+        return path if os.access(path.parent, os.W_OK) else None
 
     def labels(self, *, skip_bad: bool = False) -> list[int]:
         """The label of each sample, in order, read from the shards (a read of a few bytes a sample).

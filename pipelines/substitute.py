@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.check import why_undecodable
-from pipelines.index import Sample, read_index, write_index
+from pipelines.files import replace_text
+from pipelines.index import Sample, format_line, join_lines, parse_line, read_lines
 from pipelines.segments import Part
 from pipelines.shards import ShardSet, read_image, read_label
 
@@ -42,15 +43,15 @@ def index_files(
         if not bad_rows and part.stop - part.start == shards.lengths[part.shard]:
             files.append((tar, str(shards.indices[part.shard])))
             continue
-        rows = read_index(shards.indices[part.shard])[part.start : part.stop]
+        lines = read_lines(shards.indices[part.shard], part.start, part.stop)
         if bad_rows:
             place, stand_in = _stand_in(shards, [(tar, part), *_others(shards, tars, parts, number)], bad, num_classes)
             if place != tar:  # none of this part's rows is good
-                tar, rows = place, [stand_in] * len(rows)
+                tar, lines = place, [stand_in] * len(lines)
             for row in bad_rows:
-                rows[row - part.start] = stand_in
+                lines[row - part.start] = stand_in
         index = folder / f"{number}.idx"
-        write_index(index, rows)
+        replace_text(index, join_lines(lines))
         files.append((tar, str(index)))
     return files
 
@@ -62,14 +63,15 @@ def _others(shards: ShardSet, tars: Sequence[str], parts: Sequence[Part], number
         yield from ((tar, Part(i, 0, shards.lengths[i])) for i, tar in enumerate(shards.tars))
 
 
-def _stand_in(shards: ShardSet, places: Iterable[tuple[str, Part]], bad: BadRows, num_classes: int) -> tuple[str, Sample]:
-    """The first good sample, its names marked, and its tar."""
+def _stand_in(shards: ShardSet, places: Iterable[tuple[str, Part]], bad: BadRows, num_classes: int) -> tuple[str, str]:
+    """The tar of the first good sample, and its line in an index, its names marked."""
     for tar, part in places:
-        samples = read_index(shards.indices[part.shard])
-        for row in range(part.start, part.stop):
+        index = shards.indices[part.shard]
+        for row, line in enumerate(read_lines(index, part.start, part.stop), part.start):
+            sample = list(parse_line(index, line))
             # What is not known to be bad may be so all the same.
-            if row not in bad.get(part.shard, ()) and _is_good(shards, tar, samples[row], num_classes):
-                return tar, [replace(component, name=MARK + component.name) for component in samples[row]]
+            if row not in bad.get(part.shard, ()) and _is_good(shards, tar, sample, num_classes):
+                return tar, format_line([replace(component, name=MARK + component.name) for component in sample])
     raise ValueError(f"there is not one good sample in {shards.tars[0]} and the other shards; `shards verify` says why")
 
 

@@ -38,12 +38,17 @@ def torchrun(num_ranks: int, *options: str) -> list[str]:
     return [*launcher, "--no-python", sys.executable, "-W", "error", str(ROOT / "train.py")]
 
 
+def environment(folder: Path = ROOT) -> dict[str, str]:
+    """This process's, with the modules in a folder before all others."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def start(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
     """Starts a command in a folder; its output comes together on its stdout."""
     # Each run has but one thread: otherwise those of two ranks wait for each other's cores.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    one_thread = environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        command, cwd=folder, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
 
 

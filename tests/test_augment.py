@@ -38,6 +38,7 @@ from pipelines.augment import (
 from pipelines.loader import MEAN, STD
 from pipelines.notation import augmentation_classes, parse_augmentation, write_augmentation
 from tests.conftest import write_image, write_tree
+from tests.runs import environment
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -383,5 +384,5 @@ gray = (pixels.amax(1) - pixels.amin(1)).amax((1, 2)) < 0.01
 assert 16 < gray.sum() < 48, gray.sum()
 """
     command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

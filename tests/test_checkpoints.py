@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint, save_checkpoint
-from tests.runs import ROOT, alone, arguments, assert_same, finish, is_equal, metrics, start
+from tests.runs import alone, arguments, assert_same, environment, finish, is_equal, metrics, start
 from training import checkpoints
 from training.checkpoints import Checkpoints, newest_checkpoint
 from training.config import Config, ModelConfig
@@ -173,8 +173,7 @@ for step in range(1, 1000):
 
 
 def test_killed_while_one_is_being_written(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", WRITE_ON_AND_ON, tmp_path], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", WRITE_ON_AND_ON, tmp_path], env=environment())
     halfway: list[Path] = []
     deadline = time.monotonic() + 60
     while not halfway:

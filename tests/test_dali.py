@@ -1,6 +1,7 @@
 """What the DALI pipeline makes of images and labels."""
 
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ from tests.conftest import write_image
 from tests.loader_contract import make_loader, same, saved, take
 from tools.shards.convert import convert
 from tools.shards.plan import Options
+from tools.throughput.linked import LinkedShards, small
 
 CPU = torch.device("cpu")
 # Every rounding of the resized length and of the crop's corner occurs.
@@ -105,9 +107,14 @@ def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) 
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("end", ["loader.close(); ", ""])
-def test_the_garbage_collector_comes_in_a_pipelines_own_thread(shards: Path, num_threads: int, end: str) -> None:
-    """While it works on batches that nobody wants any more, and a cycle of references has what is left of it."""
+@pytest.mark.parametrize(("end", "seconds"), [("loader.close(); ", 2), ("", 2), ("", 0.3)])
+def test_the_garbage_collector_comes_in_a_pipelines_own_thread(
+    shards: Path, num_threads: int, end: str, seconds: float
+) -> None:
+    """While it works on batches that nobody wants any more, and a cycle of references has what is left of it.
+
+    The process ends when it has done with them, or while it is still at it.
+    """
     script = f"""
 import gc, sys, time, torch
 from pipelines import DataConfig, build_loader
@@ -126,7 +133,7 @@ loader.next()
 loader.itself, pipeline = loader, loader._current
 pipeline.itself = pipeline
 {end}del loader, pipeline
-time.sleep(2)
+time.sleep({seconds})
 sys.exit(str(failures) if failures else None)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
@@ -204,6 +211,34 @@ def test_resumed_with_every_augmentation(shards: Path) -> None:
         with make_loader(shards, "dali", "train", CPU, **options) as loader:
             loader.load_state_dict(states[position])
             assert same(take(loader, 2), batches[position : position + 2]), position
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    """What a user can do about it is said; and a segment of fewer shards needs fewer."""
+    folder = LinkedShards(tmp_path / "made", small).make(100, 1000)
+    script = (
+        "import resource, torch\n"
+        "from pipelines import DataConfig, build_loader\n"
+        "options = {'batch_size': 10, 'image_size': 32, 'device': torch.device('cpu'), 'num_threads': 1}\n"
+        f"few = build_loader(DataConfig(train={str(folder)!r}, segment_samples=100), 'train', **options)\n"
+        f"all = build_loader(DataConfig(train={str(folder)!r}), 'train', **options)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (80, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "print(len(few.next()['target']))\n"
+        "all.next()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "10\n"
+    last = done.stderr.splitlines()[-1]
+    assert re.match(
+        r"ValueError: Could not open file .*\.tar: Too many open files; this process may have 80 files open: raise", last
+    )
+
+
+def test_libraries_that_are_not_needed_are_not_missed() -> None:
+    """DALI asks for cuFFT and NPP before its first graph for a GPU, and warns."""
+    script = "import pipelines.dali, nvidia.dali.backend; nvidia.dali.backend.check_cuda_runtime()"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_progressive_sizes(shards: Path) -> None:

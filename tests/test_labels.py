@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines import DataConfig, Loader, build_loader, open_shards
+from pipelines.index import read_index, write_index
 from tests.conftest import write_image
 from tests.test_shards_command import read_with_webdataset, shards_command
 from tests.test_verify import write_tar
@@ -84,6 +86,27 @@ def test_forms(
     assert found.labels() == numbers
     assert found.classes == (names or None)
     assert found.num_classes() == (len(names) or max(numbers) + 1)
+
+
+def test_classes_are_counted_once(tmp_path: Path) -> None:
+    """To read all labels takes long; they are read again when a tar has changed, or other labels are asked for."""
+    tar = write_shard(tmp_path, [b"0", b"2"])
+    assert open_shards(str(tar), "train").num_classes() == 3
+    before = tar.stat()
+    data = tar.read_bytes()
+    index = read_index(open_shards(str(tar), "train").indices[0])
+    [place] = [component.offset for component in index[1] if component.extension == "cls"]
+    tar.write_bytes(data[:place] + b"7" + data[place + 1 :])
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_shards(str(tar), "train").num_classes() == 3  # nothing shows that it is another
+    os.utime(tar)
+    assert open_shards(str(tar), "train").num_classes() == 8
+    short = tar.with_suffix(".idx")
+    write_index(short, index[:1])
+    assert open_shards(str(tar), "train").num_classes() == 1
+    short.unlink()
+    with pytest.raises(ValueError, match=r"no member that ends in \.json"):
+        open_shards(str(tar), "train", label_key="label").num_classes()
 
 
 @both

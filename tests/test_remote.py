@@ -99,6 +99,32 @@ def test_what_is_not_there_is_named(bucket: str, uploaded: str, pattern: str, me
         open_shards(pattern.format(bucket), "test")
 
 
+@pytest.mark.parametrize("denied", [False, True])
+def test_many_shards_take_a_few_requests(s3_bucket: str, faulty: FaultyProxy, denied: bool) -> None:
+    """A list tells as much as a question for each, where it may be had."""
+
+    def deny_lists(method: str, path: str, start: int) -> Fault | None:
+        return "403" if denied and "list-type" in path else None
+
+    url = f"{s3_bucket}/many-{denied}"
+    for number in range(40):
+        put(f"{url}/x-{number:02d}.tar", make_tar(["1.jpg", "1.cls"], size=number))
+    faulty.reset(latency=0)
+    faulty.fault = deny_lists
+    pattern = f"{url}/x-{{00..39}}.tar"
+    found = open_shards(pattern, "train")
+    assert found.tars == tuple(f"{url}/x-{number:02d}.tar" for number in range(40))
+    assert [request.method for request in faulty.requests if request.path.endswith(".tar")].count("HEAD") == (denied and 40)
+    faulty.reset(latency=0)
+    faulty.fault = deny_lists
+    assert open_shards(pattern, "train") == found  # the indices are known by now
+    if denied:
+        return
+    assert len(faulty.requests) == 3  # the list, and two for the `_info.json` that is not there
+    with pytest.raises(ValueError, match=r"no such shard: '.*/x-40\.tar' \(part of "):
+        open_shards(f"{url}/x-{{00..40}}.tar", "train")
+
+
 def test_shards_that_the_info_lists_in_vain(bucket: str, shards: Path) -> None:
     url = upload(shards, f"{bucket}/part", "_info.json")
     with pytest.raises(ValueError, match=rf"{url}/_info\.json lists shards that are not there: train-000000\.tar"):

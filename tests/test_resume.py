@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_image, write_tree
+from tests.runs import environment
 from tests.test_shards_command import digests, shards_command
 from tools.shards.storage import open_storage
 
@@ -278,9 +279,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
     elsewhere = tmp_path / "workers"
     elsewhere.mkdir()
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": elsewhere, "env": environment}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": elsewhere, "env": environment()}
     processes = [subprocess.Popen(dask, **quiet)]
     processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
     try:

@@ -65,13 +65,16 @@ SHARDS_VERBS = ("convert", "info", "preview", "verify", "index", "demo")
         ("throughput", ["--help"]),
         ("throughput", ["convert", "--help"]),
         ("throughput", ["remote", "--help"]),
+        ("throughput", ["scale", "--help"]),
         ("report", ["--help"]),
         ("predict", ["--help"]),
         ("export", ["--help"]),
         ("throughput", ["step", "--help"]),
         ("throughput", ["compare", "--help"]),
         ("throughput", ["model", "--help"]),
+        ("throughput", ["loader", "--help"]),
         ("throughput", ["train", "--help"]),
+        ("throughput", ["tune", "--help"]),
     ],
 )
 def test_help_of_the_tools_needs_neither_torch_nor_dali(tool: str, arguments: list[str]) -> None:

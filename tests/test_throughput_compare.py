@@ -146,6 +146,7 @@ TASK = Task(
     mean=MEAN,
     std=STD,
     threads=1,
+    device="cpu",
     images=8,
 )
 PIXELS = torch.linspace(0, 1, 32 * 32).reshape(1, 1, 32, 32).expand(4, 3, 32, 32)

@@ -35,4 +35,4 @@ def test_figures_have_a_place_before_they_are_measured(tmp_path: Path) -> None:
 
 def test_wrong_settings_are_said_in_a_line() -> None:
     done = throughput("--rounds", 0)
-    assert (done.returncode, done.stderr) == (2, "error: --steps 20 --rounds 0: at least 1 of each is needed\n")
+    assert (done.returncode, done.stderr) == (2, "error: --steps 1 --rounds 0: at least 1 of each is needed\n")

@@ -114,7 +114,10 @@ def test_train_says_online_what_is_measured_here(tmp_path: Path, shards: Path) -
     ("options", "message"),
     [
         ([], "--data.train is needed, the shards to train on"),
-        (["--data.train", "shards", "--rounds", 2], "--steps 20 --rounds 2: at least 1 step and 3 rounds are needed"),
+        (
+            ["--data.train", "shards", "--rounds", 2, "--device", "cpu"],
+            "--steps 2 --rounds 2: at least 1 step and 3 rounds are needed",
+        ),
         (
             ["--data.train", "shards", "--data.size-schedule", "1:64"],
             "--data.size-schedule: one size is measured, that of --image-size",

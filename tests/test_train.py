@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from pipelines.index import read_index
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
-def train_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(TRAIN), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
-    )
+def train_command(*arguments: object, cwd: Path, warnings: Sequence[str] = ("error",)) -> subprocess.CompletedProcess[str]:
+    filters = [word for entry in warnings for word in ("-W", entry)]
+    command = [sys.executable, *filters, str(TRAIN), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

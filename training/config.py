@@ -1,7 +1,8 @@
 """Every setting of a training run; its fields are the flags of train.py, their docstrings the help."""
 
+import dataclasses
+import logging
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,9 @@ from model.googlenet import Init
 from model.optim import OptimConfig
 from pipelines import DataConfig
 from pipelines.mix import MixConfig
+from pipelines.tuned import SETTINGS, cores_of_a_process, foreign, read_tuned, with_tuned
+
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class Config:
     log_every: int = 20
     """Steps between two log lines."""
     profile: int | None = None
-    """Write a trace of so many steps, from the eleventh on, to trace.json in the run's folder."""
+    """Write a trace of so many steps, from the eleventh on, to trace.json in the run's folder, and what took
+    longest in them to profile.txt."""
     evaluate: Path | None = None
     """Do not train: score this checkpoint, raw and averaged weights, on --data.valid."""
     json: bool = False
@@ -144,7 +149,7 @@ class Config:
 
 def share_threads(config: Config, device: torch.device, local_world_size: int) -> tuple[int, int]:
     """CPU threads for torch and for the loader of one process; what the user has set stays."""
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    cores = cores_of_a_process(local_world_size)
     if device.type == "cuda":
         torch_threads, loader_threads = min(cores, torch.get_num_threads()), min(cores, 16)
     else:
@@ -153,6 +158,28 @@ def share_threads(config: Config, device: torch.device, local_world_size: int) -
         loader_threads = min(cores, max(2, cores // 8))
         torch_threads = cores - cores // 8
     return config.torch_threads or torch_threads, config.data.threads or loader_threads
+
+
+def apply_tuned(config: Config, device: torch.device, local_world_size: int, *, is_main: bool = True) -> Config:
+    """The configuration with what `--data.tuned` says, where that is given; says so in the log.
+
+    Args:
+        config: Of the run.
+        device: Of this process.
+        local_world_size: Processes that share this machine.
+        is_main: Whether this one says it.
+
+    Raises:
+        ValueError: The file cannot be used, or is of another kind of device.
+    """
+    path, data = config.data.tuned, with_tuned(config.data, device)
+    if path and is_main:
+        tuned = read_tuned(path)
+        given = [f"--data.{name.replace('_', '-')}" for name in SETTINGS if getattr(config.data, name) is not None]
+        log.info("tuned by %s: %s%s", path, tuned, f"; given, and not taken from it: {', '.join(given)}" if given else "")
+        if difference := foreign(tuned, device, local_world_size):
+            log.warning("--data.tuned %s was found %s; tune again here with `throughput tune`", path, difference)
+    return dataclasses.replace(config, data=data)
 
 
 def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

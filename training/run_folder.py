@@ -205,7 +205,8 @@ FREE_SETTINGS = (
     *("data.train", "data.valid"),  # they may have been moved; the loader compares what they hold
     "accumulate_steps",  # fewer ranks may make the same steps with more of them; the job compares the steps
     *("init_from", "init_from_partial"),  # what came of it is in the state
-    *(f"data.{name}" for name in ("threads", "index_dir", "cache_dir", "cache_gigabytes")),
+    *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load", "tuned")),
+    *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),
     *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
 )
 

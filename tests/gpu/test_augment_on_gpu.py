@@ -36,13 +36,14 @@ def test_augmentation(shards: Path, augmentations: tuple[Augmentation, ...], dty
     assert changed >= 2
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("config", [MixConfig(mixup_alpha=1.0), MixConfig(cutmix_alpha=1.0)])
 def test_mixing_does_not_wait_for_the_device(config: MixConfig) -> None:
     image = torch.randn(8, 3, 32, 32, device="cuda").half().to(memory_format=torch.channels_last)
     target = torch.arange(8, device="cuda")
     expected = mix(config, image.cpu(), target.cpu(), num_classes=8, step=3, seed=0)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         mixed, soft = mix(config, image, target, num_classes=8, step=3, seed=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

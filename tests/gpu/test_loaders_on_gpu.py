@@ -30,9 +30,9 @@ class TestOnGPU(ShardLoaderContract):
         return kind[1]
 
     def test_valid_pixels_are_the_cpus(self, make: Make, shards: Path) -> None:
-        """Within what another JPEG decoder (nvJPEG) and half precision leave."""
+        """Within what another JPEG decoder (nvJPEG), DALI's resizing and half precision leave."""
         with make("valid") as gpu, make_loader(shards, "dali", "valid", torch.device("cpu")) as cpu:
             for ours, reference in zip(gpu, cpu, strict=True):
                 assert torch.equal(ours["target"].cpu(), reference["target"])
                 difference = (ours["image"].float().cpu() - reference["image"]) * 255 * torch.tensor(STD).view(3, 1, 1)
-                assert difference.abs().mean().item() < 1.5
+                assert difference.abs().mean().item() < 1

@@ -62,6 +62,7 @@ def test_compiled_training_learns_the_same(shards: Path, tmp_path: Path, flags: 
             ),
             *more,
             cwd=tmp_path,
+            warnings=("error", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's own
         )
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in metrics(tmp_path / name) if line["split"] == "train"])
@@ -95,6 +96,7 @@ def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
         assert on_gpu == pytest.approx(on_cpu, abs=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
     device = torch.device("cuda", 0)
@@ -104,8 +106,8 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
     image = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
     target = torch.zeros(4, dtype=torch.int64, device=device)
     train_step(job, image, target)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             train_step(job, image, target)
     finally:

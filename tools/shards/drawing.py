@@ -88,23 +88,37 @@ FIGURES: dict[str, Figure] = {
 }
 
 
-def draw_jpeg(figure: str, rng: np.random.Generator) -> bytes:
-    """One picture of the figure as JPEG bytes, 72 to 200 pixels a side, RGB or (one in eight) gray."""
-    width, height = (int(side) for side in rng.integers(72, 201, 2))
+def draw_jpeg(
+    figure: str,
+    rng: np.random.Generator,
+    size: tuple[int, int] | None = None,
+    noise: float | None = None,
+    quality: int | None = None,
+) -> bytes:
+    """One picture of the figure as JPEG bytes, RGB or (one in eight) gray.
+
+    Args:
+        figure: One of `FIGURES`.
+        rng: Of all that varies.
+        size: Width and height in pixels; 72 to 200 each without it.
+        noise: Standard deviation, of 255; 1 to 12 without it.
+        quality: Of the JPEG; 40 to 95 without it.
+    """
+    width, height = size or (int(side) for side in rng.integers(72, 201, 2))
     back, first, second = _colours(rng)
     pixels = _surface(rng, width, height, back)
     pixels = _blend(pixels, _clutter(rng, width, height), rng.uniform(0, 255, 3).astype(np.float32))
     inside, ink = FIGURES[figure](*_coordinates(rng, width, height))
     pixels[inside] = _surface(rng, width, height, first)[inside]
     pixels[inside & ink] = _surface(rng, width, height, second)[inside & ink]
-    pixels += rng.normal(0, rng.uniform(1, 12), pixels.shape)
+    pixels += rng.normal(0, noise or rng.uniform(1, 12), pixels.shape)
 
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.1)))
     if rng.random() < 1 / 8:
         image = image.convert("L")
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=int(rng.integers(40, 96)))
+    image.save(encoded, "JPEG", quality=quality or int(rng.integers(40, 96)))
     return encoded.getvalue()
 
 

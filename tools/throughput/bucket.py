@@ -1,18 +1,22 @@
 """A local folder as an S3 bucket of this machine that takes its time to answer: a stand-in for a distant one.
 
-It knows just what reading takes: HEAD and GET with ranges, on names that exist. `python -m tools.throughput.bucket FOLDER
-SECONDS` serves the folder as the bucket `bucket`, and prints the port.
+It knows just what reading takes: HEAD and GET with ranges, on names that exist, and lists of them. `python -m
+tools.throughput.bucket FOLDER SECONDS` serves the folder as the bucket `bucket`, and prints the port.
 """
 
 import asyncio
 import contextlib
+import datetime
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from aiohttp import web
+
+PAGE = 1000  # names that one answer lists, as S3 has it
 
 
 @contextlib.contextmanager
@@ -50,7 +54,12 @@ async def _serve(folder: Path, latency_seconds: float) -> None:
             raise web.HTTPNotFound
         return web.FileResponse(path)  # with ranges, an ETag, and without the bytes passing through Python
 
+    async def listing(request: web.Request) -> web.Response:
+        await asyncio.sleep(latency_seconds)
+        return web.Response(text=_listed(folder, request.query), content_type="application/xml")
+
     app = web.Application()
+    app.router.add_get("/bucket", listing)
     app.router.add_get("/bucket/{name:.+}", answer)  # HEAD, too
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
@@ -58,6 +67,28 @@ async def _serve(folder: Path, latency_seconds: float) -> None:
     await site.start()
     print(runner.addresses[0][1], flush=True)
     await asyncio.Event().wait()
+
+
+def _listed(folder: Path, query: Mapping[str, str]) -> str:
+    """The answer to ListObjectsV2: a page of the files that begin with a prefix, without those in folders below."""
+    place, _, start = query.get("prefix", "").rpartition("/")
+    after, prefix = query.get("continuation-token", ""), f"{place}/" if place else ""
+    there = os.scandir(folder / place) if (folder / place).is_dir() else ()
+    names = sorted(entry.name for entry in there if entry.name.startswith(start) and entry.is_file() and entry.name > after)
+    page = names[:PAGE]
+    contents = []
+    for name in page:
+        status = (folder / prefix / name).stat()
+        time = datetime.datetime.fromtimestamp(int(status.st_mtime), datetime.timezone.utc).isoformat()
+        # As FileResponse has it.
+        etag = f"&quot;{status.st_mtime_ns:x}-{status.st_size:x}&quot;"
+        contents.append(
+            f"<Contents><Key>{escape(prefix + name)}</Key><Size>{status.st_size}</Size><ETag>{etag}</ETag>"
+            f"<LastModified>{time}</LastModified></Contents>"
+        )
+    more = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if len(names) > PAGE else ""
+    truncated = str(bool(more)).lower()
+    return f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{more}{''.join(contents)}</ListBucketResult>"
 
 
 if __name__ == "__main__":

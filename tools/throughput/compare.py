@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from pipelines.index import Component, read_index
 from pipelines.loader import MEAN, STD, resize_shorter_for
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards
 from tools.throughput.competitors import ROOT, probe
-from tools.throughput.hardware import Hardware, describe_hardware, now
 from tools.throughput.process import Run, run_measured
+from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.scratch import open_scratch
 from tools.throughput.turn import Task
@@ -41,22 +41,25 @@ class Rival:
         needs: Module that the peers' interpreter has to have; None for those that this project's interpreter runs. Those of the
             peers read the images as files, or prepare from these what they read.
         has_to_prepare: It reads files of a kind of its own, which are written before the measurement.
+        only_on: The one kind of device on which it is measured; None where it is on both.
     """
 
     name: str
     what: str
     needs: str | None = None
     has_to_prepare: bool = False
+    only_on: str | None = None
 
 
 # Not a bound: a loader may decode no more than the crop of an image.
-DECODER = Rival("decode", "the decoder alone: whole images, all cores")
+DECODER = Rival("decode", "the decoder alone: whole images, all cores", only_on="cpu")
 RIVALS = (
     Rival("ours", "this project's loader"),
     Rival(REFERENCE, "DALI as documented (its PyTorch iterator)"),
     Rival("pillow", "DataLoader and Pillow, this project's pair"),
     Rival("webdataset", "webdataset WebLoader, Pillow"),
     Rival("torchvision", "DataLoader, Pillow, torchvision", "torchvision"),
+    Rival("torchvision-gpu", "torchvision's decode_jpeg and transforms, on the GPU", "torchvision", only_on="cuda"),
     Rival("litdata", "LitData, Pillow, torchvision", "litdata", has_to_prepare=True),
     Rival("mds", "MosaicML Streaming, Pillow, torchvision", "streaming", has_to_prepare=True),
     Rival("spdl", "SPDL (FFmpeg)", "spdl"),
@@ -106,7 +109,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class CompareReport(Report):
     """All that was measured; samples and their image bytes are those of the shards that were read, see `first_shards`."""
 
     shards: str
@@ -115,24 +118,21 @@ class Report:
     images: int
     batch_size: int
     image_size: int
+    device: str
     threads: int
     rounds: int
     results: tuple[Result, ...]
-    hardware: Hardware
-    versions: dict[str, str]
     peers_versions: dict[str, str]
-    date: str
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+    def bars(self) -> Iterable[Bar]:
+        return [Bar(r.split, r.what, r.images_per_second) for r in self.results if r.images_per_second]
 
     def __str__(self) -> str:
         coverage = max((result.images_per_second.coverage for result in self.results if result.images_per_second), default=0.0)
         lines = [
             f"{self.shards}: {self.samples:,} images of {self.image_bytes / self.samples / 1e3:.0f} KB; {self.rounds} rounds, "
             f"{self.images:,} images a turn, {self.batch_size} x {self.image_size} pixels a batch, {self.threads} threads or "
-            f"processes; {self.hardware.cores} cores of {self.hardware.cpu}; median ({100 * coverage:.0f} % interval)"
+            f"processes, {self.device}; {self.hardware}; median ({100 * coverage:.0f} % interval)"
         ]
         for split in dict.fromkeys(result.split for result in self.results):
             lines += ["", f"{split:<52}{'images/s':>10}{'ratio':>22}{'CPU ms':>9}{'first batch':>13}{'memory MB':>11}"]
@@ -148,11 +148,12 @@ def benchmark(
     images: int,
     batch_size: int,
     image_size: int,
+    device: str,
     threads: int,
     only: Sequence[str],
     peers_python: str,
     scratch: Path,
-) -> Report:
+) -> CompareReport:
     """Lets all loaders give the same images, in turns, each a process of its own.
 
     Args:
@@ -163,6 +164,7 @@ def benchmark(
             many.
         batch_size: Images a batch.
         image_size: Side of the images, pixels.
+        device: Where the batches are wanted, as torch calls it: "cpu", "cuda:0".
         threads: Threads or processes that decode.
         only: Names of loaders; all where empty.
         peers_python: The interpreter that has the peers installed.
@@ -176,7 +178,7 @@ def benchmark(
     for option, number in numbers.items():
         if number < 1:
             raise ValueError(f"--{option} {number}: at least 1 is needed")
-    rivals = choose(only)
+    rivals = choose(only, device)
     shards = first_shards(open_shards(location, "train"), max(images, batch_size), threads)
     if shards.is_remote or shards.num_samples < batch_size:
         raise ValueError(f"{location}: at least {batch_size} samples in local shards are needed")
@@ -189,29 +191,28 @@ def benchmark(
     with open_scratch(scratch, int(needed_bytes)) as (folder, environment):
         if reads_files:
             extract(samples, folder)
-        ground = Ground(shards, folder, environment, peers_python, batch_size, image_size, threads, images)
+        ground = Ground(shards, folder, environment, peers_python, batch_size, image_size, device, threads, images)
         turns = {(split, rival.name): ground.turn(rival, split) for split in splits for rival in present}
         outcomes = take_turns({f"{split} {name}": turn for (split, name), turn in turns.items()}, rounds)
-    return Report(
-        *(location, shards.num_samples, image_bytes, images, batch_size, image_size, threads, rounds),
+    return CompareReport(
+        *(location, shards.num_samples, image_bytes, images, batch_size, image_size, device, threads, rounds),
         tuple(_result(rival, split, outcomes) for split in splits for rival in rivals),
-        describe_hardware(),
-        probe(sys.executable, MODULES, DISTRIBUTIONS)[1],
         peers_versions,
-        now(),
+        versions=probe(sys.executable, MODULES, DISTRIBUTIONS)[1],
     )
 
 
-def choose(only: Sequence[str]) -> list[Rival]:
-    """Those named, and the reference; all where none is named.
+def choose(only: Sequence[str], device: str) -> list[Rival]:
+    """Those named, and the reference; where none is named, all that run on such a device.
 
     Raises:
         ValueError: There is no such loader.
     """
-    names = [rival.name for rival in RIVALS]
+    rivals = [rival for rival in RIVALS if rival.only_on in (None, device.partition(":")[0])]
+    names = [rival.name for rival in rivals]
     if unknown := [name for name in only if name not in names]:
         raise ValueError(f"--only {unknown[0]}: no such loader; there are {', '.join(names)}")
-    return [rival for rival in RIVALS if not only or rival.name in (*only, REFERENCE)]
+    return [rival for rival in rivals if not only or rival.name in (*only, REFERENCE)]
 
 
 def first_shards(shards: ShardSet, num_samples: int, num_shards: int) -> ShardSet:
@@ -286,6 +287,7 @@ class Ground:
         peers_python: str,
         batch_size: int,
         image_size: int,
+        device: str,
         threads: int,
         images: int,
     ) -> None:
@@ -306,6 +308,7 @@ class Ground:
             mean=MEAN,
             std=STD,
             threads=threads,
+            device=device,
             images=images,
         )
         (folder / "logs").mkdir()

@@ -1,13 +1,12 @@
 """`throughput convert`: conversion to shards against its peers and against what it cannot be faster than."""
 
 import dataclasses
-import json
 import os
 import random
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from tools.throughput.competitors import (
     competitors,
     probe,
 )
-from tools.throughput.hardware import Hardware, describe_hardware, now
 from tools.throughput.process import run_measured
+from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.scratch import open_scratch
 
@@ -85,27 +84,23 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConvertReport(Report):
     """Everything that a run found out.
 
     Attributes:
         image_bytes: Of all images.
         interval: How the `low` and `high` of the figures are to be read.
-        versions: Of this interpreter's packages.
         peers_versions: Of the packages of the interpreter that runs the peers.
     """
 
     settings: Settings
-    date: str
-    hardware: Hardware
-    versions: dict[str, str]
     peers_versions: dict[str, str]
     image_bytes: int
     interval: str
     results: tuple[Result, ...]
 
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+    def bars(self) -> Iterable[Bar]:
+        return [Bar(r.group, r.what, r.images_per_second) for r in self.results if r.images_per_second]
 
     def __str__(self) -> str:
         settings, hardware = self.settings, self.hardware
@@ -132,7 +127,7 @@ def benchmark(
     quality: int,
     only: Sequence[str],
     peers_python: str,
-) -> Report:
+) -> ConvertReport:
     """Lets all competitors convert the same images, in turns.
 
     Each runs as a process of its own that reads files from the page cache and writes to a folder that is new; the folder is
@@ -171,10 +166,8 @@ def benchmark(
             root, picked = _copy(source, picked, wanted, folder / "source")
         track = Track(root.resolve(), picked, folder, environment)
         outcomes = take_turns({one.name: track.turn(one) for one in installed}, rounds)
-    return Report(
+    return ConvertReport(
         settings=Settings(str(source), rounds, wanted, resize, quality, tuple(only)),
-        date=now(),
-        hardware=describe_hardware(),
         versions=probe(sys.executable, PEER_MODULES, DISTRIBUTIONS)[1],
         peers_versions=peers_versions,
         image_bytes=image_bytes,

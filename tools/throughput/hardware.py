@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,17 @@ class Hardware:
         cores: That this process may use.
         memory_bytes: Of the machine.
         system: Operating system and its release.
+        gpus: NVIDIA's, each with its memory and its driver.
     """
 
     cpu: str
     cores: int
     memory_bytes: int
     system: str
+    gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([f"{self.cores} cores of {self.cpu}", *self.gpus])
 
 
 def describe_hardware() -> Hardware:
@@ -35,7 +41,17 @@ def describe_hardware() -> Hardware:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=platform.platform(),
+        gpus=_gpus(),
     )
+
+
+def _gpus() -> tuple[str, ...]:
+    command = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no driver, or none that works
+        return ()
+    return tuple("{} ({}, driver {})".format(*line.split(", ")) for line in listed.splitlines())
 
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import sys
 import time
@@ -68,14 +69,17 @@ class JobTurns:
         steps: That count in a turn; the first `WARM_UP_BATCHES` batches of each epoch do not.
 
     Attributes:
+        device: The same.
+        steps: The same; may be changed between turns.
+        most_seconds: After so many a turn ends with fewer steps, with one at least; may be changed, too.
         arithmetic: Its dtype, for people.
         torch_threads: As train.py shares them out.
         data_threads: The same for the loader.
     """
 
     def __init__(self, config: Config, shards: ShardSet, device: torch.device, steps: int) -> None:
-        self.config, self._shards, self._device = config, shards, device
-        self._num_batches = steps * config.accumulate_steps
+        self.config, self._shards, self.device = config, shards, device
+        self.steps, self.most_seconds = steps, math.inf
         self.torch_threads, self.data_threads = share_threads(config, device, 1)
         torch.set_num_threads(self.torch_threads)
         autocast_dtype = choose_autocast_dtype(config.precision, device)
@@ -102,7 +106,7 @@ class JobTurns:
             train=True,
             batch_size=self.config.batch_size,
             image_size=self.config.image_size,
-            device=self._device,
+            device=self.device,
             dtype=self._dtype,
             num_classes=self._num_classes,
         )
@@ -114,10 +118,10 @@ class JobTurns:
         """The job on a few batches of its own, which stay where the loader has put them."""
         return self._run(CachedLoader(self._cached, self._shards.num_samples), self._step)
 
-    def job(self, data: DataConfig | None = None, data_threads: int | None = None) -> Turn:
-        """The job as it is, or with other data."""
+    def job(self, data: DataConfig | None = None, data_threads: int | None = None, images: int | None = None) -> Turn:
+        """The job as it is, or with other data, or with steps on so many images of each batch alone; all count in the rate."""
         with self._open(data or self.config.data, data_threads) as loader:
-            return self._run(loader, self._step)
+            return self._run(loader, lambda batch: self._step(batch, images))
 
     def cold(self) -> Turn:
         """The job as it is after its shards have left the page cache.
@@ -128,10 +132,19 @@ class JobTurns:
         drop_from_page_cache(self._shards.tars)
         return self.job()
 
-    def loader(self, data_threads: int | None = None) -> Turn:
+    def loader(self, data_threads: int | None = None, data: DataConfig | None = None) -> Turn:
         """The loader alone."""
-        with self._open(self.config.data, data_threads) as loader:
+        with self._open(data or self.config.data, data_threads) as loader:
             return self._run(loader, lambda batch: None)
+
+    def step_seconds(self, images: int) -> float:
+        """What a step on so many images of a batch takes, on a CPU; the better of two, after one that finds memory."""
+        seconds = []
+        for batch in itertools.islice(itertools.cycle(self._cached), 3):
+            clock = time.perf_counter()
+            self._step(batch, images)
+            seconds.append(time.perf_counter() - clock)
+        return min(seconds[1:])
 
     def resized(self, size: int, folder: Path) -> DataConfig:
         """The settings for some of the shards, as many as a turn reads, with the images converted to that shorter side.
@@ -154,8 +167,11 @@ class JobTurns:
             run_measured([sys.executable, "-m", "tools.shards", "convert", sample, folder, *options], ROOT, sample, {})
         return dataclasses.replace(data, train=str(folder), index_dir="", label_key="", class_file="", quarantine=())
 
+    def _num_batches(self) -> int:
+        return self.steps * self.config.accumulate_steps
+
     def _enough_tars(self) -> Iterable[Path | str]:
-        wanted = (self._num_batches + WARM_UP_BATCHES) * self.config.batch_size
+        wanted = (self._num_batches() + WARM_UP_BATCHES) * self.config.batch_size
         before = [0, *itertools.accumulate(self._shards.lengths)]
         return [tar for tar, count in zip(self._shards.tars, before, strict=False) if count < wanted]
 
@@ -163,28 +179,31 @@ class JobTurns:
         return build_loader(
             data,
             "train",
-            shards=self._shards if data == self.config.data else None,
+            shards=self._shards if data.train == self.config.data.train else None,
             batch_size=self.config.batch_size,
             image_size=self.config.image_size,
-            device=self._device,
+            device=self.device,
             dtype=self._dtype,
             num_classes=self._num_classes,
             num_threads=data_threads or self.data_threads,
             seed=self.config.seed,
         )
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, images: int | None = None) -> None:
         config, job = self.config, self._job
         options = {"num_classes": self._num_classes, "step": job.step, "seed": config.seed}
-        train_step(job, *mix(config.mix, batch["image"], batch["target"], **options))
+        train_step(job, *mix(config.mix, batch["image"][:images], batch["target"][:images], **options))
 
     def _run(self, loader: Loader, step: Step) -> Turn:
         """Epoch after epoch until enough batches count."""
-        meter, steady, left = Meter(self._device), Rates(), self._num_batches
+        meter, steady, left = Meter(self.device), Rates(), self._num_batches()
+        end = time.monotonic() + self.most_seconds
         while left:
             for number, batch in enumerate(meter.batches(loader), 1):
                 step(batch)
                 left -= number > WARM_UP_BATCHES
+                if number > WARM_UP_BATCHES and time.monotonic() > end:
+                    left = 0
                 if not left or number == len(loader):
                     break
             meter.take()

@@ -1,8 +1,7 @@
 """`throughput model`: the training step alone, over batch sizes and precisions, against what the device multiplies at most."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,14 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import googlenet
 from model.loss import googlenet_loss
-from tools.throughput.hardware import Hardware, describe_hardware, now, versions
-from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
+from tools.throughput.hardware import versions
+from tools.throughput.report import Bar, Report
+from tools.throughput.rounds import Outcome, Statistic, TurnError, summarize, take_turns
 from tools.throughput.step import NUM_CLASSES, Turn, make_loader, make_trainer, measured
 from training.config import Config, choose_autocast_dtype
 from training.world import World, choose_device
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
+TOO_LARGE = "does not fit into the device's memory"
 FLOPS_BATCH_SIZE = 2  # images for which operations are counted; batch normalization needs two
 SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192
 MATRIX_SECONDS, MATRIX_TURN_SECONDS = 0.05, 0.25
@@ -65,7 +66,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class ModelReport(Report):
     """All that was measured; `flops_per_image` is what an image costs, forward and backward."""
 
     device: str
@@ -77,18 +78,15 @@ class Report:
     flops_per_image: int
     matrices: tuple[Matrix, ...]
     results: tuple[Result, ...]
-    hardware: Hardware
-    versions: dict[str, str]
-    date: str
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def bars(self) -> Iterable[Bar]:
+        results = [(result, result.images_per_second) for result in self.results]
+        return [Bar(result.precision, f"batches of {result.batch_size}", rate) for result, rate in results if rate]
 
     def __str__(self) -> str:
         lines = [
             f"training steps on images of {self.image_size} pixels, {self.steps} a turn, {self.flops_per_image / 1e9:.2f} "
-            f"GFLOP an image; {self.device}, {self.torch_threads} threads; {self.hardware.cores} cores of {self.hardware.cpu}",
+            f"GFLOP an image; {self.device}, {self.torch_threads} threads; {self.hardware}",
             *(
                 f"{matrix.precision}: a matrix product ({matrix.size:,} x {matrix.size:,}) comes to "
                 f"{matrix.flops_per_second.median / 1e9:,.4g} GFLOP/s"
@@ -117,7 +115,7 @@ def _line(result: Result) -> str:
 
 def benchmark(
     config: Config, *, batch_sizes: Sequence[int], precisions: Sequence[Precision], steps: int, rounds: int
-) -> Report:
+) -> ModelReport:
     """Takes turns of so many steps in each precision with each batch size, and of matrix products in each precision.
 
     Args:
@@ -143,11 +141,11 @@ def benchmark(
             try:
                 turns[_name(blank)], memory = make_case(case, device, steps)
             except torch.OutOfMemoryError:
-                blanks.append(dataclasses.replace(blank, error="does not fit into the device's memory"))
+                blanks.append(dataclasses.replace(blank, error=TOO_LARGE))
             else:
                 blanks.append(dataclasses.replace(blank, peak_memory_bytes=memory))
     outcomes = take_turns(turns, rounds)
-    return Report(
+    return ModelReport(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         *(config.image_size, config.model.aux_logits, config.compile, steps, torch.get_num_threads(), flops),
         tuple(
@@ -155,9 +153,7 @@ def benchmark(
             for precision, size in sizes.items()
         ),
         tuple(_result(blank, flops, sizes[blank.precision], outcomes) for blank in blanks),
-        describe_hardware(),
-        versions(("torch",)),
-        now(),
+        versions=versions(("torch",)),
     )
 
 
@@ -205,11 +201,17 @@ def make_case(config: Config, device: torch.device, steps: int) -> tuple[Callabl
 
 
 def _in_precision(precision: str, device: torch.device, turn: Callable[[], Turn]) -> Callable[[], Turn]:
-    """Sets first what float32 means on a GPU, which is one setting for all turns."""
+    """Sets first what float32 means on a GPU, which is one setting for all turns.
+
+    What the others keep may leave too little memory for a turn, though it once fitted.
+    """
 
     def run() -> Turn:
         choose_autocast_dtype(precision, device)
-        return turn()
+        try:
+            return turn()
+        except torch.OutOfMemoryError:
+            raise TurnError(f"{TOO_LARGE} beside the others") from None
 
     return run
 
@@ -245,6 +247,8 @@ def make_product(size: int, dtype: torch.dtype, device: torch.device, repeats: i
 def _result(blank: Result, flops_per_image: int, size: int, outcomes: Mapping[str, Outcome[Turn]]) -> Result:
     if blank.error is not None:
         return blank
+    if (error := outcomes[_name(blank)].error) is not None:
+        return dataclasses.replace(blank, error=error)
     seconds = [turn.seconds for turn in outcomes[_name(blank)].turns]
     rates = [blank.batch_size / each for each in seconds]
     of_matrix = [2 * size**3 / turn.seconds for turn in outcomes[_product(blank.precision)].turns]

@@ -29,6 +29,11 @@ def transforms(task: Task) -> Callable[[Any], Any]:
     return v1.Compose([v1.Resize(task.resize_shorter), v1.CenterCrop(task.image_size), *ending])
 
 
+def workers(task: Task) -> dict[str, Any]:
+    """What a `DataLoader` is told of its processes."""
+    return {"num_workers": task.threads, "persistent_workers": True, "pin_memory": task.device != "cpu"}
+
+
 def torchvision(task: Task) -> Batches:
     """`DataLoader` over image files, Pillow and torchvision, a process for each thread."""
     from torch.utils.data import DataLoader, Dataset
@@ -45,10 +50,41 @@ def torchvision(task: Task) -> Batches:
             path, label = self.entries[index]
             return self.transform(pil_loader(path)), label
 
-    options: dict[str, Any] = {"num_workers": task.threads, "persistent_workers": True}
-    loader = DataLoader(Images(), task.batch_size, shuffle=task.split == "train", **options)
+    loader = DataLoader(Images(), task.batch_size, shuffle=task.split == "train", **workers(task))
     while True:
         yield from loader
+
+
+def torchvision_gpu(task: Task) -> Batches:
+    """`DataLoader` reads the files; torchvision decodes a batch of JPEGs with nvJPEG, and transforms each image, on the GPU."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found]
+    from torchvision.transforms import v2  # type: ignore[import-not-found]
+
+    class Files(Dataset[Any]):
+        def __init__(self) -> None:
+            self.entries = read_list(task.list)
+
+        def __len__(self) -> int:
+            return len(self.entries)
+
+        def __getitem__(self, index: int) -> tuple[bytes, int]:
+            path, label = self.entries[index]
+            return Path(path).read_bytes(), label
+
+    if task.split == "train":
+        shaping = [v2.RandomResizedCrop(task.image_size, task.scale, task.ratio), v2.RandomHorizontalFlip()]
+    else:
+        shaping = [v2.Resize(task.resize_shorter), v2.CenterCrop(task.image_size)]
+    transform, normalize = v2.Compose(shaping), v2.Normalize(task.mean, task.std)
+    loader = DataLoader(Files(), task.batch_size, shuffle=task.split == "train", collate_fn=list, **workers(task))
+    while True:
+        for samples in loader:
+            files = [torch.frombuffer(bytearray(encoded), dtype=torch.uint8) for encoded, _ in samples]
+            images = decode_jpeg(files, mode=ImageReadMode.RGB, device=task.device)
+            batch = torch.stack([transform(image) for image in images]).float().div_(255)
+            yield normalize(batch), torch.tensor([label for _, label in samples])
 
 
 def prepare_mds(task: Task) -> None:
@@ -72,7 +108,7 @@ def mds(task: Task) -> Batches:
 
     transform = transforms(task)
     images = Images(local=task.folder, shuffle=task.split == "train", batch_size=task.batch_size)
-    loader: Any = DataLoader(images, task.batch_size, num_workers=task.threads, persistent_workers=True)
+    loader: Any = DataLoader(images, task.batch_size, **workers(task))
     while True:
         yield from loader
 
@@ -103,7 +139,7 @@ def litdata(task: Task) -> Batches:
             return decoded(sample["image"], transform), sample["label"]
 
     images = Images(task.folder, shuffle=task.split == "train")
-    loader = StreamingDataLoader(images, batch_size=task.batch_size, num_workers=task.threads, persistent_workers=True)
+    loader = StreamingDataLoader(images, batch_size=task.batch_size, **workers(task))
     while True:
         yield from loader
 
@@ -184,7 +220,7 @@ def prepare(name: str, task: Task) -> None:
     os.rename(unfinished, task.folder)
 
 
-LOADERS = {"torchvision": torchvision, "mds": mds, "litdata": litdata, "spdl": spdl}
+LOADERS = {"torchvision": torchvision, "torchvision-gpu": torchvision_gpu, "mds": mds, "litdata": litdata, "spdl": spdl}
 PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata}
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.remote import is_url
 from tools.throughput.rounds import TurnError
 
 SAMPLE_SECONDS = 0.05
@@ -75,6 +76,11 @@ def run_measured(command: Sequence[str | Path], folder: Path, logs: Path, enviro
         said = [line.strip() for line in lines if line.strip() and not PROGRESS_BAR.search(line)]
         raise TurnError(said[-1] if said else f"exit status {process.returncode}")
     return Run(seconds, _last_object(out.read_text(errors="replace")), peak_memory_bytes)
+
+
+def absolute(location: str) -> str:
+    """A path or a pattern of paths as it is called in every folder; URLs, and nothing, stay what they are."""
+    return location if not location or is_url(location) else os.path.abspath(location)
 
 
 def _last_object(printed: str) -> dict[str, float]:

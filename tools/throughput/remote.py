@@ -1,9 +1,7 @@
 """`throughput remote`: training from a bucket against training from the disk, at a given time for each request."""
 
-import dataclasses
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,8 @@ from pipelines import DataConfig, ShardSet, build_loader, open_shards
 from pipelines.dali import SegmentPipeline, Settings
 from pipelines.segments import Part, Segment
 from tools.throughput.bucket import serve
-from tools.throughput.hardware import Hardware, describe_hardware, now, versions
+from tools.throughput.hardware import versions
+from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, summarize, take_turns
 
 DALI_BATCH_SIZE = 8  # its own reader is so slow that a few samples tell
@@ -39,7 +38,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class RemoteReport(Report):
     """All that was measured."""
 
     shards: str
@@ -50,19 +49,14 @@ class Report:
     image_size: int
     threads: int
     results: tuple[Result, ...]
-    hardware: Hardware
-    versions: dict[str, str]
-    date: str
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def bars(self) -> Iterable[Bar]:
+        return [Bar("", result.name, result.images_per_second) for result in self.results]
 
     def __str__(self) -> str:
         lines = [
             f"{self.shards}: {self.images:,} images, {1000 * self.latency_seconds:g} ms a request, segments of "
-            f"{self.segment_samples:,}, batches of {self.batch_size}, {self.threads} threads; {self.hardware.cores} cores of "
-            f"{self.hardware.cpu}",
+            f"{self.segment_samples:,}, batches of {self.batch_size}, {self.threads} threads; {self.hardware}",
             f"{'':<34}{'images/s':>10}{'ratio':>8}{'':>16}{'first batch':>13}",
         ]
         for result in self.results:
@@ -76,7 +70,7 @@ class Report:
 
 def benchmark(
     folder: Path, *, latency_seconds: float, segment_samples: int, batch_size: int, image_size: int, threads: int, rounds: int
-) -> Report:
+) -> RemoteReport:
     """Reads one epoch of the training split of a folder of shards in each way, in turns.
 
     Raises:
@@ -115,7 +109,7 @@ def benchmark(
         )
         for name, outcome in outcomes.items()
     ]
-    return Report(
+    return RemoteReport(
         str(folder),
         shards.num_samples,
         latency_seconds,
@@ -124,9 +118,7 @@ def benchmark(
         image_size,
         threads,
         tuple(results),
-        describe_hardware(),
-        versions(("nvidia-dali-cuda120", "torch", "s3fs", "aiohttp")),
-        now(),
+        versions=versions(("nvidia-dali-cuda120", "torch", "s3fs", "aiohttp")),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -66,15 +67,20 @@ def _coverage(count: int, depth: int) -> float:
     return 1 - 2 * sum(math.comb(count, k) for k in range(depth + 1)) / 2**count
 
 
-def take_turns(competitors: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, Outcome[Turn]]:
-    """Calls every competitor once a round, each round beginning with another one.
+def take_turns(
+    competitors: Mapping[str, Callable[[], Turn]], rounds: int, seconds: float = math.inf
+) -> dict[str, Outcome[Turn]]:
+    """Calls every competitor once a round, each round beginning with another one; no round begins after so many seconds.
 
     So a machine that gets slower, or whatever one competitor leaves behind for the next, does not always hit the same ones. A
     competitor that raises `TurnError` is out of the later rounds.
     """
     names, turns, errors = list(competitors), {name: list[Turn]() for name in competitors}, dict[str, str]()
+    end = time.monotonic() + seconds
     with tqdm(total=rounds * len(names), unit="turn", disable=None) as progress:  # None: only where there is a terminal
         for number in range(rounds):
+            if number and time.monotonic() >= end:
+                break
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 progress.set_postfix_str(name)

@@ -1,11 +1,10 @@
 """`throughput step`: the trainer's step against the barest loop that does the same arithmetic."""
 
 import copy
-import dataclasses
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from model.optim import build_scheduler
 from pipelines.meter import Meter
 from pipelines.mix import mix
 from pipelines.synthetic import SyntheticLoader
-from tools.throughput.hardware import Hardware, describe_hardware, now, versions
+from tools.throughput.hardware import versions
+from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, summarize, take_turns
 from training.config import Config, choose_autocast_dtype
 from training.job import build_job, global_batch_size, train_step
@@ -48,7 +48,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport(Report):
     """All that was measured."""
 
     device: str
@@ -58,18 +58,15 @@ class Report:
     steps: int
     torch_threads: int
     results: tuple[Result, ...]
-    hardware: Hardware
-    versions: dict[str, str]
-    date: str
+    unit: ClassVar[str] = "seconds a step"
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def bars(self) -> Iterable[Bar]:
+        return [Bar("", result.name, result.seconds) for result in self.results]
 
     def __str__(self) -> str:
         lines = [
             f"steps of {self.batch_size} images of {self.image_size} pixels, {self.steps} a turn; {self.arithmetic} on "
-            f"{self.device}, {self.torch_threads} threads; {self.hardware.cores} cores of {self.hardware.cpu}",
+            f"{self.device}, {self.torch_threads} threads; {self.hardware}",
             f"{'':<14}{'ms':>10}{'ratio':>8}{'':>16}{'CPU ms':>10}{'ratio':>8}",
         ]
         for result in self.results:
@@ -81,7 +78,7 @@ class Report:
         return "\n".join(lines)
 
 
-def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
+def benchmark(config: Config, *, steps: int, rounds: int) -> StepReport:
     """Takes turns of so many steps with both loops, on the same batch, which lies on the device.
 
     Args:
@@ -114,7 +111,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         )
         for name, outcome in outcomes.items()
     ]
-    return Report(
+    return StepReport(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         str(autocast_dtype or torch.float32).removeprefix("torch."),
         config.batch_size,
@@ -122,9 +119,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         steps,
         torch.get_num_threads(),
         tuple(results),
-        describe_hardware(),
-        versions(("torch",)),
-        now(),
+        versions=versions(("torch",)),
     )
 
 

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,14 @@ import torch
 from pipelines import DataConfig
 from pipelines.loader import resize_shorter_for
 from pipelines.meter import DATA_BOUND_PERCENT, WARM_UP_BATCHES, verdict
-from tools.throughput.hardware import Hardware, describe_hardware, now, versions
+from tools.throughput.hardware import versions
 from tools.throughput.jobs import JobTurns, Turn
+from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
-from training.config import Config
+from training.config import Config, apply_tuned
 from training.world import choose_device
 
+DECODER_LOADS = (0.4, 0.9)  # to either side of the default; `throughput tune` tries more
 MODEL, CACHED, JOB, COLD, LOADER = "model", "cached", "job", "cold", "loader"
 MODEL_ALL, LOADER_ALL = "model on all cores", "loader on all cores"
 WHAT = {
@@ -55,7 +56,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class TrainReport(Report):
     """All that was measured.
 
     Stalls are as in "Analyzing and Mitigating Data Stalls in DNN Training" (arXiv 2007.06775), by differences between whole
@@ -91,13 +92,10 @@ class Report:
     of_both_percent: Statistic | None
     trials: tuple[Result, ...]
     verdict: str
-    hardware: Hardware
-    versions: dict[str, str]
-    date: str
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def bars(self) -> Iterable[Bar]:
+        results = [*(("", result) for result in self.results), *(("tried", result) for result in self.trials)]
+        return [Bar(group, r.what, r.images_per_second) for group, r in results if r.images_per_second]
 
     def __str__(self) -> str:
         stalls = {
@@ -109,7 +107,7 @@ class Report:
         lines = [
             f"{self.shards}: {self.samples:,} samples; {self.steps} steps of {self.batch_size} images of {self.image_size} "
             f"pixels a turn; {self.arithmetic} on {self.device}, {self.torch_threads} torch and {self.data_threads} data "
-            f"threads; {self.hardware.cores} cores of {self.hardware.cpu}",
+            f"threads; {self.hardware}",
             f"{'':<50}{'images/s':>10}{'':>20}{'of model':>10}{'data wait':>11}",
             *map(_line, self.results),
             *(
@@ -133,7 +131,7 @@ def _line(result: Result) -> str:
     )
 
 
-def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
+def benchmark(config: Config, *, steps: int, rounds: int) -> TrainReport:
     """Lets the job, what it consists of, and what may make it faster, take turns in this process.
 
     One model makes all steps. Each turn opens its loader anew, at the beginning of the first epoch: all read the same samples.
@@ -147,6 +145,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         ValueError: Shards or settings that cannot be used.
     """
     device = choose_device(config.device)
+    config = apply_tuned(config, device, 1)
     shards = config.data.open_shards("train")
     least = (WARM_UP_BATCHES + 1) * config.batch_size
     if shards.is_remote or shards.num_samples < least:
@@ -163,7 +162,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
     if summarize(_stalls(own, job)).median >= DATA_BOUND_PERCENT:
         with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
             trials = _try(turns, Path(scratch), rounds)
-    return Report(
+    return TrainReport(
         config.data.train,
         shards.num_samples,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
@@ -177,9 +176,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> Report:
         summarize(_of_both(rates)) if device.type == "cpu" else None,
         trials,
         _say(device, outcomes, trials),
-        describe_hardware(),
-        versions(("nvidia-dali-cuda120", "torch")),
-        now(),
+        versions=versions(("nvidia-dali-cuda120", "torch")),
     )
 
 
@@ -200,13 +197,17 @@ def _competitors(turns: JobTurns, device: torch.device) -> dict[str, Callable[[]
 
 
 def _try(turns: JobTurns, scratch: Path, rounds: int) -> tuple[Result, ...]:
-    """What might make the job faster: other numbers of threads, and smaller images in the shards."""
+    """What might make the job faster: other numbers of threads, shares of a GPU's decoder, smaller images in the shards."""
     now_has, cores = turns.data_threads, _num_cores()
-    size = resize_shorter_for(turns.config.image_size)
+    data, size = turns.config.data, resize_shorter_for(turns.config.image_size)
     competitors: dict[str, Callable[[], Turn]] = {JOB: turns.job}
     for threads in sorted({now_has // 2, 2 * now_has, cores} - {0, now_has}):
         if threads <= cores:
             competitors[f"--data.threads {threads}"] = functools.partial(turns.job, data_threads=threads)
+    if turns.device.type == "cuda" and data.hw_decoder_load is None:
+        for load in DECODER_LOADS:
+            other = dataclasses.replace(data, hw_decoder_load=load)
+            competitors[f"--data.hw-decoder-load {load}"] = functools.partial(turns.job, other)
     competitors[f"shards convert --resize {size}"] = lambda: turns.job(turns.resized(size, scratch / "resized"))
     outcomes = take_turns(competitors, rounds)
     base = [turn.images_per_second for turn in outcomes[JOB].turns]

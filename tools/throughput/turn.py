@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Task:
         mean: Of the channels, in [0, 1].
         std: The same.
         threads: Threads or processes that decode.
+        device: Where the batches are wanted, as torch calls it: "cpu", "cuda:0".
         images: To give in a turn, epoch after epoch.
     """
 
@@ -52,6 +53,7 @@ class Task:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     threads: int
+    device: str
     images: int
 
 
@@ -68,18 +70,39 @@ def main(loaders: Mapping[str, Callable[[Task], Batches]]) -> None:
     """
     name, path, started = sys.argv[1:]
     task = read_task(path)
-    with contextlib.closing(loaders[name](task)) as batches:
+    with contextlib.closing(loaders[name](task)) as loaded:
+        batches = on_device(task, loaded)
         images, labels = next(batches)
+        synchronize(task)
         # CLOCK_MONOTONIC, which all processes have in common.
         first_seconds = time.monotonic() - float(started)
         check(task, images, labels)
         for _ in range(WARM_UP_BATCHES):
             next(batches)
+        synchronize(task)
         clock, cpu, count = time.monotonic(), cpu_seconds(os.getpid()), 0
         while count < task.images:
             count += len(next(batches)[1])
+        synchronize(task)
         seconds, cpu = time.monotonic() - clock, cpu_seconds(os.getpid()) - cpu
     print(json.dumps({"first_seconds": first_seconds, "seconds": seconds, "cpu_seconds": cpu, "images": count}))
+
+
+def on_device(task: Task, batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """The batches where they are wanted; a copy from pinned memory does not make the host wait."""
+    for images, labels in batches:
+        if task.device == "cpu":
+            yield images, labels
+        else:
+            yield images.to(task.device, non_blocking=True), labels.to(task.device, non_blocking=True)
+
+
+def synchronize(task: Task) -> None:
+    """Waits for a GPU's work."""
+    if task.device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(task.device)
 
 
 def read_task(path: str) -> Task:
@@ -94,6 +117,8 @@ def check(task: Task, images: Any, labels: Any) -> None:
         ValueError: It is not.
     """
     shape, wanted = tuple(images.shape), (len(labels), 3, task.image_size, task.image_size)
+    if str(images.device) != task.device:
+        raise ValueError(f"gives images on {images.device}; {task.device} was asked for")
     if shape != wanted or not 0 < len(labels) <= task.batch_size or str(images.dtype) != "torch.float32":
         asked = f"torch.float32 (N, 3, {task.image_size}, {task.image_size}) and N labels, N up to {task.batch_size}"
         raise ValueError(f"gives {images.dtype} {shape} and {len(labels)} labels; {asked} were asked for")
