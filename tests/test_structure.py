@@ -50,7 +50,7 @@ def test_dali_and_pillow_are_where_they_belong() -> None:
     as_a_peer = "tools/throughput/loaders.py"
     assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py", as_a_peer}
     in_tools = {f"tools/shards/{name}.py" for name in ("check", "drawing", "encode", "preview")}
-    in_tools |= {as_a_peer, "tools/throughput/peers.py", "tools/throughput/peer_loaders.py"}
+    in_tools |= {as_a_peer, *(f"tools/throughput/{name}.py" for name in ("peers", "peer_loaders", "peer_ffcv"))}
     assert importers("PIL", *CODE) == {"pipelines/pillow.py", "training/pictures.py", *in_tools}
 
 

@@ -17,7 +17,7 @@ from pipelines.loader import MEAN, STD
 from tools.throughput import peer_loaders
 from tools.throughput.turn import Task, check
 
-NAMES = ["ours", "dali", "pillow", "webdataset", "torchvision", "litdata", "mds", "spdl", "decode"]
+NAMES = ["ours", "dali", "pillow", "webdataset", "torchvision", "litdata", "mds", "spdl", "ffcv", "ffcv-encoded", "decode"]
 
 
 def compare(shards: Path, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -22,10 +22,10 @@ from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.scratch import open_scratch
 from tools.throughput.turn import Task
 
-MODULES = ("torchvision", "litdata", "streaming", "spdl")
+MODULES = ("torchvision", "litdata", "streaming", "spdl", "ffcv")
 DISTRIBUTIONS = (
     *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "torch", "pillow", "webdataset"),
-    *("torchvision", "litdata", "mosaicml-streaming", "spdl-core", "spdl-io"),
+    *("torchvision", "litdata", "mosaicml-streaming", "spdl-core", "spdl-io", "ffcv"),
 )
 REFERENCE = "dali"
 PREPARED_FACTOR = 2.2  # what a loader prepares, to the images' bytes; LitData has its chunks twice for a while
@@ -63,6 +63,8 @@ RIVALS = (
     Rival("litdata", "LitData, Pillow, torchvision", "litdata", has_to_prepare=True),
     Rival("mds", "MosaicML Streaming, Pillow, torchvision", "streaming", has_to_prepare=True),
     Rival("spdl", "SPDL (FFmpeg)", "spdl"),
+    Rival("ffcv", "FFCV, the same JPEGs", "ffcv", has_to_prepare=True, only_on="cpu"),
+    Rival("ffcv-encoded", "FFCV, encoded anew at quality 90", "ffcv", has_to_prepare=True, only_on="cpu"),
     DECODER,
 )
 

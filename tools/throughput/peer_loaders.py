@@ -212,6 +212,27 @@ def random_box(task: Task, width: int, height: int) -> tuple[int, int, int, int]
     return 0, 0, width, height
 
 
+def prepare_ffcv(task: Task) -> None:
+    """FFCV's file, with JPEGs as they are."""
+    from tools.throughput import peer_ffcv
+
+    peer_ffcv.write(task, peer_ffcv.Original)
+
+
+def prepare_ffcv_encoded(task: Task) -> None:
+    """FFCV's file, as its own writer makes it."""
+    from tools.throughput import peer_ffcv
+
+    peer_ffcv.write(task, peer_ffcv.Encoded)
+
+
+def ffcv(task: Task) -> Batches:
+    """FFCV, which compiles its pipeline."""
+    from tools.throughput import peer_ffcv
+
+    yield from peer_ffcv.load(task)
+
+
 def prepare(name: str, task: Task) -> None:
     """Writes what a loader reads; the task's folder appears when all is written."""
     unfinished = f"{task.folder}.unfinished"
@@ -220,8 +241,16 @@ def prepare(name: str, task: Task) -> None:
     os.rename(unfinished, task.folder)
 
 
-LOADERS = {"torchvision": torchvision, "torchvision-gpu": torchvision_gpu, "mds": mds, "litdata": litdata, "spdl": spdl}
-PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata}
+LOADERS = {
+    "torchvision": torchvision,
+    "torchvision-gpu": torchvision_gpu,
+    "mds": mds,
+    "litdata": litdata,
+    "spdl": spdl,
+    "ffcv": ffcv,
+    "ffcv-encoded": ffcv,
+}
+PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata, "ffcv": prepare_ffcv, "ffcv-encoded": prepare_ffcv_encoded}
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("prepare-"):

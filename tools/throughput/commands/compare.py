@@ -43,7 +43,8 @@ class Compare(Output):
     only: tuple[str, ...] = ()
     """Names of loaders; a name that is not there gets the list of those that are. DALI is always there."""
     peers_python: str = sys.executable
-    """Interpreter of an environment in which peers are installed (torchvision, litdata, mosaicml-streaming, spdl)."""
+    """Interpreter of an environment in which peers are installed (torchvision, litdata, mosaicml-streaming, spdl,
+    ffcv)."""
     scratch: Path | None = None
     """Folder for what the loaders need to have written, made if need be; by default the system's for temporary files.
     Nothing is left in it."""
