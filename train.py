@@ -25,8 +25,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pipelines import Loader, ShardSet, build_loader, open_shards
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.mix import mix
-from pipelines.order import order_warning
 from pipelines.quarantine import FILE_NAME as QUARANTINE
+from pipelines.sorted_shards import order_warning
 from training.config import Config, apply_tuned, choose_autocast_dtype, share_threads
 from training.evaluation import Evaluation, evaluate
 from training.initial import read_initial_weights
@@ -173,8 +173,7 @@ def open_data(config: Config, world: World, run_path: Path, autocast_dtype: torc
     """Both splits, each rank its share of them; shares out the CPU's threads."""
     train_shards, valid_shards = config.data.open_shards("train"), config.data.open_shards("valid")
     num_classes = agree_on_classes(train_shards, valid_shards)
-    is_read_in_order = world.is_main and config.data.backend == "dali"
-    if is_read_in_order and (warning := order_warning(train_shards, config.data, config.batch_size, num_classes)):
+    if world.is_main and (warning := order_warning(train_shards, config.data, num_classes)):
         log.warning("%s", warning)
     torch_threads, loader_threads = share_threads(config, world.device, world.local_size)
     torch.set_num_threads(torch_threads)

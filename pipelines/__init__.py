@@ -52,10 +52,17 @@ class DataConfig:
     """Folder for local copies of remote shards, kept between runs and shared by them; by default a temporary one."""
     cache_gigabytes: float = 64.0
     """How much the folder for copies may hold, in 10^9 bytes; a temporary one is of one loader."""
-    shuffle_buffer: int = 2048
-    """Encoded samples among which the reader draws at random. The converter's shards are shuffled; sorted ones need more."""
-    segment_samples: int | None = None
-    """Samples that one pipeline reads, all of their shards being open, before the next; 262,144, or 16,384 of remote shards."""
+    order: Literal["auto", "global", "blocks"] = "auto"
+    """Order of training samples, drawn anew for each epoch. global: any sample may come next. blocks: shards are shuffled, and
+    samples among --data.block-shards shards, so that storage is read block by block. auto: blocks for remote shards only."""
+    block_shards: int | None = None
+    """Shards in a block. By default a block has about 16,384 samples."""
+    sampler: Literal["uniform", "balanced"] = "uniform"
+    """uniform: each training sample comes once an epoch. balanced: each class comes equally often, in epochs of the same
+    length, so samples of small classes are repeated. docs/loader.md explains both."""
+    repeat_augment: int = 1
+    """Times that each training sample comes in a row, every time with another crop and augmentation (arXiv 1901.09335). The
+    length of an epoch stays, so an epoch has fewer different samples."""
     on_error: Literal["skip", "stop"] = "skip"
     """What to do about a sample that cannot be used: leave it out and count it, or end the run."""
     max_bad_fraction: float = 0.001
@@ -70,7 +77,7 @@ class DataConfig:
             raise ValueError(f"--data.hw-decoder-load {self.hw_decoder_load}: a number from 0 to 1 is needed")
         if not 0 < self.cache_gigabytes < float("inf"):
             raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
-        for name in ("prefetch", "shuffle_buffer", "segment_samples"):
+        for name in ("prefetch", "block_shards", "repeat_augment"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--data.{name.replace('_', '-')} {value}: at least 1 is needed")
@@ -79,6 +86,10 @@ class DataConfig:
         for name, unset in (("prefetch", None), ("hw_decoder_load", None), ("tuned", "")):
             if self.backend != "dali" and getattr(self, name) != unset:
                 raise ValueError(f"--data.{name.replace('_', '-')}: only --data.backend dali has it, {self.backend} has not")
+        if self.sampler == "balanced" and self.order == "blocks":
+            raise ValueError("--data.sampler balanced takes samples from all shards; leave --data.order blocks away")
+        if self.backend == "pillow" and (self.sampler, self.repeat_augment) != ("uniform", 1):
+            raise ValueError("--data.sampler and --data.repeat-augment: --data.backend pillow has each sample once an epoch")
         self.image_size_of(0, 0)
         beyond_pillow = [step.name for step in self.augment if not isinstance(step, HorizontalFlip)]
         if self.backend == "pillow" and beyond_pillow:
@@ -156,51 +167,34 @@ def build_loader(
     train = split == "train"
     shards = shards or config.open_shards(split)
     num_classes = num_classes or shards.num_classes()
+    from pipelines.order import Deal, choose_order
+
+    deal = Deal(choose_order(config, shards, train, seed), train, batch_size, rank, world_size)
     if config.backend == "pillow":
         from pipelines.pillow import ImageDataset, pillow_loader
 
         flips = tuple(augmentation for augmentation in config.augment if isinstance(augmentation, HorizontalFlip))
         dataset = ImageDataset(shards, image_size, "Train" if train else "Valid", config.crop, flips, seed)
-        return pillow_loader(
-            dataset,
-            batch_size=batch_size,
-            device=device,
-            num_classes=num_classes,
-            num_workers=num_threads,
-            rank=rank,
-            world_size=world_size,
-        )
+        return pillow_loader(dataset, deal, device=device, num_classes=num_classes, num_workers=num_threads)
     import torch
 
     if config.backend == "synthetic":
         from pipelines.synthetic import SyntheticLoader
 
         return SyntheticLoader(
-            shards.num_samples,
-            train=train,
-            batch_size=batch_size,
-            image_size=image_size,
-            device=device,
-            dtype=dtype or torch.float32,
-            num_classes=num_classes,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
+            deal, image_size=image_size, device=device, dtype=dtype or torch.float32, num_classes=num_classes, seed=seed
         )
     from pipelines.dali_loader import DALILoader
 
     return DALILoader(
         shards,
         config,
-        train=train,
-        batch_size=batch_size,
+        deal,
         image_size=image_size,
         device=device,
         dtype=dtype or torch.float32,
         num_classes=num_classes,
         num_threads=num_threads,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
         quarantine=quarantine,
     )

@@ -76,8 +76,9 @@ class Augmentation(ABC):
     """A step of `--data.augment`: each subclass in this file is one, named after its class, with its fields as parameters.
 
     Called while the graph is built, with images uint8 HWC RGB, square and of one size, on CPU or GPU; gives such images.
-    What differs from sample to sample is drawn by `fn.random`, outside of any `if` on a node of the graph: inside, a sample's
-    draw would depend on how many of its neighbours got there. Fields are int, float, str, or a pair of these, with defaults.
+    What differs from sample to sample is drawn by `fn.random.uniform` or `coin_flip`, outside of any `if` on a node of the
+    graph: inside, a sample's draw would depend on how many of its neighbours got there. Fields are int, float,
+    str, or a pair of these, with defaults.
     """
 
     name: str = field(init=False, default="")  # a field, so that config.json says what each entry of the list is

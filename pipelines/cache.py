@@ -1,6 +1,6 @@
 """Local copies of remote shards, made ahead of the reader.
 
-DALI reads from S3 itself, but a piece of a sample at a time; whole shards come as fast as the network can carry them.
+A request for each sample would wait for each; whole shards come as fast as the network can carry them.
 """
 
 import concurrent.futures

@@ -228,7 +228,7 @@ class CacheFolder:
         others = f", {_gigabytes(by_others)} of them for other loaders," if by_others else ""
         return (
             f"{self._path}: the shards that are read at once take {_gigabytes(needed)}{others} and --data.cache-gigabytes "
-            f"allows {_gigabytes(self._max_bytes)}; raise it, or write smaller shards"
+            f"allows {_gigabytes(self._max_bytes)}; raise it, or take smaller blocks (--data.order blocks, --data.block-shards)"
         )
 
 

@@ -67,14 +67,14 @@ class ValidationDecoder:
                 return self._run(list(good.values())), bad
             except RuntimeError as error:
                 self._pipeline = self._make()  # what has stopped is of no use any more
-                found = self._undecodable(list(good.values()), str(error))
+                found = self._undecodable(list(good.values()))
                 if not found:
                     raise OSError(describe(error)) from error
                 bad |= {place: found[i] for i, place in enumerate(good) if i in found}
         return self._empty, bad
 
-    def _undecodable(self, images: Sequence[bytes], message: str) -> dict[int, str]:
-        return undecodable(images, (), message, lambda i: self._stops_alone(images[i]))
+    def _undecodable(self, images: Sequence[bytes]) -> dict[int, str]:
+        return undecodable(images, lambda i: self._stops_alone(images[i]))
 
     def _run(self, images: Sequence[bytes]) -> Tensor:
         with decoders_silenced():

@@ -1,11 +1,14 @@
 """How DALI's batches become torch's."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+Release = Callable[[], None]
 
 MOST_HELD = 4  # batches of DALI's, each of which takes memory
 
@@ -29,36 +32,43 @@ class HandOver:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._device = device
-        self._held = deque[tuple[Tensor, torch.cuda.Event]]()
+        self._held = deque[tuple[Tensor, Release, torch.cuda.Event]]()
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
         """The stream in which the batch is wanted; None on a CPU."""
         return torch.cuda.current_stream(self._device) if self._is_cuda else None
 
-    def __call__(self, batch: Any) -> Tensor:
-        """A batch of DALI's, one dense tensor, as torch's."""
+    def __call__(self, batch: Any, release: Release = lambda: None) -> Tensor:
+        """A batch of DALI's, one dense tensor, as torch's.
+
+        Args:
+            batch: DALI's.
+            release: Called once DALI is through with what it made the batch of.
+        """
         shared = from_dlpack(batch)
         if not self._is_cuda:
+            release()
             return shared
         owned = shared.clone()
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self._device))
-        self._held.append((shared, copied))
+        self._held.append((shared, release, copied))
         self._let_go()
         return owned
 
     def _let_go(self) -> None:
         while self._held:
-            copied = self._held[0][1]
+            _, release, copied = self._held[0]
             if len(self._held) > MOST_HELD:
                 copied.synchronize()
             elif not copied.query():
                 return
             self._held.popleft()
+            release()
 
     def close(self) -> None:
         """Waits for the copies under way."""
-        for _, copied in self._held:
+        for _, _, copied in self._held:
             copied.synchronize()
         self._held.clear()

@@ -91,18 +91,8 @@ def group_samples(components: Iterable[Component]) -> list[Sample]:
 
 def format_index(samples: list[Sample]) -> str:
     """The text of the index of a tar's samples."""
-    return join_lines(map(format_line, samples))
-
-
-def format_line(sample: Sample) -> str:
-    """The line of a sample, with its end."""
-    return " ".join(f"{as_field(c.extension)} {c.offset} {c.size} {as_field(c.name)}" for c in sample) + "\n"
-
-
-def join_lines(lines: Iterable[str]) -> str:
-    """The text of an index with these lines."""
-    lines = list(lines)
-    return f"{VERSION} {len(lines)}\n{''.join(lines)}"
+    lines = (" ".join(f"{as_field(c.extension)} {c.offset} {c.size} {as_field(c.name)}" for c in sample) for sample in samples)
+    return f"{VERSION} {len(samples)}\n" + "".join(f"{line}\n" for line in lines)
 
 
 def write_index(index_path: Path, samples: list[Sample]) -> None:
@@ -124,28 +114,17 @@ def read_index(index_path: Path) -> list[Sample]:
     return samples
 
 
-def read_lines(index_path: Path, start: int, stop: int) -> list[str]:
-    """The lines of the samples `start` to `stop`, as they are: an index of a million samples is long to read into objects.
+def read_sample(index_path: Path, row: int) -> Sample:
+    """The sample of that number; an index of a million samples is long to read into objects.
 
     Raises:
-        ValueError: The file is not an index of version 1.2, or lists fewer.
+        ValueError: The file is not an index of version 1.2, or is damaged, or lists fewer.
     """
     with open(index_path, errors="replace") as file:
         num_samples = _parse_header(index_path, file.readline())
-        lines = list(itertools.islice(file, start, stop))
-    if len(lines) != stop - start:
-        raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {start + len(lines)} listed")
-    return lines
-
-
-def read_sample(index_path: Path, row: int) -> Sample:
-    """The sample of that number.
-
-    Raises:
-        ValueError: The file is not an index of version 1.2, or is damaged.
-    """
-    [line] = read_lines(index_path, row, row + 1)
-    return list(parse_line(index_path, line))
+        for line in itertools.islice(file, row, row + 1):
+            return list(parse_line(index_path, line))
+    raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, and there is none of number {row}")
 
 
 def count_samples(index_path: Path) -> int:
@@ -241,7 +220,7 @@ def _check_file_belongs(index_path: Path, tar: Path | RemoteFile) -> None:
 
 
 def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
-    """Folders of indices are put together by hand, and tars replaced; DALI would read anything as an image then.
+    """Folders of indices are put together by hand, and tars replaced; anything would be read as an image then.
 
     One sample tells: it is unlikely that another tar has members of the same sizes at the same places.
     """

@@ -1,7 +1,7 @@
 """What every loader is: the old prefetcher's interface, iteration, and a position that can be saved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -31,7 +31,8 @@ class Loader(ABC):
     number of batches in this rank's epoch. A batch stays valid as long as it is referenced.
 
     What an epoch gives is a function of the seed, the epoch's number, the rank and the number of ranks: of nothing that
-    happened before.
+    happened before. In training the samples of a global batch, which all ranks have together, do not depend on how many ranks
+    share it.
     """
 
     @property
@@ -52,7 +53,7 @@ class Loader(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch given: numbers, texts and small tensors, a few kilobytes.
+        """The position after the last batch given: numbers and texts, some hundred bytes.
 
         After the last batch of an epoch it is the beginning of the next.
         """
@@ -61,8 +62,9 @@ class Loader(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a position; what follows is bit for bit what followed it there.
 
-        The beginning of an epoch can be loaded by any number of ranks. In the middle of one it has to be the same number,
-        and the state of the same rank: which samples the others have already had is not known.
+        A state of training can be loaded by any number of ranks with any batch size, and that of any rank will do: each
+        sample that is left comes once. If the global batch size is the same, the global batches are, too. In the middle of an
+        epoch of validation the number of ranks and the batch size have to be the same, and the state that of the same rank.
 
         Raises:
             ValueError: The state is of other data, another seed or other settings; names them, old and new.
@@ -84,32 +86,48 @@ class Loader(ABC):
         self.close()
 
 
-# What has to be the same only where a state is loaded in the middle of an epoch.
-OF_RANKS = ("number of ranks", "rank")
+# What has to be the same only where a state is loaded in the middle of an epoch of validation.
+ELASTIC = ("number of ranks", "rank", "batch size")
 
 
-def check_state(state: Mapping[str, Any], settings: Mapping[str, int | str]) -> None:
+def check_state(state: Mapping[str, Any], settings: Mapping[str, int | str], *, is_elastic: bool) -> None:
     """Compares the settings under which a loader's state was saved with those of the loader that is to load it.
+
+    Args:
+        state: What was saved.
+        settings: Of the loader.
+        is_elastic: Whether another number of ranks, with other batch sizes, may go on from any position.
 
     Raises:
         ValueError: They differ in something that the following batches depend on.
     """
-    if not {"settings", "epoch", "batch"} <= set(state):
-        raise ValueError("not the state of a loader: it lacks one of settings, epoch and batch")
+    if not {"settings", "epoch", "batch", "place"} <= set(state):
+        raise ValueError("not the state of a loader: it lacks one of settings, epoch, batch and place")
     saved, middle = state["settings"], state["batch"] > 0
     for name, value in settings.items():
-        if saved.get(name) == value or (name in OF_RANKS and not middle):
+        if saved.get(name) == value or (name in ELASTIC and (is_elastic or not middle)):
             continue
-        hint = (
-            "; only the state at the beginning of an epoch can be loaded then, or by as many ranks" if name in OF_RANKS else ""
-        )
+        hint = "; only a state at the beginning of an epoch can be loaded then" if name in ELASTIC else ""
         place = f"epoch {state['epoch']}, batch {state['batch']}"
         raise ValueError(f"the loader's state ({place}) is of another {name}: {saved.get(name)}, now {value}{hint}")
 
 
-def rank_extent(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and one past the last sample of a rank's share."""
-    return num_samples * rank // world_size, num_samples * (rank + 1) // world_size
+def state_for_others(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state that each of another number of ranks loads, from the states that all ranks saved at one step.
+
+    Their positions are the same; each knows the bad samples that it has met.
+    """
+    joined = dict(states[0])
+    if "bad_samples" in joined:
+        bad = [state["bad_samples"] for state in states]
+        reasons = {
+            tuple(row): reason for of_rank in bad for row, reason in zip(of_rank["rows"], of_rank["reasons"], strict=True)
+        }
+        joined["bad_samples"] = {
+            "rows": [list(row) for row in sorted(reasons)],
+            "reasons": [reasons[row] for row in sorted(reasons)],
+        }
+    return joined
 
 
 def resize_shorter_for(image_size: int) -> int:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.index import Sample, read_index
 from pipelines.labels import LabelReader
-from pipelines.loader import MEAN, STD, Batch, Loader, check_state, rank_extent, resize_shorter_for
-from pipelines.segments import num_train_batches
+from pipelines.loader import MEAN, STD, Batch, Loader, check_state, resize_shorter_for
+from pipelines.order import Deal
 from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
 
 Mode = Literal["Train", "Valid"]
@@ -86,46 +86,26 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """The indices of a rank's batches in one epoch; in training shuffled anew for each, and whole batches only.
+    """The indices of a rank's batches in one epoch.
 
     Attributes:
+        deal: Which samples the batches have.
         epoch: From 0.
         first_batch: With which to begin.
+        offset: As for `Deal.num_batches`.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
-        self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
-        self.epoch = self.first_batch = 0
-        self._train = dataset.mode == "Train"
-        first, last = rank_extent(len(dataset), rank, world_size)
-        if self._train:
-            last = first + num_train_batches(len(dataset), batch_size, world_size) * batch_size
-        self._extent = slice(first, last)
-        self._num_batches = -(-(last - first) // batch_size)
+    def __init__(self, deal: Deal) -> None:
+        self.deal = deal
+        self.epoch = self.first_batch = self.offset = 0
 
     def __len__(self) -> int:
-        return self._num_batches
+        return self.deal.num_batches(self.offset)
 
     def __iter__(self) -> Iterator[list[int]]:
-        num_samples = len(self._dataset)
-        rng = np.random.default_rng([self._dataset.seed, self.epoch])
-        order = rng.permutation(num_samples) if self._train else np.arange(num_samples)
-        share = (order[self._extent] + self.epoch * num_samples).tolist()
+        num_samples = self.deal.order.num_places
         for batch in range(self.first_batch, len(self)):
-            yield share[batch * self._batch_size : (batch + 1) * self._batch_size]
-
-    def settings(self) -> dict[str, int | str]:
-        """What the batches depend on, but for the position."""
-        dataset = self._dataset
-        return {
-            "data set": f"{len(dataset):,} samples",
-            "seed": dataset.seed,
-            "batch size": self._batch_size,
-            "number of ranks": self._world_size,
-            "rank": self._rank,
-            "image size": dataset.image_size,
-            "augmentation": str([dataset.crop, *dataset.flips]),
-        }
+            yield (self.deal.plan(self.epoch, batch, self.offset).samples + self.epoch * num_samples).tolist()
 
 
 class CUDAPrefetcher(Loader):
@@ -138,19 +118,20 @@ class CUDAPrefetcher(Loader):
 
     def __init__(self, dataloader: DataLoader[dict[str, Tensor]], device: torch.device) -> None:
         assert isinstance(dataloader.batch_sampler, EpochBatches)
-        self.device, self._sampler = device, dataloader.batch_sampler
+        assert isinstance(dataloader.dataset, ImageDataset)
+        self.device, self._sampler, self._dataset = device, dataloader.batch_sampler, dataloader.dataset
         self.dataloader: DataLoader[dict[str, Tensor]] | None = dataloader
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[dict[str, Tensor]] = iter([])
         self._next: Batch | None = None
-        self._go_to(0, 0)
+        self._go_to(0, 0, 0)
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def reset(self) -> None:
         if not self._is_fresh:
-            self._go_to(self._sampler.epoch + 1, 0)
+            self._go_to(self._sampler.epoch + 1, 0, 0)
 
     def next(self) -> Batch | None:
         batch = self._next
@@ -167,20 +148,36 @@ class CUDAPrefetcher(Loader):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
+        sampler = self._sampler
         at_end = self._delivered == len(self)
-        epoch, batch = (self._sampler.epoch + 1, 0) if at_end else (self._sampler.epoch, self._delivered)
-        return {"settings": self._sampler.settings(), "epoch": epoch, "batch": batch}
+        epoch, batch, offset = (sampler.epoch + 1, 0, 0) if at_end else (sampler.epoch, self._delivered, sampler.offset)
+        place = sampler.deal.place(batch, offset)
+        return {"settings": self._settings(), "epoch": epoch, "batch": batch, "place": place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_state(state, self._sampler.settings())
-        self._go_to(state["epoch"], state["batch"])
+        check_state(state, self._settings(), is_elastic=self._sampler.deal.train)
+        self._go_to(*self._sampler.deal.position(state["epoch"], state["place"]))
+
+    def _settings(self) -> dict[str, int | str]:
+        """What the batches depend on, but for the position."""
+        dataset, deal = self._dataset, self._sampler.deal
+        return {
+            "data set": f"{len(dataset):,} samples",
+            "seed": dataset.seed,
+            "order": str(deal.order),
+            "batch size": deal.batch_size,
+            "number of ranks": deal.world_size,
+            "rank": deal.rank,
+            "image size": dataset.image_size,
+            "augmentation": str([dataset.crop, *dataset.flips]),
+        }
 
     def close(self) -> None:
         self._batches, self._next = iter([]), None
         self.dataloader = None  # and with it its worker processes
 
-    def _go_to(self, epoch: int, batch: int) -> None:
-        self._sampler.epoch, self._sampler.first_batch = epoch, batch
+    def _go_to(self, epoch: int, batch: int, offset: int) -> None:
+        self._sampler.epoch, self._sampler.first_batch, self._sampler.offset = epoch, batch, offset
         self._delivered, self._is_fresh = batch, True
         if self.dataloader is None:
             raise ValueError("the loader is closed")
@@ -200,14 +197,7 @@ class CUDAPrefetcher(Loader):
 
 
 def pillow_loader(
-    dataset: ImageDataset,
-    *,
-    batch_size: int,
-    device: torch.device,
-    num_classes: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: ImageDataset, deal: Deal, *, device: torch.device, num_classes: int, num_workers: int
 ) -> CUDAPrefetcher:
     """The pair put together as the old training script did; arguments as for `DALILoader`."""
     for sample in dataset.samples:
@@ -217,7 +207,7 @@ def pillow_loader(
             )
     dataloader: DataLoader[dict[str, Tensor]] = DataLoader(
         dataset,
-        batch_sampler=EpochBatches(dataset, batch_size, rank, world_size),
+        batch_sampler=EpochBatches(deal),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,

@@ -92,22 +92,19 @@ class Quarantine:
         shards: Of the split.
         config: What to do about bad samples, and files that list known ones.
         path: The file to add new ones to, if any.
-
-    Attributes:
-        by_shard: For each shard that has any, its bad rows and what is wrong with them.
     """
 
     def __init__(self, shards: ShardSet, config: "DataConfig", path: Path | None = None) -> None:
         self._shards, self._config, self._path = shards, config, path
-        self.by_shard: dict[int, dict[int, str]] = defaultdict(dict)
+        self._by_shard: dict[int, dict[int, str]] = defaultdict(dict)  # shard, row: what is wrong
         self._take_known()
         self._check()
 
     def __len__(self) -> int:
-        return sum(map(len, self.by_shard.values()))
+        return sum(map(len, self._by_shard.values()))
 
     def __contains__(self, row: RowId) -> bool:
-        return row.row in self.by_shard.get(row.shard, {})
+        return row.row in self._by_shard.get(row.shard, {})
 
     def add(self, found: Mapping[RowId, str], place: str) -> None:
         """Takes samples that were just found bad, and why; `place` says where in training.
@@ -119,20 +116,20 @@ class Quarantine:
             sample = self._describe(RowId(shard, row), reason)
             if self._config.on_error == "stop":
                 raise ValueError(f"{sample} ({place}); --data.on-error skip goes on without such samples")
-            self.by_shard[shard][row] = reason
+            self._by_shard[shard][row] = reason
             log.warning("left out a bad sample (%s): %s", place, sample)
             self._write(sample, place)
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        rows = [RowId(shard, row) for shard, bad in sorted(self.by_shard.items()) for row in sorted(bad)]
-        return {"rows": [list(row) for row in rows], "reasons": [self.by_shard[shard][row] for shard, row in rows]}
+        rows = [RowId(shard, row) for shard, bad in sorted(self._by_shard.items()) for row in sorted(bad)]
+        return {"rows": [list(row) for row in rows], "reasons": [self._by_shard[shard][row] for shard, row in rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.by_shard.clear()
+        self._by_shard.clear()
         self._take_known()
         for (shard, row), reason in zip(state["rows"], state["reasons"], strict=True):
-            self.by_shard[shard][row] = reason
+            self._by_shard[shard][row] = reason
 
     def _take_known(self) -> None:
         """Takes those samples of earlier runs that are in these shards."""
@@ -146,7 +143,7 @@ class Quarantine:
             for row, members in enumerate(read_index(self._shards.indices[shard])):
                 named = image_or_first(members)
                 if (named.offset, named.name) in known:
-                    self.by_shard[shard][row] = known[named.offset, named.name]
+                    self._by_shard[shard][row] = known[named.offset, named.name]
 
     def _describe(self, row: RowId, reason: str) -> BadSample:
         component = image_or_first(read_sample(self._shards.indices[row.shard], row.row))
@@ -157,8 +154,8 @@ class Quarantine:
         allowed = math.ceil(round(self._config.max_bad_fraction * self._shards.num_samples, 6))
         if len(self) <= allowed:
             return
-        rows = [RowId(shard, row) for shard, bad in self.by_shard.items() for row in bad]
-        lines = [f"  {self._describe(row, self.by_shard[row.shard][row.row])}" for row in rows[:LINES_OF_TABLE]]
+        rows = [RowId(shard, row) for shard, bad in self._by_shard.items() for row in bad]
+        lines = [f"  {self._describe(row, self._by_shard[row.shard][row.row])}" for row in rows[:LINES_OF_TABLE]]
         if len(rows) > LINES_OF_TABLE:
             lines.append(f"  ... and {len(rows) - LINES_OF_TABLE:,} more")
         raise ValueError(

@@ -4,20 +4,25 @@ import collections
 import contextlib
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipelines.files import replace_text, user_cache
+from pipelines.files import replace_bytes, user_cache
 from pipelines.index import Component, Sample, count_samples, ensure_indices, read_index
 from pipelines.labels import LabelReader, open_labels
 from pipelines.remote import RemoteFile, glob_files, is_url, list_folder, read_text, stat_existing
+
+if TYPE_CHECKING:  # imported where they are used, see `build_loader`
+    import numpy as np
+    from numpy.typing import NDArray
 
 INFO_FILE = "_info.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2", "pnm", "ppm", "pgm")
@@ -56,78 +61,86 @@ class ShardSet:
     def num_classes(self) -> int:
         """The number of classes: that of the class names, or else one more than the largest label in the shards.
 
-        Labels that cannot be read do not count: what becomes of their samples is for the loader to decide. To read all labels
-        takes as long as to find that many small pieces of files, so it is done once: the number is kept in the user's cache
-        folder, as long as tars and indices are what they were.
+        Labels that cannot be read do not count: what becomes of their samples is for the loader to decide.
 
         Raises:
             ValueError: There is no label that can be read; or the tars are remote, see `labels`.
         """
         if self.classes is not None:
             return len(self.classes)
-        kept = None if self.is_remote else self._count_file()
-        if kept is not None:
-            with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
-                return int(kept.read_text())
-        count = max(self.labels(skip_bad=True)) + 1
-        if kept is not None:
-            with contextlib.suppress(OSError):  # a full disk costs the next start some seconds, and this one nothing
-                replace_text(kept, f"{count}\n")
+        count = int(self.label_array().max()) + 1
+        if not count:
+            self.labels()  # says what is wrong with the first
         return count
 
-    def _count_file(self) -> Path | None:
-        """Where the number of classes of these local shards is kept; None where the user has no cache folder to write to."""
-        files = [os.path.abspath(str(file)) for file in (*self.tars, *self.indices)]
-        states = [f"{file} {now.st_size} {now.st_mtime_ns}" for file, now in zip(files, map(os.stat, files), strict=True)]
-        identity = "\n".join([self.label_reader.key, *states])
-        try:
-            path = user_cache("classes", f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.txt")
-        except OSError:
-            return None
-        return path if os.access(path.parent, os.W_OK) else None
-
-    def labels(self, *, skip_bad: bool = False) -> list[int]:
+    def labels(self) -> list[int]:
         """The label of each sample, in order, read from the shards (a read of a few bytes a sample).
 
-        Args:
-            skip_bad: Pass over samples without a label, or with one that is no class.
+        Raises:
+            ValueError: A sample has none, or one that is no class; says which. Or the tars are remote, where each of these
+                reads would be a request.
+        """
+        labels = []
+        for label in self._read_labels():
+            if isinstance(label, ValueError):
+                raise label
+            labels.append(label)
+        return labels
+
+    def label_array(self) -> "NDArray[np.int32]":
+        """The label of each sample, -1 where there is none that can be read: int32 `(num_samples,)`.
+
+        To read them all takes as long as to find that many small pieces of files, so it is done once: they are kept in the
+        user's cache folder, as long as tars and indices are what they were.
 
         Raises:
-            ValueError: There is such a sample and they are not to be passed over, or nothing else; says which. Or the tars are
-                remote, where each of these reads would be a request.
+            ValueError: The tars are remote, see `labels`.
         """
+        import numpy as np
+
+        kept = None if self.is_remote else self._kept_labels()
+        if kept is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+                found = np.load(kept, allow_pickle=False)
+                if found.dtype == np.int32 and found.shape == (self.num_samples,):
+                    return found
+        labels = np.array([-1 if isinstance(label, ValueError) else label for label in self._read_labels()], np.int32)
+        if kept is not None:
+            content = io.BytesIO()
+            np.save(content, labels)
+            with contextlib.suppress(OSError):  # a full disk costs the next start some seconds, and this one nothing
+                replace_bytes(kept, content.getvalue())
+        return labels
+
+    def _read_labels(self) -> Iterator[int | ValueError]:
         if self.is_remote:
             raise ValueError(
-                f"{self.tars[0]}: how many classes remote shards have is not looked up in each sample; put an {INFO_FILE} with "
-                "a list of `classes` beside the tars, or name a list with --data.class-file"
+                f"{self.tars[0]}: the labels of remote shards are not read ahead of training. For the number of classes put an "
+                f"{INFO_FILE} with a list of `classes` beside the tars, or name a list with --data.class-file"
             )
-        labels: list[int] = []
-        error: ValueError | None = None
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
                 for sample in read_index(index):
                     try:
-                        labels.append(read_label(file, sample, tar, self.label_reader))
-                    except ValueError as bad:
-                        error = error or bad
-        if error is not None and not (skip_bad and labels):
-            raise error
-        return labels
+                        yield read_label(file, sample, tar, self.label_reader)
+                    except ValueError as error:
+                        yield error
+
+    def _kept_labels(self) -> Path | None:
+        """Where the labels of these local shards are kept; None where the user has no cache folder to write to."""
+        files = [os.path.abspath(str(file)) for file in (*self.tars, *self.indices)]
+        states = [f"{file} {now.st_size} {now.st_mtime_ns}" for file, now in zip(files, map(os.stat, files), strict=True)]
+        identity = "\n".join([repr(self.label_reader), *states])
+        try:
+            path = user_cache("labels", f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy")
+        except OSError:
+            return None
+        return path if os.access(path.parent, os.W_OK) else None
 
 
 def image_or_first(sample: Sample) -> Component:
     """The image of a sample, by which it is called; its first member where it has none."""
     return next((component for component in sample if component.extension.lower() in IMAGE_EXTENSIONS), sample[0])
-
-
-def read_image(tar: str, sample: Sample) -> bytes:
-    """The bytes of a sample's image file; nothing, where it has none."""
-    image = image_or_first(sample)
-    if image.extension.lower() not in IMAGE_EXTENSIONS:
-        return b""
-    with open(tar, "rb") as file:
-        file.seek(image.offset)
-        return file.read(image.size)
 
 
 def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -> Component:
@@ -190,7 +203,7 @@ def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = 
         raise ValueError(f"{pattern!r} names {len(tars)} shards without a single sample")
     label_reader = open_labels(label_key, class_file, info.get("classes"))
     return ShardSet(
-        tars=tuple(map(str, itertools.compress(tars, lengths))),  # DALI refuses an index without samples
+        tars=tuple(map(str, itertools.compress(tars, lengths))),
         indices=tuple(itertools.compress(indices, lengths)),
         lengths=tuple(filter(None, lengths)),
         sizes=tuple(itertools.compress(sizes, lengths)),

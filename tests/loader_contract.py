@@ -190,6 +190,17 @@ class LoaderContract:
                 resumed.load_state_dict(state)
                 assert same(list(resumed), list(fresh))
 
+    def test_less_than_a_batch_is_left(self, make: Make) -> None:
+        """For a larger global batch than that of the ranks that were stopped: the next epoch begins."""
+        with make("train") as loader:
+            take(loader, 6)
+            state = saved(loader.state_dict())
+        with make("train", batch_size=20) as loader, make("train", batch_size=20) as fresh:
+            loader.load_state_dict(state)
+            list(fresh)
+            assert same(list(loader), list(fresh))
+            assert len(list(loader)) == 3
+
     def test_two_at_once(self, make: Make) -> None:
         """Training and validation loaders do not disturb each other, and closing them ends their threads."""
         with make("valid") as alone:
@@ -253,8 +264,6 @@ class ShardLoaderContract(LoaderContract):
             state = saved(loader.state_dict())
         different: list[tuple[dict[str, Any], str]] = [
             ({"seed": 2}, "another seed: 1, now 2"),
-            ({"seed": 1, "batch_size": 4}, "another batch size: 8, now 4"),
-            ({"seed": 1, "world_size": 2}, "another number of ranks: 1, now 2; only the state at the beginning of an epoch"),
             ({"seed": 1, "image_size": 64}, "another image size: 48, now 64"),
         ]
         for options, message in different:
@@ -267,6 +276,35 @@ class ShardLoaderContract(LoaderContract):
             loader.load_state_dict(state)
         with make("train", seed=1) as loader, pytest.raises(ValueError, match="not the state of a loader"):
             loader.load_state_dict({"epoch": 1})
+        with make("valid") as loader:
+            take(loader, 2)
+            state = saved(loader.state_dict())
+        different = [
+            ({"batch_size": 4}, "another batch size: 8, now 4"),
+            ({"world_size": 2}, "another number of ranks: 1, now 2; only a state at the beginning of an epoch"),
+        ]
+        for options, message in different:
+            with make("valid", **options) as loader, pytest.raises(ValueError, match=message):
+                loader.load_state_dict(state)
+
+    def test_other_numbers_of_ranks_go_on_with_the_same_global_batches(self, make: Make) -> None:
+        """In the middle of an epoch and over its end: two ranks, then three, then one, against one that was not stopped."""
+        with make("train", batch_size=12) as undisturbed:
+            expected = take(undisturbed, 12)
+        found, state = list[Batch](), None
+        for world_size, count in ((2, 2), (3, 4), (1, 2), (3, 1), (2, 3)):
+            of_ranks, states = [], []
+            for rank in range(world_size):
+                with make("train", batch_size=12 // world_size, rank=rank, world_size=world_size) as loader:
+                    if state is not None:
+                        loader.load_state_dict(state)
+                    of_ranks.append(take(loader, count))
+                    states.append(saved(loader.state_dict()))
+            state = states[-1]  # that of any rank will do
+            for parts in zip(*of_ranks, strict=True):
+                image, target = (torch.cat([part[name] for part in parts]) for name in ("image", "target"))  # type: ignore[literal-required]
+                found.append({"image": image, "target": target})
+        assert same(found, expected)
 
     def test_every_valid_sample_exactly_once(self, make: Make, shards: Path) -> None:
         """Over all ranks validation gives each sample once an epoch, in order, at any batch size; no batch is empty."""

@@ -37,7 +37,7 @@ from pipelines.augment import (
 )
 from pipelines.loader import MEAN, STD
 from pipelines.notation import augmentation_classes, parse_augmentation, write_augmentation
-from tests.conftest import write_image, write_tree
+from tests.conftest import write_image
 from tests.runs import environment
 from tools.shards.convert import convert
 from tools.shards.plan import Options
@@ -244,33 +244,6 @@ def run(pipeline: Pipeline, count: int) -> NDArray[np.float32]:
     return np.array([np.array(pipeline.run()[0].as_tensor()) for _ in range(count)])
 
 
-def test_draws_can_be_resumed_and_are_each_samples_own(tmp_path: Path) -> None:
-    """With all of them on: from a checkpoint the same batches follow, and an image of another shape changes only itself."""
-    write_tree(tmp_path / "images", 24)
-    pipeline = start(tmp_path / "images", EVERY)
-    first = run(pipeline, 4)
-    checkpoint = pipeline.checkpoint()
-    following = run(pipeline, 4)
-    np.testing.assert_array_equal(run(start(tmp_path / "images", EVERY, checkpoint), 4), following)
-    assert not np.array_equal(first, following)
-
-    write_image(tmp_path / "images" / "bee" / "004.jpg", 99, (400, 30))
-    others = run(start(tmp_path / "images", EVERY), 8)
-    differing = (others != np.concatenate([first, following])).any(axis=(2, 3, 4))
-    assert differing.sum(axis=1).max() == 1
-    assert 2 <= differing.sum() <= 3  # 56 of the 24 images, over and over
-
-
-@pytest.mark.parametrize("augmentation", [step for step in EVERY if step not in AUTO], ids=lambda step: step.name)
-def test_each_alone_can_be_resumed(tmp_path: Path, augmentation: Augmentation) -> None:
-    write_tree(tmp_path / "images", 24)
-    pipeline = start(tmp_path / "images", (augmentation,))
-    run(pipeline, 3)
-    checkpoint = pipeline.checkpoint()
-    following = run(pipeline, 3)
-    np.testing.assert_array_equal(run(start(tmp_path / "images", (augmentation,), checkpoint), 3), following)
-
-
 def parse(*arguments: str) -> DataConfig:
     return tyro.cli(DataConfig, args=arguments)
 
@@ -282,7 +255,7 @@ def test_the_command_line() -> None:
     words = (
         "horizontal-flip color-jitter:brightness=0.4,hue=0.1 trivial-augment-wide random-erasing:area=0.1..0.2 rand-augment:n=3"
     )
-    steps = parse("--threads", "2", "--augment", *words.split(), "--shuffle-buffer", "9").augment
+    steps = parse("--threads", "2", "--augment", *words.split(), "--block-shards", "9").augment
     assert steps == (
         HorizontalFlip(),
         ColorJitter(brightness=0.4, hue=0.1),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines import Batch, DataConfig, Loader, build_loader
 from pipelines.augment import RandomResizedCrop
+from pipelines.loader import state_for_others
 from tests.conftest import write_image
 from tests.loader_contract import same, saved, take
 from tools.shards.verify import verify
@@ -71,7 +72,6 @@ def make(shards: Path, split: str = "train", quarantine: Path | None = None, **o
     ranks = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
     settings: dict[str, Any] = {
         "max_bad_fraction": 1.0,
-        "shuffle_buffer": 10,
         # A crop that shows nearly all of an image cannot miss the damage.
         "crop": RandomResizedCrop(scale=(0.95, 1.0)),
         **options,
@@ -105,12 +105,12 @@ def epochs(loader: Loader, count: int) -> list[Batch]:
         return [batch for _ in range(count) for batch in loader]
 
 
-@pytest.mark.parametrize("segment_samples", [1000, 20])
+@pytest.mark.parametrize("order", [{"order": "global"}, {"order": "blocks", "block_shards": 2}], ids=str)
 @pytest.mark.parametrize("where", ["several in one batch", "first batch", "last batch", "scattered"])
 def test_all_else_is_as_if_they_were_good(
-    tmp_path: Path, images: list[bytes], good: Path, where: str, segment_samples: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, images: list[bytes], good: Path, where: str, order: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    undisturbed = epochs(make(good, segment_samples=segment_samples), 3)
+    undisturbed = epochs(make(good, **order), 3)
     num_batches = len(undisturbed) // 3
     targets = [batch["target"].tolist() for batch in undisturbed]
     bad = {
@@ -120,7 +120,7 @@ def test_all_else_is_as_if_they_were_good(
         "scattered": [*range(5, NUM_SAMPLES, 11), *targets[0][:1]],
     }[where]
     damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
-    with caplog.at_level(logging.WARNING), make(damaged, segment_samples=segment_samples) as loader:
+    with caplog.at_level(logging.WARNING), make(damaged, **order) as loader:
         found = [batch for _ in range(3) for batch in loader]
         assert loader.num_bad_samples == len(set(bad))
     assert same(found, without(undisturbed, set(bad)))
@@ -151,11 +151,40 @@ def test_batch_of_bad_labels(tmp_path: Path, images: list[bytes], good: Path) ->
     undisturbed = epochs(make(good), 1)
     bad = {*undisturbed[2]["target"].tolist(), *undisturbed[5]["target"].tolist()[1:], 0, 13}
     damaged = write_shards(tmp_path / "bad", images, dict.fromkeys(bad, b"?"))
-    found = epochs(make(damaged), 1)
+    found = epochs(make(damaged, quarantine=tmp_path / "quarantine.jsonl"), 1)
+    listed = [json.loads(line)["member"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(listed) == [f"{i:04d}.jpg" for i in sorted(bad)]  # and none of those that were taken in their place
     assert [len(batch["target"]) for batch in found] == [
         max(2, sum(target not in bad for target in batch["target"].tolist())) for batch in undisturbed
     ]
     assert not bad & {target for batch in found for target in batch["target"].tolist()}
+
+
+def test_one_good_sample_in_all(tmp_path: Path, images: list[bytes]) -> None:
+    """It makes up a batch of training by itself; without any the run ends."""
+    for good in (17, None):
+        labels = {i: b"?" for i in range(NUM_SAMPLES) if i != good}
+        with make(write_shards(tmp_path / str(good), images, labels)) as loader:
+            if good is None:
+                with pytest.raises(ValueError, match=r"there is not one good sample in .*; `shards verify` says why"):
+                    list(loader)
+            else:
+                targets = [batch["target"].tolist() for batch in loader]
+                assert targets == [[17, 17]] * 10
+
+
+def test_other_numbers_of_ranks_know_what_all_have_met(tmp_path: Path, images: list[bytes]) -> None:
+    bad = {2, 11, 29, 40, 58}
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    states = []
+    for rank in range(2):
+        with make(damaged, rank=rank, world_size=2) as loader:
+            list(loader)
+            states.append(saved(loader.state_dict()))
+    with make(damaged, on_error="stop") as loader:  # at one that it does not know of
+        loader.load_state_dict(state_for_others(states))
+        assert loader.num_bad_samples == len(bad)
+        assert sum(len(batch["target"]) for batch in loader) == NUM_SAMPLES - len(bad)
 
 
 def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> None:
@@ -260,14 +289,14 @@ def test_resumed_at_every_position(tmp_path: Path, images: list[bytes]) -> None:
     damaged = write_shards(
         tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)], labels
     )
-    with make(damaged, segment_samples=20) as loader:
+    with make(damaged) as loader:
         batches, states = [], []
         for _ in range(23):
             states.append(saved(loader.state_dict()))
             batches += take(loader, 1)
         assert loader.num_bad_samples == len(bad) + len(labels)
     for position in range(20):
-        with make(damaged, segment_samples=20) as resumed:
+        with make(damaged) as resumed:
             resumed.load_state_dict(states[position])
             assert same(take(resumed, 3), batches[position : position + 3]), position
 
@@ -331,7 +360,6 @@ def make_with_quarantine(shards: Path, listed: Path) -> Loader:
     config = DataConfig(
         train=str(shards),
         max_bad_fraction=0.1,
-        shuffle_buffer=10,
         crop=RandomResizedCrop(scale=(0.95, 1.0)),
         on_error="stop",
         quarantine=(str(listed),),
@@ -361,7 +389,7 @@ def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], c
     """Is not taken for one with a bad sample."""
     shards = write_shards(tmp_path / "shards", images)
     tars = sorted(shards.glob("*.tar"))
-    with make(shards, segment_samples=12) as loader:
+    with make(shards) as loader:
         take(loader, 1)
         for tar in tars:
             if change == "cut short":
@@ -385,14 +413,14 @@ def test_a_damaged_sample_that_some_crops_miss(tmp_path: Path) -> None:
     """It is part of batches until a crop shows the damage, and never again."""
     Image.effect_noise((120, 200), 60).convert("RGB").save(tmp_path / "noise.jpg", quality=90)
     whole = (tmp_path / "noise.jpg").read_bytes()
-    cut = whole[: len(whole) * 6 // 10]
-    shards = write_shards(tmp_path / "shards", [cut if i == 5 else whole for i in range(12)])
+    cut = whole[: len(whole) * 8 // 10]
+    shards = write_shards(tmp_path / "shards", [cut if i == 8 else whole for i in range(12)])
     seen = []
     with make(shards, crop=RandomResizedCrop(scale=(0.05, 0.1))) as loader:
         for _ in range(25):
             targets = [target for batch in loader for target in batch["target"].tolist()]
-            assert sorted(set(targets) | {5}) == list(range(12))
-            seen.append(5 in targets)
+            assert sorted(set(targets) | {8}) == list(range(12))
+            seen.append(8 in targets)
     assert any(seen)
     assert seen == sorted(seen, reverse=True)
     assert not seen[-1]

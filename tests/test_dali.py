@@ -1,7 +1,6 @@
 """What the DALI pipeline makes of images and labels."""
 
 import io
-import re
 import subprocess
 import sys
 import tarfile
@@ -130,7 +129,7 @@ gc.disable()
 options = dict(batch_size=8, image_size=32, device=torch.device("cpu"), num_threads={num_threads})
 loader = build_loader(DataConfig(train={str(shards)!r}), "train", **options)
 loader.next()
-loader.itself, pipeline = loader, loader._current
+loader.itself, pipeline = loader, loader._pipeline
 pipeline.itself = pipeline
 {end}del loader, pipeline
 time.sleep({seconds})
@@ -201,37 +200,33 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
 def test_resumed_with_every_augmentation(shards: Path) -> None:
     augmentations = tuple(kind() if name != "color-jitter" else kind(hue=0.1) for name, kind in augmentation_classes().items())
     assert len(augmentations) >= 8
-    options = {"data": {"augment": augmentations, "segment_samples": 24}}
+    options = {"data": {"augment": augmentations}}
     with make_loader(shards, "dali", "train", CPU, **options) as loader:
         batches, states = [], []
         for _ in range(12):
             states.append(saved(loader.state_dict()))
             batches += take(loader, 1)
-    for position in (1, 3, 6, 8, 10):  # in and at the beginning of segments and epochs
+    for position in (1, 3, 6, 8, 10):  # in and at the beginning of epochs
         with make_loader(shards, "dali", "train", CPU, **options) as loader:
             loader.load_state_dict(states[position])
             assert same(take(loader, 2), batches[position : position + 2]), position
 
 
-def test_too_many_open_files(tmp_path: Path) -> None:
-    """What a user can do about it is said; and a segment of fewer shards needs fewer."""
+def test_few_open_files(tmp_path: Path) -> None:
+    """A process that may not open many files reads many shards all the same."""
     folder = LinkedShards(tmp_path / "made", small).make(100, 1000)
     script = (
-        "import resource, torch\n"
+        "import os, resource, torch\n"
         "from pipelines import DataConfig, build_loader\n"
-        "options = {'batch_size': 10, 'image_size': 32, 'device': torch.device('cpu'), 'num_threads': 1}\n"
-        f"few = build_loader(DataConfig(train={str(folder)!r}, segment_samples=100), 'train', **options)\n"
-        f"all = build_loader(DataConfig(train={str(folder)!r}), 'train', **options)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (80, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        "print(len(few.next()['target']))\n"
-        "all.next()\n"
+        "options = {'batch_size': 50, 'image_size': 32, 'device': torch.device('cpu'), 'num_threads': 1}\n"
+        f"with build_loader(DataConfig(train={str(folder)!r}), 'train', **options) as loader:\n"
+        "    print(sum(len(batch['target']) for _ in range(2) for batch in loader))\n"
+        "    before = len(os.listdir('/proc/self/fd'))\n"
+        "print(before - len(os.listdir('/proc/self/fd')) <= 10)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "10\n"
-    last = done.stderr.splitlines()[-1]
-    assert re.match(
-        r"ValueError: Could not open file .*\.tar: Too many open files; this process may have 80 files open: raise", last
-    )
+    assert (done.returncode, done.stdout) == (0, "2000\nTrue\n"), done.stderr
 
 
 def test_libraries_that_are_not_needed_are_not_missed() -> None:

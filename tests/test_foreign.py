@@ -14,10 +14,9 @@ from PIL import Image
 
 from model.checkpoint import load_checkpoint
 from pipelines import DataConfig, Loader, build_loader, open_shards
-from pipelines.index import read_index
+from pipelines.index import scan_tar
 from pipelines.loader import MEAN, STD
-from pipelines.order import order_warning
-from pipelines.usable import unusable
+from pipelines.sorted_shards import order_warning
 from tests.test_labels import class_file
 from tests.test_shards_command import shards_command
 from tests.test_sources import read_with_webdataset
@@ -42,10 +41,11 @@ def gray(value: int, extension: str = "png") -> bytes:
     return file.getvalue()
 
 
-def loader(backend: str, location: Path | str, **options: Any) -> Loader:
+def loader(backend: str, location: Path | str, quarantine_file: Path | None = None, **options: Any) -> Loader:
     config = DataConfig(valid=str(location), backend=backend, **options)  # type: ignore[arg-type]
     threads = int(backend == "dali")
-    return build_loader(config, "valid", batch_size=4, image_size=32, device=CPU, num_threads=threads, num_classes=200)
+    settings: dict[str, Any] = {"batch_size": 4, "image_size": 32, "device": CPU, "num_threads": threads, "num_classes": 200}
+    return build_loader(config, "valid", quarantine=quarantine_file, **settings)
 
 
 def read(backend: str, location: Path | str) -> list[tuple[int, int]]:
@@ -108,32 +108,60 @@ INCOMPLETE: list[Member] = [
 
 
 def test_samples_that_lack_something(tmp_path: Path) -> None:
-    """DALI refuses an index with one of them; the loader leaves them out, or stops."""
+    """The loader leaves them out, or stops."""
     tar = write_tar(tmp_path / "x.tar", INCOMPLETE, index=False)
-    good = write_tar(tmp_path / "a.tar", INCOMPLETE[:2], index=False)
-    shards = open_shards(str(tmp_path / "{a,x}.tar"), "train")
-    places = {component.name: component.offset for sample in read_index(shards.indices[1]) for component in sample}
-    found = unusable(shards, "cls")
-    assert [(bad.tar, bad.offset, bad.member, bad.reason) for bad in found] == [
+    write_tar(tmp_path / "a.tar", INCOMPLETE[:2], index=False)
+    with pytest.raises(ValueError, match=r"x\.tar:\d+:1\.txt: no image among its members, \.txt \.cls"):
+        loader("dali", tmp_path / "x.tar", on_error="stop").next()
+    path = tmp_path / "quarantine.jsonl"
+    with loader("dali", tmp_path / "{a,x}.tar", max_bad_fraction=1.0, quarantine_file=path) as batches:
+        assert [target for batch in batches for target in batch["target"].tolist()] == [0, 0, 3, 5]
+        assert batches.num_bad_samples == 3
+    places = {component.name: component.offset for sample in scan_tar(tar) for component in sample}
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(bad["tar"], bad["offset"], bad["member"], bad["reason"]) for bad in found] == [
         (str(tar), places["1.txt"], "1.txt", "no image among its members, .txt .cls"),
         (str(tar), places["2.png"], "2.png", "no .cls among its members, .png .json"),
         (str(tar), places["4.v2.png"], "4.v2.png", "no image and no .cls among its members, .v2.png"),
     ]
-    assert str(found[0]) == f"{tar}:{places['1.txt']}:1.txt: no image among its members, .txt .cls"
-    assert [bad.member for bad in unusable(shards, "json") if bad.tar == str(good)] == ["0.png"]
-    with pytest.raises(ValueError, match=r"x\.tar:\d+:1\.txt: no image among its members, \.txt \.cls"):
-        loader("dali", tmp_path / "x.tar", on_error="stop").next()
-    with loader("dali", tmp_path / "{a,x}.tar", max_bad_fraction=1.0) as batches:
-        assert [target for batch in batches for target in batch["target"].tolist()] == [0, 0, 3, 5]
-        assert batches.num_bad_samples == 3
 
 
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", INCOMPLETE)
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (" 1.txt", "", r"x\.idx: damaged index; line '.*' is not made of four fields"),
+        ("cls 3584 1 ", "cls two 1 ", r"x\.idx: damaged index; offset 'two' and size '1' of 1\.cls are not both numbers"),
+        (
+            "png 512 ",
+            "png 5120000 ",
+            r"x\.idx: damaged index, or one of another tar; it lists bytes from .* where \S+x\.tar has none",
+        ),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_tar(tmp_path / "x.tar", INCOMPLETE)
+    write_tar(tmp_path / "a.tar", INCOMPLETE[:2])
+    shards = open_shards(str(tmp_path / "{a,x}.tar"), "valid")  # which looks at the first line of each
     index = tmp_path / "x.idx"
-    index.write_text(index.read_text().replace(" 1.txt", ""))
-    with pytest.raises(ValueError, match=r"x\.idx: damaged index; line '.*' is not made of four fields"):
-        unusable(open_shards(str(tar), "train"), "cls")
+    assert old in index.read_text()
+    index.write_text(index.read_text().replace(old, new))
+    options = {"batch_size": 4, "image_size": 32, "device": CPU, "num_threads": 1, "num_classes": 200}
+    config = DataConfig(max_bad_fraction=1.0)
+    with (
+        build_loader(config, "valid", shards=shards, **options) as batches,  # type: ignore[arg-type]
+        pytest.raises(ValueError, match=message),
+    ):
+        list(batches)
+
+
+def test_members_in_any_order(tmp_path: Path) -> None:
+    """The same in each sample, which is read the quick way; and another in each."""
+    kinds = {"png": gray(9), "cls": b"7", "json": b"{}", "txt": b"x" * 100_000}
+    for orders in ([("json", "cls", "txt", "png")] * 9, [*itertools.permutations(kinds, 3)]):
+        wanted = [order for order in orders if {"png", "cls"} <= set(order)]
+        members = [(f"{i}.{kind}", kinds[kind]) for i, order in enumerate(wanted) for kind in order]
+        tar = write_tar(tmp_path / f"{len(wanted)}.tar", members)
+        assert read("dali", tar) == [(9, 7)] * len(wanted)
 
 
 def sorted_shards(folder: Path, labels: Sequence[str], split: str, num_tars: int) -> None:
@@ -156,7 +184,18 @@ def test_training_on_them(tmp_path: Path) -> None:
     sorted_shards(tmp_path, ["ant", "cat"] * 4, "valid", 1)
     done = train_command(
         *("--data.train", tmp_path / "train-*.tar", "--data.valid", tmp_path / "valid-*.tar", "--data.label-key", "meta.class"),
-        *("--data.class-file", class_file(tmp_path, *names), "--data.shuffle-buffer", 8, "--epochs", 1, "--batch-size", 16),
+        *(
+            "--data.class-file",
+            class_file(tmp_path, *names),
+            "--data.order",
+            "blocks",
+            "--data.block-shards",
+            1,
+            "--epochs",
+            1,
+            "--batch-size",
+            16,
+        ),
         *("--image-size", 32, "--device", "cpu", "--run-dir", "run"),
         cwd=tmp_path,
     )
@@ -171,5 +210,5 @@ def test_training_on_them(tmp_path: Path) -> None:
     new = open_shards(str(tmp_path / "new"), "train")
     assert new.classes == old.classes == names
     assert sorted(new.labels()) == old.labels()
-    assert order_warning(old, DataConfig(train="old", shuffle_buffer=8), 16, 3) is not None
-    assert order_warning(new, DataConfig(train="new", shuffle_buffer=8), 16, 3) is None
+    assert order_warning(old, DataConfig(train="old", order="blocks", block_shards=1), 3) is not None
+    assert order_warning(new, DataConfig(train="new", order="blocks", block_shards=1), 3) is None

@@ -7,10 +7,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import torch
 import wds2idx
 
-from pipelines import DataConfig, build_loader, open_shards
+from pipelines import open_shards
 from pipelines.index import Component, count_samples, ensure_index, iter_components, read_index, scan_tar, write_index
 
 
@@ -122,23 +121,6 @@ def test_memory_does_not_grow_with_the_tar(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 500_000  # five thousand members kept would be ten times that
-
-
-def test_memory_does_not_grow_with_the_index_but_with_the_segment(tmp_path: Path, shards: Path) -> None:
-    """A tar may hold the whole data set; here the index lists its samples again and again."""
-    tar = open_shards(str(shards), "train").tars[0]
-    samples = scan_tar(tar)
-    (tmp_path / "x.tar").symlink_to(tar)
-    write_index(tmp_path / "x.idx", 5000 * samples)
-    data = DataConfig(train=str(tmp_path / "x.tar"), segment_samples=1000)
-    options = {"batch_size": 8, "image_size": 32, "device": torch.device("cpu"), "num_threads": 1, "num_classes": 3}
-    tracemalloc.start()
-    with build_loader(data, "train", **options) as loader:
-        batch = loader.next()
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert batch is not None
-    assert peak < 10_000_000  # eighty thousand samples read into objects are six times that
 
 
 def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

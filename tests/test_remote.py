@@ -7,16 +7,20 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import Batch, DataConfig, Loader, build_loader, open_shards, remote
 from pipelines.index import read_index, scan_tar
 from tests.faults import Fault, FaultyProxy
 from tests.loader_contract import same, saved, take
+from tests.test_verify import write_tar
 
 CPU = torch.device("cpu")
+BLOCKS: dict[str, Any] = {"order": "blocks", "block_shards": 2}
 STORES = ["s3_bucket", "gcs_bucket"]
 
 
@@ -197,7 +201,7 @@ def test_a_damaged_tar_is_named(bucket: str) -> None:
 
 
 def batches(place: str, split: str, cache_dir: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    config = DataConfig(train=place, valid=place, cache_dir=cache_dir)
+    config = DataConfig(train=place, valid=place, cache_dir=cache_dir, **BLOCKS)
     with build_loader(config, split, batch_size=8, image_size=48, device=CPU, num_threads=2) as loader:  # type: ignore[arg-type]
         for _ in range(2):
             yield from ((batch["image"], batch["target"]) for batch in loader)
@@ -227,7 +231,7 @@ def test_training_goes_on_through_faults(
 
     def make(location: str, cache: str) -> Loader:
         room = 2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
-        config = DataConfig(train=location, cache_dir=str(tmp_path / cache), cache_gigabytes=room, segment_samples=16)
+        config = DataConfig(train=location, cache_dir=str(tmp_path / cache), cache_gigabytes=room, **BLOCKS)
         return build_loader(config, "train", batch_size=4, image_size=32, device=CPU, num_threads=1)
 
     with make(str(shards), "none") as loader:
@@ -246,13 +250,52 @@ def test_training_goes_on_through_faults(
         assert same([*batches, *take(loader, 12)], expected)
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_back_and_forth_within_a_block(shards: Path, tmp_path: Path, s3_bucket: str, split: str) -> None:
+    """Of two ranks, each of which has copies of the shards that it needed from where it entered the block."""
+    url = upload(shards, f"{s3_bucket}/back-{split}")
+
+    def make(location: str) -> Loader:
+        config = DataConfig(train=location, valid=location, cache_dir=str(tmp_path / "cache"), order="blocks", block_shards=4)
+        options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "rank": 1, "world_size": 2}
+        return build_loader(config, split, device=CPU, **options)  # type: ignore[arg-type]
+
+    with make(str(shards)) as local, make(url) as remote:
+        states, batches = [], []
+        for _ in range(len(local)):
+            states.append(saved(local.state_dict()))
+            batches += take(local, 1)
+        for position in (3, 0, 2, 1, 3):
+            remote.load_state_dict(states[position])
+            assert same(take(remote, 1), batches[position : position + 1]), position
+
+
+def test_stand_ins_from_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
+    """A batch of training without a good sample is made up with samples that only the other rank would have read."""
+    folder = tmp_path / "bad"
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(image, "PNG")
+    for number in range(4):
+        members = [(f"{number}{i}.{end}", data) for i in range(8) for end, data in (("png", image.getvalue()), ("cls", b"?"))]
+        members += [(f"{number}9.{end}", data) for end, data in (("png", image.getvalue()), ("cls", b"1"))]
+        write_tar(folder / f"train-{number}.tar", members)
+    url = f"{upload(folder, f'{s3_bucket}/bad')}/train-{{0..3}}.tar"
+    for rank in range(2):
+        config = DataConfig(train=url, cache_dir=str(tmp_path / "cache"), max_bad_fraction=1, block_shards=2)
+        options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "num_classes": 2, "rank": rank, "world_size": 2}
+        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+            targets = [batch["target"].tolist() for _ in range(2) for batch in loader]
+        assert [len(of_batch) for of_batch in targets] == [2] * 12
+        assert {target for of_batch in targets for target in of_batch} == {1}
+
+
 def test_loaders_that_share_little_room_take_turns(tmp_path: Path, shards: Path, s3_bucket: str) -> None:
     """Two ranks, and room for what one of them reads: one waits for the other, and neither for ever."""
     url = upload(shards, f"{s3_bucket}/room")
     room = 2.2 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
 
     def epoch(rank: int, location: str) -> list[Batch]:
-        config = DataConfig(train=location, cache_dir=str(tmp_path / "cache"), cache_gigabytes=room, segment_samples=8)
+        config = DataConfig(train=location, cache_dir=str(tmp_path / "cache"), cache_gigabytes=room, **BLOCKS)
         options = {"batch_size": 4, "image_size": 32, "num_threads": 1, "rank": rank, "world_size": 2}
         with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
             return take(loader, 14)

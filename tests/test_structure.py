@@ -48,7 +48,11 @@ def test_nothing_imports_the_tools() -> None:
 
 def test_dali_and_pillow_are_where_they_belong() -> None:
     as_a_peer = "tools/throughput/loaders.py"
-    assert importers("nvidia.dali", *CODE) == {"pipelines/augment.py", "pipelines/dali.py", as_a_peer}
+    assert importers("nvidia.dali", *CODE) == {
+        *(f"pipelines/{name}.py" for name in ("augment", "dali", "draws")),
+        as_a_peer,
+        "tools/throughput/remote.py",
+    }
     in_tools = {f"tools/shards/{name}.py" for name in ("check", "drawing", "encode", "preview")}
     in_tools |= {as_a_peer, *(f"tools/throughput/{name}.py" for name in ("peers", "peer_loaders", "peer_ffcv"))}
     assert importers("PIL", *CODE) == {"pipelines/pillow.py", "training/pictures.py", *in_tools}

@@ -1,5 +1,6 @@
 """`throughput loader`, run as a user runs it; how fast things are is for no test to judge."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tests.conftest import write_tree
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 from tools.shards.shape import Shape
-from tools.throughput.stage import Task, open_pipeline
+from tools.throughput.stage import Task, stage_batches
 
 STAGES = ["read", "headers", "decode", "resize", "normalize", "hand-over"]
 SMALL = ("--device", "cpu", "--data.threads", 1, "--image-size", 32, "--batch-size", 8, "--images", 16)
@@ -53,8 +54,8 @@ def test_stages_end_where_they_say(shards: Path) -> None:
     for split in ("train", "valid"):
         shapes, dtypes = {}, {}
         for stage in STAGES[:-1]:
-            with open_pipeline(Task(stage, data, split, 4, 32, "cpu", 1, 8, 0)) as pipeline:
-                images = [np.asarray(image) for image in pipeline.run()[0]]
+            with contextlib.closing(stage_batches(Task(stage, data, split, 4, 32, "cpu", 1, 8, 0))) as batches:
+                images = [np.asarray(image) for image in next(batches)]
             shapes[stage] = {image.shape for image in images}
             [dtypes[stage]] = {str(image.dtype) for image in images}
         assert shapes["read"] == shapes["headers"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_table_and_figures(shards: Path, tmp_path: Path) -> None:
-    options = ["--latency", "5", "--segment-samples", "24", "--batch-size", "8", "--image-size", "32", "--rounds", "2"]
+    options = ["--latency", "5", "--block-shards", "2", "--batch-size", "8", "--image-size", "32", "--rounds", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.throughput", "remote", str(shards), *options, "--json", str(tmp_path / "report.json")],
         capture_output=True,

@@ -28,27 +28,26 @@ def tuned_file(path: Path, **settings: Any) -> Path:
 
 
 def first_batches(shards: Path, **data: Any) -> list[Any]:
-    with make_loader(shards, "dali", "train", CPU, data={"segment_samples": 24, **data}) as loader:
+    with make_loader(shards, "dali", "train", CPU, data=data) as loader:
         return take(loader, 16)
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 4, 9])
 def test_prefetch_changes_no_batch(shards: Path, prefetch: int) -> None:
-    """Over segments of three batches, fewer than the queue holds, and epochs."""
+    """Over several epochs, of fewer batches than the queue holds."""
     assert same(first_batches(shards, prefetch=prefetch), first_batches(shards))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (None, 3), (3, None)])
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_resumed_with_another_depth(shards: Path, split: str, before: int | None, after: int | None) -> None:
-    options = {"segment_samples": 24}
-    with make_loader(shards, "dali", split, CPU, data={"prefetch": before, **options}) as loader:
+    with make_loader(shards, "dali", split, CPU, data={"prefetch": before}) as loader:
         batches, states = [], []
         for _ in range(12):
             states.append(saved(loader.state_dict()))
             batches += take(loader, 1)
     for position in range(10):
-        with make_loader(shards, "dali", split, CPU, data={"prefetch": after, **options}) as resumed:
+        with make_loader(shards, "dali", split, CPU, data={"prefetch": after}) as resumed:
             resumed.load_state_dict(states[position])
             assert same(take(resumed, 2), batches[position : position + 2]), position
 
@@ -59,18 +58,14 @@ def test_load_of_the_decoder_in_hardware(shards: Path, split: Literal["train", "
 
     def graph(load: float | None) -> bytes:
         pipeline = image_pipeline(
-            *(["a.tar"], ["a.idx"], "cls"),
             train=split == "train",
             device="gpu",
             image_size=32,
             dtype=torch.float32,
             config=DataConfig(hw_decoder_load=load),
-            shuffle_buffer=0,
-            shuffle_seed=1,
             batch_size=2,
             num_threads=1,
             device_id=None,
-            seed=1,
         )
         return bytes(pipeline.serialize())
 
@@ -87,7 +82,7 @@ def test_prefetch_is_dalis_without_the_setting(shards: Path) -> None:
     for prefetch, depth in ((None, PREFETCH), (5, 5)):
         with make_loader(shards, "dali", "train", CPU, data={"prefetch": prefetch}) as loader:
             take(loader, 1)
-            assert loader._current._pipeline.prefetch_queue_depth == depth  # type: ignore[attr-defined]
+            assert loader._pipeline._pipeline.prefetch_queue_depth == depth  # type: ignore[attr-defined]
 
 
 def test_flags_win_over_the_file(tmp_path: Path, shards: Path) -> None:

@@ -101,6 +101,7 @@ class Job:
             **{name: getattr(self, name).state_dict() for name in STATEFUL},
             **{name: getattr(self, name) for name in NUMBERS},
             "autocast_dtype": str(self.autocast_dtype),
+            "global_batch_size": global_batch_size(self.config, self.world),
             "architecture": {
                 "num_classes": self.num_classes,
                 "aux_logits": self.config.model.aux_logits,
@@ -125,17 +126,18 @@ class Job:
         """Goes on from a state.
 
         Raises:
-            ValueError: It is of other arithmetic, or of epochs of another length.
+            ValueError: It is of other arithmetic, or of steps on another number of images.
         """
         if state["autocast_dtype"] != str(self.autocast_dtype):
             raise ValueError(
                 f"--resume auto: the run was begun with arithmetic in {state['autocast_dtype']}, and on this device it would "
                 f"be in {self.autocast_dtype}; --precision sets it"
             )
-        if state["steps_per_epoch"] != self.steps_per_epoch:
+        images = global_batch_size(self.config, self.world)
+        if state["global_batch_size"] != images:
             raise ValueError(
-                f"--resume auto: the run was begun with {state['steps_per_epoch']} steps an epoch, and now there are "
-                f"{self.steps_per_epoch}; (processes) x --accumulate-steps has to stay the same"
+                f"--resume auto: the run was begun with {state['global_batch_size']} images a step, and now there are "
+                f"{images}; (processes) x --batch-size x --accumulate-steps has to stay the same"
             )
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from model.checkpoint import load_checkpoint
 from pipelines import Loader
 from pipelines.files import replace_text
+from pipelines.loader import state_for_others
 from pipelines.meter import Meter, Rates
 from training.checkpoints import Checkpoints, newest_checkpoint
 from training.config import Config
@@ -74,9 +75,11 @@ class RunFolder:
         saved, self._saved = self._saved, None
         if saved is not None:
             ranks = saved["ranks"]
-            own = ranks[job.world.rank] if len(ranks) == job.world.size else ranks[0]
-            if len(ranks) != job.world.size:  # between two epochs it may have changed; the loader refuses it within one
-                own = {**own, "rng": job.rank_state()["rng"]}  # rank 0's for all would give all ranks the same dropout
+            if len(ranks) == job.world.size:
+                own = ranks[job.world.rank]
+            else:  # the random numbers of rank 0 for all would give all ranks the same dropout
+                own = {**ranks[0], "rng": job.rank_state()["rng"]}
+                own["loader"] = state_for_others([rank["loader"] for rank in ranks])
             loader.load_state_dict(own["loader"])
             job.load_state_dict(saved, own)
             meter.total = Rates(**own["rates"])
@@ -199,11 +202,11 @@ class RunFolder:
         self._to_tensorboard("close")
 
 
-# Settings that may change when a run is resumed: they change neither the batches nor the arithmetic, or not knowingly.
+# Settings that may change when a run is resumed: they change neither the global batches nor the arithmetic, or not knowingly.
 FREE_SETTINGS = (
     *("run_dir", "resume", "recipe", "checkpoint", "log_every", "device", "torch_threads", "profile", "max_nonfinite_steps"),
     *("data.train", "data.valid"),  # they may have been moved; the loader compares what they hold
-    "accumulate_steps",  # fewer ranks may make the same steps with more of them; the job compares the steps
+    *("batch_size", "accumulate_steps"),  # other numbers of ranks may make the same steps; the job compares images a step
     *("init_from", "init_from_partial"),  # what came of it is in the state
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load", "tuned")),
     *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),

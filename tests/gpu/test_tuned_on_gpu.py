@@ -33,7 +33,7 @@ def test_load_of_the_decoder_in_hardware(shards: Path, split: Literal["train", "
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_prefetch_changes_no_batch(shards: Path, prefetch: int) -> None:
     def batches(**data: Any) -> list[Any]:
-        with make_loader(shards, "dali", "train", GPU, data={"segment_samples": 24, **data}) as loader:
+        with make_loader(shards, "dali", "train", GPU, data=data) as loader:
             return take(loader, 16)
 
     assert same(batches(prefetch=prefetch), batches())

@@ -15,6 +15,7 @@ import torch
 from pipelines import Batch, DataConfig, Loader, ShardSet, build_loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates
 from pipelines.mix import mix
+from pipelines.order import Deal, InOrder
 from pipelines.synthetic import SyntheticLoader
 from tools.throughput.competitors import ROOT
 from tools.throughput.process import run_measured
@@ -42,15 +43,8 @@ class CachedLoader(SyntheticLoader):
 
     def __init__(self, batches: Sequence[Batch], num_samples: int) -> None:
         image = batches[0]["image"]
-        super().__init__(
-            num_samples,
-            train=True,
-            batch_size=len(image),
-            image_size=image.shape[-1],
-            device=image.device,
-            dtype=image.dtype,
-            num_classes=1,
-        )
+        deal = Deal(InOrder([num_samples], 1), True, len(image), 0, 1)
+        super().__init__(deal, image_size=image.shape[-1], device=image.device, dtype=image.dtype, num_classes=1)
         self._batches = itertools.cycle(batches)
 
     def next(self) -> Batch | None:
@@ -102,9 +96,7 @@ class JobTurns:
         """The job on one synthetic batch that lies on the device."""
         torch.set_num_threads(torch_threads or self.torch_threads)
         loader = SyntheticLoader(
-            self._shards.num_samples,
-            train=True,
-            batch_size=self.config.batch_size,
+            Deal(InOrder(self._shards.lengths, 1), True, self.config.batch_size, 0, 1),
             image_size=self.config.image_size,
             device=self.device,
             dtype=self._dtype,

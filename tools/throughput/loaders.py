@@ -15,6 +15,7 @@ from pipelines.shards import IMAGE_EXTENSIONS
 from tools.throughput import turn
 from tools.throughput.turn import Batches, Task
 
+SHUFFLE_BUFFER = 2048  # samples among which DALI's reader draws; shards are shuffled already
 IMAGES = ";".join(IMAGE_EXTENSIONS)  # as DALI and webdataset both have it: whichever a sample has
 
 
@@ -46,7 +47,7 @@ def _own(backend: Literal["dali", "pillow"], task: Task) -> Batches:
 
 
 def dali(task: Task) -> Batches:
-    """DALI as its documentation has it, with its iterator for PyTorch and this project's shuffle buffer.
+    """DALI as its documentation has it, with its iterator for PyTorch and a shuffle buffer of 2,048 samples.
 
     On a GPU it is the ResNet-50 example of DALI's repository (docs/examples/use_cases/pytorch/resnet50/main.py), with its hints
     for ImageNet, but for the crop's sizes, which are everybody's here.
@@ -55,7 +56,7 @@ def dali(task: Task) -> Batches:
     from nvidia.dali.pipeline import pipeline_def
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    shuffle = {"random_shuffle": True, "initial_fill": DataConfig().shuffle_buffer} if task.split == "train" else {}
+    shuffle = {"random_shuffle": True, "initial_fill": SHUFFLE_BUFFER} if task.split == "train" else {}
     color: dict[str, Any] = {
         "dtype": types.FLOAT,
         "output_layout": "CHW",

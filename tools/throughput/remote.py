@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipelines import DataConfig, ShardSet, build_loader, open_shards
-from pipelines.dali import SegmentPipeline, Settings
-from pipelines.segments import Part, Segment
+from pipelines.augment import validation_images
+from pipelines.shards import IMAGE_EXTENSIONS
 from tools.throughput.bucket import serve
 from tools.throughput.hardware import versions
 from tools.throughput.report import Bar, Report
@@ -44,7 +45,7 @@ class RemoteReport(Report):
     shards: str
     images: int
     latency_seconds: float
-    segment_samples: int
+    block_shards: int | None
     batch_size: int
     image_size: int
     threads: int
@@ -54,9 +55,10 @@ class RemoteReport(Report):
         return [Bar("", result.name, result.images_per_second) for result in self.results]
 
     def __str__(self) -> str:
+        blocks = "blocks as by default" if self.block_shards is None else f"blocks of {self.block_shards:,} shards"
         lines = [
-            f"{self.shards}: {self.images:,} images, {1000 * self.latency_seconds:g} ms a request, segments of "
-            f"{self.segment_samples:,}, batches of {self.batch_size}, {self.threads} threads; {self.hardware}",
+            f"{self.shards}: {self.images:,} images, {1000 * self.latency_seconds:g} ms a request, {blocks}, "
+            f"batches of {self.batch_size}, {self.threads} threads; {self.hardware}",
             f"{'':<34}{'images/s':>10}{'ratio':>8}{'':>16}{'first batch':>13}",
         ]
         for result in self.results:
@@ -69,7 +71,14 @@ class RemoteReport(Report):
 
 
 def benchmark(
-    folder: Path, *, latency_seconds: float, segment_samples: int, batch_size: int, image_size: int, threads: int, rounds: int
+    folder: Path,
+    *,
+    latency_seconds: float,
+    block_shards: int | None,
+    batch_size: int,
+    image_size: int,
+    threads: int,
+    rounds: int,
 ) -> RemoteReport:
     """Reads one epoch of the training split of a folder of shards in each way, in turns.
 
@@ -82,7 +91,7 @@ def benchmark(
     with serve(folder, latency_seconds) as bucket:
 
         def epoch(location: str) -> Turn:
-            config = DataConfig(train=location, segment_samples=segment_samples)
+            config = DataConfig(train=location, order="blocks", block_shards=block_shards)
             started = time.perf_counter()
             loader = build_loader(
                 config, "train", batch_size=batch_size, image_size=image_size, device=torch.device("cpu"), num_threads=threads
@@ -113,7 +122,7 @@ def benchmark(
         str(folder),
         shards.num_samples,
         latency_seconds,
-        segment_samples,
+        block_shards,
         batch_size,
         image_size,
         threads,
@@ -123,26 +132,24 @@ def benchmark(
 
 
 def _dali_itself(shards: ShardSet, bucket: str, image_size: int, threads: int) -> Turn:
-    """The same graph, its reader at the bucket, for a few batches in order."""
-    tar, count = f"{bucket}/{Path(shards.tars[0]).name}", DALI_BATCHES * DALI_BATCH_SIZE
-    part = Part(0, 0, shards.lengths[0])
-    settings = Settings(
-        train=False,
-        batch_size=DALI_BATCH_SIZE,
-        image_size=image_size,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        num_threads=threads,
-        seed=0,
-        rank=0,
-        segment_samples=part.stop,
-        label_extension=shards.label_reader.extension,
-        config=DataConfig(),
-    )
+    """DALI's reader at the bucket, a few batches in order, decoded and cropped to the centre as validation does."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+
+    @pipeline_def(batch_size=DALI_BATCH_SIZE, num_threads=threads, device_id=None)
+    def pipeline() -> Any:
+        encoded, _ = fn.readers.webdataset(
+            paths=[f"{bucket}/{Path(shards.tars[0]).name}"],
+            index_paths=[str(shards.indices[0])],
+            ext=[";".join(IMAGE_EXTENSIONS), shards.label_reader.extension],
+            case_sensitive_extensions=False,
+        )
+        return validation_images(encoded, size=image_size, device="cpu", dtype=types.FLOAT)
+
     started = time.perf_counter()
-    pipeline = SegmentPipeline(settings, Segment(0, 0, 0, DALI_BATCHES + 1, (part,)), [(tar, str(shards.indices[0]))])
-    pipeline.run()
+    made = pipeline()
+    made.run()
     first = time.perf_counter()
     for _ in range(DALI_BATCHES):
-        pipeline.run()
-    return Turn(first - started, count / (time.perf_counter() - first))
+        made.run()
+    return Turn(first - started, DALI_BATCHES * DALI_BATCH_SIZE / (time.perf_counter() - first))

@@ -9,7 +9,8 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from tools.throughput.turn import WARM_UP_BATCHES, cpu_seconds
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from pipelines import DataConfig
+    from pipelines.order import Plan
+    from pipelines.reader import Fetched, Reader
 
 WHOLE = "hand-over"
 
@@ -27,7 +32,7 @@ class Task:
     """What to run.
 
     Attributes:
-        stage: The last one: a `Stage` of pipelines/dali.py, or `WHOLE` for the loader as training has it.
+        stage: The last one: "read", a `Stage` of pipelines/dali.py, or `WHOLE` for the loader as training has it.
         data: Settings of the data.
         split: "train" or "valid".
         batch_size: Images a batch.
@@ -89,54 +94,69 @@ def _whole(task: Task) -> Generator[int, None, None]:
 
 
 def _part(task: Task) -> Generator[int, None, None]:
-    """Sizes of the batches of a graph that ends with a stage; its reader begins again after the last sample.
+    """Sizes of the batches of a loader that ends with a stage, without end.
 
     Raises:
         ValueError: There is a sample that DALI cannot read.
     """
     from pipelines.dali import describe
 
-    with open_pipeline(task) as pipeline:
-        while True:
-            try:
-                images = pipeline.run()[0]
-            except RuntimeError as error:
-                raise ValueError(describe(error)) from error
-            yield len(images)
+    with contextlib.closing(stage_batches(task)) as batches:
+        try:
+            for batch in batches:
+                yield len(batch)
+        except RuntimeError as error:
+            raise ValueError(describe(error)) from error
 
 
-@contextlib.contextmanager
-def open_pipeline(task: Task) -> Iterator[Any]:
-    """The loader's DALI pipeline over all shards, ended after the stage: images, label bytes, sources."""
+def stage_batches(task: Task) -> Generator[Sequence[Any], None, None]:
+    """Images of batches as a stage leaves them, epoch after epoch; each is there until the next one is asked for.
+
+    Raises:
+        RuntimeError: DALI cannot read one.
+    """
+    from pipelines.extents import Extents
+    from pipelines.order import Deal, choose_order
+    from pipelines.reader import Reader
+    from pipelines.tars import Tars
+
+    shards, train = task.data.open_shards(task.split), task.split == "train"
+    deal = Deal(choose_order(task.data, shards, train, task.seed), train, task.batch_size, 0, 1)
+    reader = Reader(shards, Extents(shards), Tars(shards), shards.num_classes())
+    depth, plans = task.data.prefetch or 2, deal.plans(0, 0, 0)
+    reading = deque(reader.submit(next(plans)) for _ in range(depth))
+    try:
+        if task.stage == "read":
+            while True:
+                fetched = reading.popleft().result()
+                yield fetched.images
+                reader.release(fetched)
+                reading.append(reader.submit(next(plans)))
+        yield from _decoded(task, reader, reading, plans)
+    finally:
+        reader.close()
+
+
+def _decoded(
+    task: Task, reader: "Reader", reading: "deque[Future[Fetched]]", plans: "Iterator[Plan]"
+) -> Iterator[Sequence[Any]]:
     import torch
 
-    from pipelines.dali import has_conditionals, image_pipeline, queue_options
+    from pipelines.dali import ImagePipeline, Settings
 
-    shards, is_cuda, train = task.data.open_shards(task.split), task.device.startswith("cuda"), task.split == "train"
-    pipeline = image_pipeline(
-        shards.tars,
-        shards.indices,
-        shards.label_reader.extension,
-        train=train,
-        device="gpu" if is_cuda else "cpu",
-        image_size=task.image_size,
-        dtype=torch.float32,
-        config=task.data,
-        shuffle_buffer=min(task.data.shuffle_buffer, shards.num_samples) if train else 0,
-        shuffle_seed=task.seed,
-        until=task.stage,
-        enable_conditionals=has_conditionals(train, task.data),
-        batch_size=task.batch_size,
-        num_threads=task.threads,
-        device_id=torch.device(task.device).index or 0 if is_cuda else None,
-        seed=task.seed,
-        **queue_options(task.data),
+    device = torch.device(task.device, 0) if task.device == "cuda" else torch.device(task.device)
+    settings = Settings(
+        *(task.split == "train", task.batch_size, task.image_size, device, torch.float32, task.threads, task.seed, task.data)
     )
-    pipeline.build()
-    try:
-        yield pipeline
-    finally:
-        pipeline._shutdown()
+    with contextlib.closing(ImagePipeline(settings, task.stage)) as pipeline:  # type: ignore[arg-type]
+        fed = deque["Fetched"]()
+        while True:
+            while len(fed) < pipeline.queue_depth:
+                fed.append(reading.popleft().result())
+                pipeline.feed(fed[-1].images, fed[-1].plan.epoch, fed[-1].plan.place)
+                reading.append(reader.submit(next(plans)))
+            yield pipeline.images()
+            reader.release(fed.popleft())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from model.loss import googlenet_loss
 from model.optim import build_scheduler
 from pipelines.meter import Meter
 from pipelines.mix import mix
+from pipelines.order import Deal, InOrder
 from pipelines.synthetic import SyntheticLoader
 from tools.throughput.hardware import versions
 from tools.throughput.report import Bar, Report
@@ -126,9 +127,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> StepReport:
 def make_loader(config: Config, device: torch.device, autocast_dtype: torch.dtype | None, steps: int) -> SyntheticLoader:
     """Of as many batches as steps, which lie on the device."""
     return SyntheticLoader(
-        steps * config.batch_size,
-        train=True,
-        batch_size=config.batch_size,
+        Deal(InOrder([steps * config.batch_size], 1), True, config.batch_size, 0, 1),
         image_size=config.image_size,
         device=device,
         dtype=torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32,

@@ -19,8 +19,8 @@ class Remote(Output):
     """Folder of shards with a training split, as `shards convert` writes it."""
     latency: float = 30.0
     """Milliseconds until each request is answered."""
-    segment_samples: int = 1024
-    """As --data.segment-samples: small, so that a small set has several."""
+    block_shards: int | None = None
+    """As --data.block-shards; a small set has several blocks only if this is small."""
     batch_size: int = 64
     """Images a batch."""
     image_size: int = 224
@@ -37,7 +37,7 @@ class Remote(Output):
         report = benchmark(
             self.shards,
             latency_seconds=self.latency / 1000,
-            segment_samples=self.segment_samples,
+            block_shards=self.block_shards,
             batch_size=self.batch_size,
             image_size=self.image_size,
             threads=self.threads,
