@@ -7,6 +7,7 @@ import torch
 
 from pipelines import Batch
 from pipelines.meter import Meter, Rates, verdict
+from pipelines.order import Deal, InOrder
 from pipelines.synthetic import SyntheticLoader
 
 
@@ -22,8 +23,8 @@ class SlowLoader(SyntheticLoader):
     """Batches of 8, four unless told otherwise, each after 3 seconds, but for a slower first one."""
 
     def __init__(self, clock: Clock, num_batches: int = 4, first_seconds: float = 3) -> None:
-        cpu, samples = torch.device("cpu"), 8 * num_batches
-        super().__init__(samples, train=True, batch_size=8, image_size=1, device=cpu, dtype=torch.float32, num_classes=2)
+        deal = Deal(InOrder([8 * num_batches], 1), True, 8, 0, 1)
+        super().__init__(deal, image_size=1, device=torch.device("cpu"), dtype=torch.float32, num_classes=2)
         self.clock, self.first_seconds, self.is_first = clock, first_seconds, True
 
     def next(self) -> Batch | None:

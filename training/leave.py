@@ -32,7 +32,11 @@ class Leave:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is Left:  # the process is about to end with its own code: torchrun signals those that are not first
+        if kind is Left:
+            # The process is about to end with its own code, and torchrun signals those that are not first. A handler in Python
+            # would be gone before the last threads are.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
