@@ -70,12 +70,13 @@ class Transfer:
         if part.seek(0, os.SEEK_END) > file.size:
             part.truncate(0)
         part.seek(0)
-        while chunk := part.read(CHUNK_BYTES):
+        while expected and (chunk := part.read(CHUNK_BYTES)):
             digest.update(chunk)
-        self.num_bytes = part.tell()
+        self.num_bytes = part.seek(0, os.SEEK_END)
         while self.num_bytes < file.size:
             data = self._read(self.num_bytes, min(self.num_bytes + CHUNK_BYTES, file.size))
-            digest.update(data)
+            if expected:  # otherwise there is nothing to compare it with, and it would take as long as the copy
+                digest.update(data)
             rest = memoryview(data)
             while rest:
                 rest = rest[part.write(rest) :]
