@@ -28,6 +28,7 @@ from pipelines.quarantine import Quarantine, RowId
 from pipelines.reader import Bytes, Fetched, Reader
 from pipelines.shards import ShardSet
 from pipelines.tars import CopiedTars, Tars
+from pipelines.tuned import PREFETCH
 
 if TYPE_CHECKING:
     from pipelines import DataConfig
@@ -164,16 +165,8 @@ class DALILoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         self._check_usable()
-        epoch, batch, offset = self._epoch, self._batch, self._offset
-        if batch == len(self):
-            epoch, batch, offset = self._deal.following_epoch(epoch), 0, 0
-        return {
-            "settings": self._fingerprint(),
-            "epoch": epoch,
-            "batch": batch,
-            "place": self._deal.place(batch, offset),
-            "bad_samples": self._bad.state_dict(),
-        }
+        position = self._deal.state(self._epoch, self._batch, self._offset)
+        return {"settings": self._fingerprint(), **position, "bad_samples": self._bad.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._unusable == CLOSED:
@@ -276,7 +269,7 @@ class DALILoader(Loader):
             self._read_ahead()
 
     def _read_ahead(self) -> None:
-        depth = (self._settings.config.prefetch or 2) + READ_AHEAD
+        depth = (self._settings.config.prefetch or PREFETCH) + READ_AHEAD
         while len(self._reading) + len(self._fed) < depth:
             # Remote shards are let go between two epochs: what is read of the next one has to wait until it begins.
             if self._cache is not None and self._is_last_read:

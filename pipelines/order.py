@@ -313,9 +313,14 @@ class Deal:
         first, last = self._share()
         return -(-(last - first) // self.batch_size)
 
-    def place(self, batch: int, offset: int = 0) -> int:
-        """How far a position is: in training the places that all ranks have had, in validation the batches of this rank."""
-        return offset + batch * self.global_batch_size if self.train else batch
+    def state(self, epoch: int, batch: int, offset: int) -> dict[str, int]:
+        """A position as loaders save it: epoch, batch and place. After an epoch's last batch it is the beginning of the next.
+
+        The place is how far the epoch is: in training the places that all ranks have had, in validation this rank's batches.
+        """
+        if batch == self.num_batches(offset):
+            epoch, batch, offset = self.following_epoch(epoch), 0, 0
+        return {"epoch": epoch, "batch": batch, "place": offset + batch * self.global_batch_size if self.train else batch}
 
     def position(self, epoch: int, place: int) -> tuple[int, int, int]:
         """The epoch, the batch and the offset that belong to a `place`, which another number of ranks may have reached.

@@ -149,10 +149,7 @@ class CUDAPrefetcher(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self._sampler
-        at_end = self._delivered == len(self)
-        epoch, batch, offset = (sampler.epoch + 1, 0, 0) if at_end else (sampler.epoch, self._delivered, sampler.offset)
-        place = sampler.deal.place(batch, offset)
-        return {"settings": self._settings(), "epoch": epoch, "batch": batch, "place": place}
+        return {"settings": self._settings(), **sampler.deal.state(sampler.epoch, self._delivered, sampler.offset)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state(state, self._settings(), is_elastic=self._sampler.deal.train)

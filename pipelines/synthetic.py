@@ -55,9 +55,7 @@ class SyntheticLoader(Loader):
             self._epoch, self._batch, self._offset, self._is_fresh = self._epoch + 1, 0, 0, True
 
     def state_dict(self) -> dict[str, Any]:
-        at_end = self._batch == len(self)
-        epoch, batch, offset = (self._epoch + 1, 0, 0) if at_end else (self._epoch, self._batch, self._offset)
-        return {"settings": self._settings, "epoch": epoch, "batch": batch, "place": self._deal.place(batch, offset)}
+        return {"settings": self._settings, **self._deal.state(self._epoch, self._batch, self._offset)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state(state, self._settings, is_elastic=self._deal.train)

@@ -119,11 +119,12 @@ def stage_batches(task: Task) -> Generator[Sequence[Any], None, None]:
     from pipelines.order import Deal, choose_order
     from pipelines.reader import Reader
     from pipelines.tars import Tars
+    from pipelines.tuned import PREFETCH
 
     shards, train = task.data.open_shards(task.split), task.split == "train"
     deal = Deal(choose_order(task.data, shards, train, task.seed), train, task.batch_size, 0, 1)
     reader = Reader(shards, Extents(shards), Tars(shards), shards.num_classes())
-    depth, plans = task.data.prefetch or 2, deal.plans(0, 0, 0)
+    depth, plans = task.data.prefetch or PREFETCH, deal.plans(0, 0, 0)
     reading = deque(reader.submit(next(plans)) for _ in range(depth))
     try:
         if task.stage == "read":
