@@ -11,6 +11,7 @@ from pipelines.check import decoders_silenced
 from pipelines.dali import decoding_pipeline, describe
 from pipelines.diagnose import undecodable
 from pipelines.handover import HandOver
+from pipelines.jpeg import CUT_SHORT, is_cut_short
 
 
 class ValidationDecoder:
@@ -61,7 +62,7 @@ class ValidationDecoder:
         Raises:
             OSError: DALI stopped, and not because of an image.
         """
-        bad: dict[int, str] = {}
+        bad = {i: CUT_SHORT for i, image in enumerate(images) if is_cut_short(image)}
         while good := {i: image for i, image in enumerate(images) if i not in bad}:
             try:
                 return self._run(list(good.values())), bad

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.extents import Extents, Table
+from pipelines.jpeg import CUT_SHORT, END, is_cut_short
 from pipelines.order import Plan
 from pipelines.quarantine import RowId
 from pipelines.shards import ShardSet
@@ -33,7 +34,7 @@ class Fetched:
         rows: Shard and row of each sample.
         images: Encoded image of each, uint8 `(size,)`; views of `buffer`. Empty where the image or the label is missing.
         labels: `(N,)` int64 class numbers; 0 where there is none.
-        reasons: For each sample that lacks the image or a label that is a class, what is wrong.
+        reasons: For each sample that lacks the image or a label that is a class, or whose JPEG is cut short, what is wrong.
         buffer: Holds all of it.
     """
 
@@ -114,7 +115,7 @@ class Reader:
         ids = [RowId(shard, row) for shard, row in zip(shards, rows, strict=True)]
         images = [buffer[start : start + size] for start, size in spans.of_images()]
         labels, reasons = self._labels(ids, spans, buffer)
-        return Fetched(plan, ids, images, labels, reasons, buffer)
+        return Fetched(plan, ids, images, labels, _cut_short(spans, buffer) | reasons, buffer)
 
     def _read(self, shards: list[int], slots: list[int], spans: "_Spans", buffer: memoryview) -> None:
         wanted = [(shards[slot], *extent) for slot in slots for extent in spans.reads[slot]]
@@ -142,6 +143,15 @@ class Reader:
             except ValueError as error:
                 reasons[i] = str(error).removeprefix(": ")
         return labels, reasons
+
+
+def _cut_short(spans: "_Spans", buffer: Bytes) -> dict[int, str]:
+    """The samples whose JPEGs are cut short. Almost all images end with the marker, and are not looked at any further."""
+    images = np.array([*spans.of_images()], np.int64)
+    ends = images.sum(1)
+    is_unclear = (buffer[np.maximum(ends - 2, 0)] != END[0]) | (buffer[np.maximum(ends - 1, 0)] != END[1])
+    unclear = [(slot, *images[slot].tolist()) for slot in np.flatnonzero(is_unclear).tolist()]
+    return {slot: CUT_SHORT for slot, start, size in unclear if is_cut_short(buffer[start : start + size].tobytes())}
 
 
 class _Spans:

@@ -1,5 +1,6 @@
 """A sample that cannot be used is left out, and nothing else changes."""
 
+import contextlib
 import io
 import json
 import logging
@@ -7,21 +8,26 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pipelines import Batch, DataConfig, Loader, build_loader
 from pipelines.augment import RandomResizedCrop
+from pipelines.dali import ImagePipeline, Settings
+from pipelines.jpeg import is_cut_short
 from pipelines.loader import state_for_others
 from tests.conftest import write_image
 from tests.loader_contract import same, saved, take
 from tools.shards.verify import verify
 
 NUM_SAMPLES, PER_SHARD, BATCH_SIZE = 60, 13, 6
+NUM_KINDS = 5  # of damage
 CPU = torch.device("cpu")
 
 
@@ -47,9 +53,23 @@ def write_shards(folder: Path, images: list[bytes], labels: dict[int, bytes] | N
     return folder
 
 
+def png(image: bytes) -> bytes:
+    """The same picture as a PNG file."""
+    encoded = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as picture:
+        picture.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def flipped(image: bytes) -> bytes:
+    """The same bytes but for some in the middle."""
+    middle = len(image) // 2
+    return image[:middle] + bytes(16) + image[middle + 16 :]
+
+
 def damage(image: bytes, kind: int) -> bytes:
-    """Cut in the middle, empty, something else, cut in the header: in turn."""
-    return (image[: len(image) // 2], b"", b"wrong " * 50, image[:100])[kind % 4]
+    """Cut in the middle, empty, something else, cut in the header, a PNG with wrong bytes: in turn."""
+    return (image[: len(image) // 2], b"", b"wrong " * 50, image[:100], flipped(png(image)))[kind % NUM_KINDS]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +92,6 @@ def make(shards: Path, split: str = "train", quarantine: Path | None = None, **o
     ranks = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
     settings: dict[str, Any] = {
         "max_bad_fraction": 1.0,
-        # A crop that shows nearly all of an image cannot miss the damage.
-        "crop": RandomResizedCrop(scale=(0.95, 1.0)),
         **options,
     }
     config = DataConfig(train=str(shards), valid=str(shards), **settings)
@@ -219,7 +237,9 @@ def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[by
 
 def test_a_header_that_the_decoder_must_not_meet(tmp_path: Path, images: list[bytes]) -> None:
     """In the last of the parts into which it divides the headers of a batch: there DALI's decoder ends the process."""
-    write_shards(tmp_path / "bad", [images[0][:100] + b"\3" * 900 if i == 160 else images[i % 60] for i in range(256)])
+    write_shards(
+        tmp_path / "bad", [images[0][:100] + b"\3" * 900 + b"\xff\xd9" if i == 160 else images[i % 60] for i in range(256)]
+    )
     script = f"""
 import torch
 from pipelines import DataConfig, build_loader
@@ -409,18 +429,53 @@ def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], c
         assert loader.num_bad_samples == 0
 
 
-def test_a_damaged_sample_that_some_crops_miss(tmp_path: Path) -> None:
-    """It is part of batches until a crop shows the damage, and never again."""
-    Image.effect_noise((120, 200), 60).convert("RGB").save(tmp_path / "noise.jpg", quality=90)
-    whole = (tmp_path / "noise.jpg").read_bytes()
-    cut = whole[: len(whole) * 8 // 10]
-    shards = write_shards(tmp_path / "shards", [cut if i == 8 else whole for i in range(12)])
-    seen = []
-    with make(shards, crop=RandomResizedCrop(scale=(0.05, 0.1))) as loader:
-        for _ in range(25):
-            targets = [target for batch in loader for target in batch["target"].tolist()]
-            assert sorted(set(targets) | {8}) == list(range(12))
-            seen.append(8 in targets)
-    assert any(seen)
-    assert seen == sorted(seen, reverse=True)
-    assert not seen[-1]
+HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "whole": (lambda image: image, "nothing"),
+    "bytes behind the end": (lambda image: image + bytes(5000), "nothing"),  # as some cameras leave them
+    "cut in the header": (lambda image: image[:100], "reader"),
+    "cut in the middle": (lambda image: image[: len(image) // 2], "reader"),
+    "last byte missing": (lambda image: image[:-1], "reader"),
+    "no image": (lambda image: b"wrong " * 50, "headers"),
+    "empty": (lambda image: b"", "headers"),
+    "PNG cut in the middle": (lambda image: png(image)[:-200], "headers"),
+    "PNG with wrong bytes": (lambda image: flipped(png(image)), "decoder"),
+    "wrong bytes": (flipped, "nothing"),  # no decoder can know
+}
+
+
+@pytest.mark.parametrize(("harm", "stopped_by"), HARMS.values(), ids=HARMS.keys())
+def test_what_reaches_the_decoder(images: list[bytes], harm: Callable[[bytes], bytes], stopped_by: str) -> None:
+    """A decoder in hardware reports every image as decoded, so what it is given has to be whole."""
+    harmed = harm(images[0])
+    assert is_cut_short(harmed) == (stopped_by == "reader")
+    if stopped_by == "reader":
+        return
+    settings = Settings(False, 1, 32, CPU, torch.float32, num_threads=1, seed=0, config=DataConfig())
+    stops = []
+    for until in ("headers", "normalize"):
+        with contextlib.closing(ImagePipeline(settings, until)) as pipeline:  # type: ignore[arg-type]
+            pipeline.feed([np.frombuffer(harmed, np.uint8)], 0, 0)
+            try:
+                pipeline.images()
+                stops.append(False)
+            except RuntimeError:
+                stops.append(True)
+    assert stops == {"nothing": [False, False], "decoder": [False, True], "headers": [True, True]}[stopped_by]
+
+
+def test_a_preview_is_not_taken_for_the_end(images: list[bytes]) -> None:
+    """A JPEG's EXIF data may hold another JPEG, with an end of its own, ahead of the pixels."""
+    segment = b"Exif\0\0" + images[1]
+    image = images[0][:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + images[0][2:]
+    assert not is_cut_short(image)
+    assert is_cut_short(image[:-2])
+    assert is_cut_short(image[: len(image) - len(images[0]) // 2])
+    assert not is_cut_short(image + image[:1000])
+
+
+def test_a_jpeg_that_is_cut_short_is_bad_wherever_the_crop_lies(tmp_path: Path, images: list[bytes]) -> None:
+    """Decoding the crop alone would not always notice."""
+    shards = write_shards(tmp_path / "bad", [image[:-50] for image in images])
+    loader = make(shards, crop=RandomResizedCrop(scale=(0.08, 0.1)))
+    with loader, pytest.raises(ValueError, match="there is not one good sample"):
+        loader.next()

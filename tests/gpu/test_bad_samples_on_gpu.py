@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.loader_contract import same, saved, take
-from tests.test_bad_samples import damage, encoded_images, epochs, make, without, write_shards
+from tests.test_bad_samples import NUM_KINDS, damage, encoded_images, epochs, make, without, write_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 GPU = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(NUM_KINDS))
 def test_left_out_and_all_else_is_as_if_they_were_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images, bad = encoded_images(tmp_path / "images", 60), {0, 17, 18, 44}

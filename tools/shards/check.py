@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.check import EXTENSIONS, cpu_decoder, decoders_silenced, parse_header
+from pipelines.jpeg import CUT_SHORT, is_cut_short
 
 if TYPE_CHECKING:
     from nvidia import nvimgcodec
 
-# What the last bytes of a whole file hold. Behind it some cameras and editors leave bytes of their own.
-END_MARKS = {"jpeg": b"\xff\xd9", "png": b"IEND"}
-END_MARK_WITHIN = 4096
+PNG_END, PNG_END_WITHIN = b"IEND", 4096  # some editors leave bytes of their own behind it
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,10 @@ class ImageCheck:
 def _check_structure(stream: "nvimgcodec.CodeStream | None", encoded: bytes) -> Verdict:
     if stream is None:
         return _foreign(encoded)
-    if END_MARKS.get(stream.codec_name, b"") not in encoded[-END_MARK_WITHIN:]:
-        return Verdict(None, f"{stream.codec_name} image cut short")
+    if is_cut_short(encoded):
+        return Verdict(None, CUT_SHORT)
+    if stream.codec_name == "png" and PNG_END not in encoded[-PNG_END_WITHIN:]:
+        return Verdict(None, "png image cut short")
     return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width)
 
 
