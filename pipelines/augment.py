@@ -34,14 +34,18 @@ MEAN_COLOR = [round(255 * value) for value in MEAN]
 GRAY = 128
 
 
-def _decoder_options(device: Device, hw_decoder_load: float | None) -> dict[str, Any]:
-    """Of DALI's decoders: RGB on `device`; there is a decoder in hardware on GPUs alone."""
+def _decoder_options(device: Device, hw_decoder_load: float | None, *, is_whole: bool) -> dict[str, Any]:
+    """Of DALI's decoders: RGB on `device`; there is a decoder in hardware on GPUs alone.
+
+    A GPU decodes whole images with chroma interpolated, as libjpeg-turbo does it on CPUs and in other programs; by itself
+    nvJPEG repeats chroma's pixels. For parts of images nvImageCodec has that from nvJPEG 13.2 on. With an older one (DALI for
+    CUDA 12 brings 12.4) it would decode them on the CPU.
+    """
     from nvidia.dali import types
 
     options: dict[str, Any] = {"device": _DECODER[device], "output_type": types.RGB}
     if device == "gpu":
-        # Chroma interpolated as libjpeg-turbo does it, which CPUs and other programs have; nvJPEG would repeat its pixels.
-        options["jpeg_fancy_upsampling"] = True
+        options["jpeg_fancy_upsampling"] = is_whole
         if hw_decoder_load is not None:
             options["hw_decoder_load"] = hw_decoder_load
     return options
@@ -67,7 +71,7 @@ class RandomResizedCrop:
         """The crop of each image, uint8 HWC RGB, in the size that it has there; only the crop's part of a JPEG is decoded."""
         from nvidia.dali import fn
 
-        options = _decoder_options(device, hw_decoder_load)
+        options = _decoder_options(device, hw_decoder_load, is_whole=False)
         return fn.decoders.image_random_crop(encoded, random_area=self.scale, random_aspect_ratio=self.ratio, **options)
 
 
@@ -389,7 +393,7 @@ def center_crop_resampled(
     """
     from nvidia.dali import fn, types
 
-    pixels = fn.decoders.image(encoded, **_decoder_options(device, hw_decoder_load))
+    pixels = fn.decoders.image(encoded, **_decoder_options(device, hw_decoder_load, is_whole=True))
     if only_decode:
         return pixels
     height_width = fn.peek_image_shape(encoded)[:2]
