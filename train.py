@@ -6,6 +6,7 @@ training/job.py, validation in training/evaluation.py, the run's folder in train
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.mix import mix
 from pipelines.quarantine import FILE_NAME as QUARANTINE
 from pipelines.sorted_shards import order_warning
-from training.config import Config, apply_tuned, choose_autocast_dtype, share_threads
+from training.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 from training.evaluation import Evaluation, evaluate
 from training.initial import read_initial_weights
 from training.job import HEADS, Job, build_job, global_batch_size, train_step
@@ -118,9 +119,11 @@ def train(config: Config, world: World) -> None:
         world.wait()
     run_path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)
+    shards = config.data.open_shards("train"), config.data.open_shards("valid")
+    config = choose_batch_size(config, world.device, shards[0].num_samples, world.size)
     with (
         contextlib.closing(RunFolder(run_path, config, world)) as run,
-        open_data(config, world, run_path, autocast_dtype) as data,
+        open_data(config, shards, world, run_path, autocast_dtype) as data,
     ):
         initial = None
         if config.init_from and not run.is_resumed:
@@ -169,9 +172,11 @@ class Data:
 
 
 @contextlib.contextmanager
-def open_data(config: Config, world: World, run_path: Path, autocast_dtype: torch.dtype | None) -> Iterator[Data]:
+def open_data(
+    config: Config, shards: tuple[ShardSet, ShardSet], world: World, run_path: Path, autocast_dtype: torch.dtype | None
+) -> Iterator[Data]:
     """Both splits, each rank its share of them; shares out the CPU's threads."""
-    train_shards, valid_shards = config.data.open_shards("train"), config.data.open_shards("valid")
+    train_shards, valid_shards = shards
     num_classes = agree_on_classes(train_shards, valid_shards)
     if world.is_main and (warning := order_warning(train_shards, config.data, num_classes)):
         log.warning("%s", warning)
@@ -186,7 +191,7 @@ def open_data(config: Config, world: World, run_path: Path, autocast_dtype: torc
             batch_size=config.batch_size,
             image_size=config.image_size,
             device=world.device,
-            dtype=torch.float16 if autocast_dtype and world.device.type == "cuda" else torch.float32,
+            dtype=image_dtype(autocast_dtype, world.device),
             num_classes=num_classes,
             num_threads=loader_threads,
             seed=config.seed,
@@ -302,13 +307,15 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
         ValueError: Too many steps in a row had gradients that are not finite.
     """
     world, config, rates = job.world, job.config, meter.take()
-    own = [rates.images, rates.wait_seconds, loader.num_bad_samples]
+    own = [rates.images, rates.wait_seconds, rates.launch_bound_images, loader.num_bad_samples]
     sums = torch.cat([job.sums.double(), torch.tensor(own, dtype=torch.float64, device=job.device)])
-    *losses, norm, steps, images, wait_seconds, bad_samples = world.sum(sums).tolist()  # here the host waits for the device
+    *losses, norm, steps, images, wait_seconds, launch_bound_images, bad_samples = world.sum(
+        sums
+    ).tolist()  # here the host waits for the device
     job.sums.zero_()
     skipped, in_a_row = job.skipped.tolist()
     heads = dict(zip(HEADS, losses, strict=True)) if config.model.aux_logits else {"loss": losses[0], "main_loss": losses[1]}
-    together = Rates(int(images), rates.seconds, wait_seconds / world.size)
+    together = Rates(int(images), rates.seconds, wait_seconds / world.size, int(launch_bound_images))
     metrics = {
         "split": "train",
         "epoch": job.epoch,
@@ -323,6 +330,7 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
         "bad_samples": int(bad_samples),
     }
     if job.device.type == "cuda":
+        metrics["launch_bound_percent"] = together.launch_bound_percent
         metrics["gpu_memory_gigabytes"] = torch.cuda.max_memory_allocated(job.device) / 1e9
     run.write(metrics, job.step)
     left = (config.epochs * job.steps_per_epoch - job.step) * meter.total.seconds
@@ -346,17 +354,17 @@ def log_pace(job: Job, meter: Meter) -> None:
 
     Where ranks wait for each other, only those that wait for data count that time as such.
     """
-    own = [value for rates in (meter.warm_up, meter.steady) for value in (rates.images, rates.seconds, rates.wait_seconds)]
+    own = [dataclasses.astuple(rates) for rates in (meter.warm_up, meter.steady)]
     sums = job.world.sum(torch.tensor(own, dtype=torch.float64, device=job.device)).tolist()
     warm_up, steady = (
-        Rates(int(images), seconds / job.world.size, wait_seconds / job.world.size)
-        for images, seconds, wait_seconds in (sums[:3], sums[3:])
+        Rates(int(images), seconds / job.world.size, wait_seconds / job.world.size, int(launch_bound_images))
+        for images, seconds, wait_seconds, launch_bound_images in sums
     )
     pace = steady if steady.images else warm_up  # of an epoch that is no longer than that
     log.info(
         "epoch %d/%d  train: %.1f images/s  (first %d batches: %.1f s, %.1f s of them waiting)  %s",
         *(job.epoch, job.config.epochs, pace.images_per_second, WARM_UP_BATCHES, warm_up.seconds, warm_up.wait_seconds),
-        verdict(job.device.type, pace.data_wait_percent),
+        verdict(job.device.type, pace.data_wait_percent, launch_bound_percent=pace.launch_bound_percent),
     )
 
 

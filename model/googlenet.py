@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
 
@@ -23,13 +24,28 @@ class GoogLeNetOutputs(NamedTuple):
     aux_logits1: Tensor
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization that does not count its batches, so `num_batches_tracked` stays as it was loaded.
+
+    Nothing here reads the counter: only an average over all batches (`momentum=None`) would. To increase it in each of 59
+    layers would add 59 kernels to a step that has about 900, for which a small batch has the GPU wait.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.momentum is not None
+        statistics, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(x, *statistics, *affine, training=True, momentum=self.momentum, eps=self.eps)
+
+
 class BasicConv2d(nn.Module):
     """Convolution without bias, batch normalization, ReLU: `(N, in_channels, H, W)` to `(N, out_channels, H', W')`."""
 
     def __init__(self, in_channels: int, out_channels: int, **conv_options: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, bias=False, **conv_options)
-        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+        self.bn = BatchNorm2d(out_channels, eps=0.001)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Throughput, how long the device waited for data, and which of the two, model or data, sets the pace."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +15,28 @@ from pipelines.loader import Batch, Loader
 WARM_UP_BATCHES = 3
 # From here on waiting is worth mending.
 DATA_BOUND_PERCENT = 5.0
+# Steps by which the host is ahead of a GPU when it reads a loss. A GPU that sets the pace has one and more queued by then; one
+# that has less waited for the host while the steps since the last such time were launched.
+LAUNCH_BOUND_LEAD = 0.25
 
 Mark = Any  # an instant: seconds on the host's clock, or an event in the GPU's stream
 
 
 @dataclass
 class Rates:
-    """Sums over a stretch of training; `wait_seconds` is the part of `seconds` in which the device had no batch."""
+    """Sums over a stretch of training.
+
+    Attributes:
+        images: Images that were trained on.
+        seconds: The time that this took.
+        wait_seconds: The part of it in which the device had no batch.
+        launch_bound_images: Those of `images` in whose steps a GPU waited for the CPU to launch its work.
+    """
 
     images: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    launch_bound_images: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -34,13 +46,24 @@ class Rates:
     def data_wait_percent(self) -> float:
         return min(100.0, 100 * self.wait_seconds / self.seconds) if self.seconds else 0.0
 
+    @property
+    def launch_bound_percent(self) -> float:
+        return 100 * self.launch_bound_images / self.images if self.images else 0.0
+
     def add(self, other: "Rates") -> None:
         self.images += other.images
         self.seconds += other.seconds
         self.wait_seconds += other.wait_seconds
+        self.launch_bound_images += other.launch_bound_images
 
 
-def verdict(device_type: str, wait_percent: float, own_rate_percent: float | None = None, cause: str = "") -> str:
+def verdict(
+    device_type: str,
+    wait_percent: float,
+    own_rate_percent: float | None = None,
+    cause: str = "",
+    launch_bound_percent: float = 0.0,
+) -> str:
     """What sets the pace, in one line.
 
     Args:
@@ -49,9 +72,15 @@ def verdict(device_type: str, wait_percent: float, own_rate_percent: float | Non
         own_rate_percent: The rate, of that which the model has without waiting and without loading. Where it has not been
             measured, it is what waiting leaves.
         cause: What to say about data that is waited for, where more is known than for how long.
+        launch_bound_percent: Part of the steps in which the GPU waited for the CPU to launch its work.
     """
     if wait_percent >= DATA_BOUND_PERCENT:
         return f"data-bound{cause or f': waits {wait_percent:.0f} % of the time for data'}"
+    if launch_bound_percent > 50:
+        return (
+            f"launch-bound: in {launch_bound_percent:.0f} % of the steps the GPU waited for the CPU to launch its work; "
+            "--compile reduce-overhead or a larger --batch-size helps"
+        )
     own_rate_percent = 100 - wait_percent if own_rate_percent is None else own_rate_percent
     return f"{'GPU' if device_type == 'cuda' else 'compute'}-bound: {own_rate_percent:.1f} % of the model's own rate"
 
@@ -62,8 +91,8 @@ class _CPUClock:
     def mark(self) -> Mark:
         return time.perf_counter()
 
-    def wait(self, mark: Mark) -> None:
-        pass
+    def wait(self, mark: Mark) -> float:
+        return math.inf  # nothing is launched ahead, and nothing waits for it
 
     def seconds(self, start: Mark, end: Mark) -> float:
         return float(end - start)
@@ -84,8 +113,11 @@ class _CUDAClock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def wait(self, mark: Mark) -> None:
+    def wait(self, mark: Mark) -> float:
+        """Waits until the device gets there; the seconds by which the host was ahead of it."""
+        start = time.perf_counter()
         mark.synchronize()
+        return time.perf_counter() - start
 
     def seconds(self, start: Mark, end: Mark) -> float:
         return float(start.elapsed_time(end)) / 1000
@@ -136,12 +168,13 @@ class Meter:
     def take(self) -> Rates:
         """The rates since the last call, or since the epoch began; on a GPU this waits for the work queued so far."""
         end = self._clock.mark()
-        self._clock.wait(end)
+        lead_seconds = self._clock.wait(end)
+        is_launch_bound = lead_seconds * len(self._taken) < LAUNCH_BOUND_LEAD * self._clock.seconds(self._since, end)
         ends = [*(batch.asked for batch in self._taken[1:]), end]
         rates = Rates()
         for batch, until in zip(self._taken, ends, strict=False):
             seconds, wait_seconds = self._clock.seconds(self._since, until), self._clock.seconds(batch.asked, batch.arrived)
-            of_batch = Rates(batch.images, seconds, wait_seconds)
+            of_batch = Rates(batch.images, seconds, wait_seconds, batch.images if is_launch_bound else 0)
             rates.add(of_batch)
             (self.warm_up if self._num_counted < WARM_UP_BATCHES else self.steady).add(of_batch)
             self._num_counted += 1

@@ -88,16 +88,17 @@ def test_verdict(device_type: str, wait: float, own: float | None, cause: str, t
     assert verdict(device_type, wait, own, cause) == text
 
 
-@pytest.mark.parametrize(("step_seconds", "idle_seconds"), [(1.0, 9.0), (12.0, 3.0)])
-def test_wait_on_a_gpu_is_what_its_stream_idles(
-    monkeypatch: pytest.MonkeyPatch, step_seconds: float, idle_seconds: float
-) -> None:
-    """The host only queues work. The device starts a step when the batch is there and the step before is done.
+def test_verdict_where_the_host_is_too_slow() -> None:
+    assert verdict("cuda", 1.0, launch_bound_percent=93.2).startswith("launch-bound: in 93 % of the steps the GPU waited")
+    assert verdict("cuda", 5.0, launch_bound_percent=93.2) == "data-bound: waits 5 % of the time for data"
+    assert verdict("cuda", 1.0, launch_bound_percent=50.0) == "GPU-bound: 99.0 % of the model's own rate"
 
-    With steps of 1 second it idles as long as the loader takes, but for the step that runs meanwhile; with steps of 12 seconds
-    only for the first batch.
-    """
-    clock, device = Clock(), SimpleNamespace(done=100.0)
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU's stream: the host only queues work, which the device is done with at `done`; and the host's clock."""
+    clock = Clock()
+    device = SimpleNamespace(done=100.0, clock=clock)
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -116,6 +117,17 @@ def test_wait_on_a_gpu_is_what_its_stream_idles(
     monkeypatch.setattr("pipelines.meter.time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    return device
+
+
+@pytest.mark.parametrize(("step_seconds", "idle_seconds"), [(1.0, 9.0), (12.0, 3.0)])
+def test_wait_on_a_gpu_is_what_its_stream_idles(gpu: SimpleNamespace, step_seconds: float, idle_seconds: float) -> None:
+    """The device starts a step when the batch is there and the step before is done.
+
+    With steps of 1 second it idles as long as the loader takes, but for the step that runs meanwhile; with steps of 12 seconds
+    only for the first batch.
+    """
+    clock, device = gpu.clock, gpu
     meter = Meter(torch.device("cuda", 0))
     for _ in meter.batches(SlowLoader(clock)):
         device.done = max(device.done, clock.now) + step_seconds
@@ -125,3 +137,21 @@ def test_wait_on_a_gpu_is_what_its_stream_idles(
     assert (meter.warm_up.images, meter.steady.images) == (24, 8)
     assert rates.wait_seconds == pytest.approx(idle_seconds)
     assert rates.images == 32
+
+
+@pytest.mark.parametrize(
+    ("launch_seconds", "kernel_seconds", "percent"),
+    [(10.0, 4.0, 100.0), (10.0, 9.0, 100.0), (5.0, 12.0, 0.0), (0.1, 12.0, 0.0)],
+)
+def test_a_gpu_that_waits_for_the_host_is_told(
+    gpu: SimpleNamespace, launch_seconds: float, kernel_seconds: float, percent: float
+) -> None:
+    """A step is ten kernels, which the host launches one by one. The loader takes 3 seconds a batch meanwhile."""
+    meter = Meter(torch.device("cuda", 0))
+    loader = SlowLoader(gpu.clock, num_batches=6)
+    for _ in meter.batches(loader):
+        for _ in range(10):
+            gpu.clock.now += launch_seconds / 10
+            gpu.done = max(gpu.done, gpu.clock.now) + kernel_seconds / 10
+    assert meter.take().launch_bound_percent == percent
+    assert meter.steady.launch_bound_percent == meter.warm_up.launch_bound_percent == percent

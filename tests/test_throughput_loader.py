@@ -54,7 +54,7 @@ def test_stages_end_where_they_say(shards: Path) -> None:
     for split in ("train", "valid"):
         shapes, dtypes = {}, {}
         for stage in STAGES[:-1]:
-            with contextlib.closing(stage_batches(Task(stage, data, split, 4, 32, "cpu", 1, 8, 0))) as batches:
+            with contextlib.closing(stage_batches(Task(stage, data, split, 4, 32, "cpu", "float32", 1, 8, 0))) as batches:
                 images = [np.asarray(image) for image in next(batches)]
             shapes[stage] = {image.shape for image in images}
             [dtypes[stage]] = {str(image.dtype) for image in images}

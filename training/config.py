@@ -17,6 +17,14 @@ from pipelines.tuned import SETTINGS, cores_of_a_process, foreign, read_tuned, w
 
 log = logging.getLogger("train")
 
+CPU_BATCH_SIZE = 64
+# Where the batch size is left open. Smaller batches leave a large GPU waiting for the CPU that launches its kernels.
+GPU_BATCH_SIZES = (32, 64, 128, 256)
+# What the backward pass needs of the forward pass for an image of 224 pixels in float32 is 48 MB (torch's saved_tensors_hooks).
+BYTES_OF_IMAGE = 64e6
+FEWEST_STEPS = 50  # an epoch: a set too small for these trains with smaller batches
+LARGEST_STEP = 1024  # images of all devices: with more the default learning rate, in proportion, would need a longer warm-up
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -83,8 +91,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     epochs: int = 30
     """Passes over the training shards."""
-    batch_size: int = 64
-    """Images that each device takes at once."""
+    batch_size: int = 0
+    """Images that each device takes at once. 0 chooses: 64 on a CPU; on a GPU 32 to 256, as its memory, the number of GPUs and
+    the number of training samples allow."""
     accumulate_steps: int = 1
     """Batches whose gradients are added up for one step."""
     image_size: int = 224
@@ -99,6 +108,9 @@ class Config:
     """Of the arithmetic. auto: on a GPU bf16, or fp16 with loss scaling where the GPU has no bf16; on a CPU fp32."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """torch.compile's mode for the training step; reduce-overhead runs it as CUDA graphs."""
+    deterministic: bool = False
+    """Use only kernels that give the same result each time; a step that needs another ends the run with torch's message. By
+    default cuDNN tries several kernels for each layer and keeps the fastest."""
     sync_batchnorm: bool = False
     """Normalize over the batches of all GPUs together, which wait for each other in each layer; for small batches."""
     grad_clip: float | None = None
@@ -124,13 +136,15 @@ class Config:
     """With --evaluate: print the scores as JSON."""
 
     def __post_init__(self) -> None:
-        # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
-        least = {"epochs": 1, "batch_size": 2, "accumulate_steps": 1, "image_size": 32, "max_nonfinite_steps": 1}
+        least = {"epochs": 1, "accumulate_steps": 1, "image_size": 32, "max_nonfinite_steps": 1}
         least |= {"log_every": 1, "torch_threads": 1, "seed": 0, "profile": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {minimum} is needed")
+        # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
+        if self.batch_size != 0 and self.batch_size < 2:
+            raise ValueError(f"--batch-size {self.batch_size}: at least 2 is needed, or 0 to have it chosen")
         graphs = self.compile in ("reduce-overhead", "max-autotune")
         if graphs and (self.accumulate_steps > 1 or self.sync_batchnorm):
             raise ValueError(
@@ -147,11 +161,34 @@ class Config:
             raise ValueError("--json needs --evaluate")
 
 
+def choose_batch_size(config: Config, device: torch.device, num_samples: int, world_size: int) -> Config:
+    """The configuration with a batch size, where it leaves the choice open.
+
+    Args:
+        config: Of the run.
+        device: Of this process.
+        num_samples: Of the split that is trained on, or scored.
+        world_size: Processes that share it.
+    """
+    if config.batch_size:
+        return config
+    batch_size = CPU_BATCH_SIZE
+    if device.type == "cuda":
+        size = max(config.image_size, *(config.data.image_size_of(epoch, config.image_size) for epoch in range(config.epochs)))
+        room = torch.cuda.get_device_properties(device).total_memory / 2 / (BYTES_OF_IMAGE * (size / 224) ** 2)
+        in_a_step = min(num_samples / FEWEST_STEPS, LARGEST_STEP)
+        most = min(room, in_a_step / (world_size * config.accumulate_steps))
+        batch_size = max(size for size in GPU_BATCH_SIZES if size <= most or size == GPU_BATCH_SIZES[0])
+        log.info("--batch-size %d, chosen for %s", batch_size, torch.cuda.get_device_name(device))
+    return dataclasses.replace(config, batch_size=batch_size)
+
+
 def share_threads(config: Config, device: torch.device, local_world_size: int) -> tuple[int, int]:
     """CPU threads for torch and for the loader of one process; what the user has set stays."""
     cores = cores_of_a_process(local_world_size)
     if device.type == "cuda":
-        torch_threads, loader_threads = min(cores, torch.get_num_threads()), min(cores, 16)
+        # One core launches the kernels, another reads shards; a GPU that waits for either stands still.
+        torch_threads, loader_threads = min(cores, torch.get_num_threads()), max(1, min(cores - 2, 16))
     else:
         # Arithmetic is far more work than decoding. On 2 cores both do best with all of them: the table in docs/performance.md.
         # torch's threads wait for each other, the longer the more there are: on larger machines it leaves some to the loader.
@@ -193,3 +230,8 @@ def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype |
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def image_dtype(autocast_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of the loader's images. On a GPU with mixed precision float16 halves the memory that they take."""
+    return torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32

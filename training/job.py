@@ -1,5 +1,6 @@
 """Everything that changes while training, and the step that changes it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +182,9 @@ def build_job(
     Raises:
         ValueError: A setting that this device does not have, or initial weights that do not fit.
     """
+    assert config.batch_size, "a batch size has to be chosen first"
     device = world.device
+    _choose_kernels(config)
     torch.manual_seed(config.seed)  # the same weights on all ranks
     transform_input = config.model.transform_input
     if transform_input is None:
@@ -225,11 +228,41 @@ def build_job(
     return job
 
 
+def _choose_kernels(config: Config) -> None:
+    """Has torch refuse kernels that do not give the same result each time, where that is asked for."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        # It would fill each new tensor, which takes a kernel and decides nothing here.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+class _WholeBatches(nn.Module):
+    """Runs whole batches through a compiled network, and smaller ones through the network as it is.
+
+    A batch is smaller where bad samples were left out. For each new size torch would compile the network once more in the
+    middle of the run, and after eight sizes it would give up compiling.
+
+    Args:
+        model: The network.
+        mode: Of torch.compile.
+        batch_size: Images in a whole batch.
+    """
+
+    def __init__(self, model: nn.Module, mode: str, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.batch_size = model, batch_size
+        self.compiled = torch.compile(model, dynamic=False, mode=mode)
+
+    def forward(self, image: Tensor) -> Any:
+        return (self.compiled if len(image) == self.batch_size else self.model)(image)
+
+
 def _wrap(job: Job) -> None:
     """Compiles what training calls, and joins it with the other ranks."""
     config, world = job.config, job.world
     if config.compile != "no":
-        job.forward = torch.compile(job.model, dynamic=False, mode=config.compile)
+        job.forward = _WholeBatches(job.model, config.compile, config.batch_size)
     if world.size > 1:
         # Buffers go out from rank 0 at each step, so that its statistics, which are the ones saved, are everyone's.
         job.forward = DistributedDataParallel(
@@ -258,6 +291,8 @@ def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
         Whether the step is complete.
     """
     config, count = job.config, job.config.accumulate_steps
+    # cuDNN tries its kernels out once for each shape, which takes longer than a few smaller batches gain by it.
+    torch.backends.cudnn.benchmark = len(image) == config.batch_size and not config.deterministic
     if job.micro_step == 0:
         job.keep_statistics()
     job.micro_step += 1

@@ -7,7 +7,7 @@ import math
 import torch
 
 from pipelines import build_loader
-from training.config import Config, choose_autocast_dtype, share_threads
+from training.config import Config, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 from training.evaluation import Evaluation, evaluate
 from training.trained import load_trained
 from training.world import World
@@ -25,6 +25,7 @@ def evaluate_only(config: Config, world: World) -> None:
     torch.set_num_threads(torch_threads)
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)
     shards = config.data.open_shards("valid")
+    config = choose_batch_size(config, world.device, shards.num_samples, world.size)
     if shards.classes and ema.classes and shards.classes != ema.classes:
         only = sorted(set(shards.classes) ^ set(ema.classes))
         raise ValueError(f"{config.evaluate} and the shards have different classes: {', '.join(only[:20]) or 'another order'}")
@@ -35,7 +36,7 @@ def evaluate_only(config: Config, world: World) -> None:
         batch_size=config.batch_size,
         image_size=ema.preprocessing.image_size,
         device=world.device,
-        dtype=torch.float16 if autocast_dtype and world.device.type == "cuda" else torch.float32,
+        dtype=image_dtype(autocast_dtype, world.device),
         num_classes=ema.num_classes,
         num_threads=loader_threads,
         rank=world.rank,

@@ -101,7 +101,7 @@ def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
 def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
     device = torch.device("cuda", 0)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
-    config = Config(epochs=2, grad_clip=1.0, model=ModelConfig(transform_input=True))
+    config = Config(epochs=2, batch_size=4, grad_clip=1.0, model=ModelConfig(transform_input=True))
     job = build_job(config, world, num_classes=10, classes=None, autocast_dtype=dtype, steps_per_epoch=10)
     image = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
     target = torch.zeros(4, dtype=torch.int64, device=device)

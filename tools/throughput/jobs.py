@@ -20,7 +20,7 @@ from pipelines.synthetic import SyntheticLoader
 from tools.throughput.competitors import ROOT
 from tools.throughput.process import run_measured
 from tools.throughput.rounds import TurnError
-from training.config import Config, choose_autocast_dtype, share_threads
+from training.config import Config, choose_autocast_dtype, image_dtype, share_threads
 from training.job import build_job, train_step
 from training.world import World
 
@@ -36,6 +36,7 @@ class Turn:
 
     images_per_second: float
     wait_percent: float
+    launch_bound_percent: float = 0.0
 
 
 class CachedLoader(SyntheticLoader):
@@ -77,7 +78,7 @@ class JobTurns:
         self.torch_threads, self.data_threads = share_threads(config, device, 1)
         torch.set_num_threads(self.torch_threads)
         autocast_dtype = choose_autocast_dtype(config.precision, device)
-        self._dtype = torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32
+        self._dtype = image_dtype(autocast_dtype, device)
         self._num_classes = shards.num_classes()
         self._job = build_job(
             config,
@@ -200,7 +201,7 @@ class JobTurns:
                     break
             meter.take()
             steady.add(meter.steady)
-        return Turn(steady.images_per_second, steady.data_wait_percent)
+        return Turn(steady.images_per_second, steady.data_wait_percent, steady.launch_bound_percent)
 
 
 def drop_from_page_cache(files: Iterable[Path | str]) -> None:

@@ -17,7 +17,7 @@ from tools.throughput.process import absolute, run_measured
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.stage import WHOLE, Task
-from training.config import Config, apply_tuned, share_threads
+from training.config import Config, apply_tuned, choose_autocast_dtype, image_dtype, share_threads
 from training.world import choose_device
 
 Split = Literal["train", "valid"]
@@ -132,6 +132,7 @@ def benchmark(config: Config, *, splits: Sequence[Split], stages: Sequence[str],
     device = choose_device(config.device)
     config = apply_tuned(config, device, 1)
     threads = share_threads(config, device, 1)[1]
+    dtype = str(image_dtype(choose_autocast_dtype(config.precision, device), device)).removeprefix("torch.")
     shards = {split: config.data.open_shards(split) for split in splits}
     for split, opened in shards.items():
         if opened.is_remote:
@@ -141,7 +142,7 @@ def benchmark(config: Config, *, splits: Sequence[Split], stages: Sequence[str],
         for split in splits:
             for stage in stages:
                 sizes = (config.batch_size, config.image_size)
-                task = Task(stage, from_anywhere(config.data), split, *sizes, str(device), threads, images, config.seed)
+                task = Task(stage, from_anywhere(config.data), split, *sizes, str(device), dtype, threads, images, config.seed)
                 turns[f"{split} {stage}"] = _turn(task, Path(folder))
         outcomes = take_turns(turns, rounds)
     return LoaderReport(

@@ -38,6 +38,7 @@ class Task:
         batch_size: Images a batch.
         image_size: Side of the images, pixels.
         device: As --device of train.py, never "auto".
+        dtype: Name of the images' dtype, as torch has it.
         threads: Of the loader.
         images: To give, once it is warm, epoch after epoch.
         seed: Of the random numbers.
@@ -49,6 +50,7 @@ class Task:
     batch_size: int
     image_size: int
     device: str
+    dtype: str
     threads: int
     images: int
     seed: int
@@ -83,6 +85,7 @@ def _whole(task: Task) -> Generator[int, None, None]:
         batch_size=task.batch_size,
         image_size=task.image_size,
         device=device,
+        dtype=getattr(torch, task.dtype),
         num_threads=task.threads,
         seed=task.seed,
     ) as loader:
@@ -147,7 +150,8 @@ def _decoded(
 
     device = torch.device(task.device, 0) if task.device == "cuda" else torch.device(task.device)
     settings = Settings(
-        *(task.split == "train", task.batch_size, task.image_size, device, torch.float32, task.threads, task.seed, task.data)
+        *(task.split == "train", task.batch_size, task.image_size, device, getattr(torch, task.dtype)),
+        *(task.threads, task.seed, task.data),
     )
     with contextlib.closing(ImagePipeline(settings, task.stage)) as pipeline:  # type: ignore[arg-type]
         fed = deque["Fetched"]()

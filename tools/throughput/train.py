@@ -250,6 +250,7 @@ def _say(device: torch.device, outcomes: Mapping[str, Outcome[Turn]], trials: Se
         summarize([turn.wait_percent for turn in job]).median,
         summarize(of_own).median,
         f" by decode: loader {loader_rate:,.0f} img/s, model {model_rate:,.0f} img/s",
+        summarize([turn.launch_bound_percent for turn in job]).median,
     )
     if not trials:
         return text
