@@ -5,27 +5,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.loader_contract import same, saved, take
+from pipelines import Batch
+from tests.loader_contract import saved, take
 from tests.test_bad_samples import NUM_KINDS, damage, encoded_images, epochs, make, without, write_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 GPU = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("kind", range(NUM_KINDS))
-def test_left_out_and_all_else_is_as_if_they_were_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+def alike(ours: list[Batch], theirs: list[Batch]) -> bool:
+    """Whether they have the same samples, and hardly other pixels: the decoders share a batch out by what is in it."""
+    return len(ours) == len(theirs) and all(
+        torch.equal(a["target"], b["target"]) and (a["image"].float() - b["image"].float()).abs().mean() < 0.02
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+def test_left_out_whichever_decoder_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float) -> None:
+    """Each kind of damage is found, and all else is as if the samples had been good."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    images, bad = encoded_images(tmp_path / "images", 60), {0, 17, 18, 44}
+    images, bad = encoded_images(tmp_path / "images", 60), {0, 16, 17, 18, 44}
+    assert {number % NUM_KINDS for number in bad} == set(range(NUM_KINDS))
     good = write_shards(tmp_path / "good", images)
-    damaged = write_shards(tmp_path / "bad", [damage(image, kind) if i in bad else image for i, image in enumerate(images)])
-    undisturbed = epochs(make(good, device=GPU), 3)
-    with make(damaged, device=GPU) as loader:
+    damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
+    undisturbed = epochs(make(good, device=GPU, hw_decoder_load=load), 3)
+    with make(damaged, device=GPU, hw_decoder_load=load) as loader:
         batches, states = [], []
         for _ in range(30):
             states.append(saved(loader.state_dict()))
             batches += take(loader, 1)
         assert loader.num_bad_samples == len(bad)
-    assert same(batches, without(undisturbed, bad))
-    with make(damaged, device=GPU) as resumed:
+    assert alike(batches, without(undisturbed, bad))
+    with make(damaged, device=GPU, hw_decoder_load=load) as resumed:
         resumed.load_state_dict(states[14])
-        assert same(take(resumed, 10), batches[14:24])
+        assert alike(take(resumed, 10), batches[14:24])

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from tests import checkpoints
 from tests.test_train import metrics, train_command
 from training.config import Config, ModelConfig
 from training.job import build_job, train_step
+from training.leave import EXIT_CODE
 from training.world import World
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
@@ -32,6 +35,21 @@ def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
     assert all(0 <= line["data_wait_percent"] <= 100 for line in lines if line["split"] == "train")
     weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_run_that_is_stopped_goes_on(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", "--data.train", shards, "--data.valid", shards, "--device", "cuda"]
+    command += ["--epochs", 40, "--batch-size", 8, "--image-size", 64, "--log-every", 1, "--run-dir", run, "--resume", "auto"]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT)
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == EXIT_CODE
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True)
+    steps = [line["step"] for line in metrics(run) if line["split"] == "train"]
+    assert steps == list(range(1, 40 * 7 + 1))
 
 
 @pytest.mark.parametrize(

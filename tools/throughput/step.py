@@ -20,7 +20,7 @@ from pipelines.synthetic import SyntheticLoader
 from tools.throughput.hardware import versions
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, summarize, take_turns
-from training.config import Config, choose_autocast_dtype
+from training.config import Config, choose_autocast_dtype, image_dtype
 from training.job import build_job, global_batch_size, train_step
 from training.world import World, choose_device
 
@@ -130,7 +130,7 @@ def make_loader(config: Config, device: torch.device, autocast_dtype: torch.dtyp
         Deal(InOrder([steps * config.batch_size], 1), True, config.batch_size, 0, 1),
         image_size=config.image_size,
         device=device,
-        dtype=torch.float16 if autocast_dtype and device.type == "cuda" else torch.float32,
+        dtype=image_dtype(autocast_dtype, device),
         num_classes=NUM_CLASSES,
     )
 
