@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
+__all__ = ["AveragePool", "BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
 
 Init = Literal["he", "torch", "truncated-normal"]
 
@@ -28,7 +28,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalization that does not count its batches, so `num_batches_tracked` stays as it was loaded.
 
     Nothing here reads the counter: only an average over all batches (`momentum=None`) would. To increase it in each of 59
-    layers would add 59 kernels to a step that has about 900, for which a small batch has the GPU wait.
+    layers would add 59 kernels to a step that has about 700, for which a small batch has the GPU wait.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,12 +81,36 @@ class Inception(nn.Module):
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], dim=1)
 
 
+class AveragePool(nn.Module):
+    """Adaptive average pooling, `(N, C, H, W)` to `(N, C, size, size)`.
+
+    As `nn.AdaptiveAvgPool2d`, whose backward pass on a GPU `torch.use_deterministic_algorithms` refuses. In that mode it is a
+    product with two matrices.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.are_deterministic_algorithms_enabled():
+            return F.adaptive_avg_pool2d(x, self.size)
+        rows, columns = (self._averaging(length, x) for length in x.shape[2:])
+        return torch.einsum("ph,nchw,qw->ncpq", rows, x, columns)
+
+    def _averaging(self, length: int, like: Tensor) -> Tensor:
+        """`(size, length)`: each row averages the values from floor(i * length / size) to ceil((i + 1) * length / size)."""
+        place, i = torch.arange(length, device=like.device), torch.arange(self.size, device=like.device)[:, None]
+        start, end = i * length // self.size, ((i + 1) * length + self.size - 1) // self.size
+        return ((place >= start) & (place < end)).to(like.dtype) / (end - start)
+
+
 class InceptionAux(nn.Module):
     """Auxiliary classifier on an inner feature map: `(N, in_channels, H, W)` to logits `(N, num_classes)`."""
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.7) -> None:
         super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d((4, 4))
+        self.avgpool = AveragePool(4)
         self.conv = BasicConv2d(in_channels, 128, kernel_size=1)
         self.fc1 = nn.Linear(128 * 4 * 4, 1024)
         self.relu = nn.ReLU(inplace=True)
@@ -186,12 +210,13 @@ class GoogLeNet(nn.Module):
     @staticmethod
     def _renormalize(x: Tensor) -> Tensor:
         """From `(value - mean) / std` with ImageNet's statistics to `(value - 0.5) / 0.5`, `value` being in [0, 1]."""
+        means, stds = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         # Filled on the device: a tensor made of a list is copied there, for which the host waits at each step.
-        mean, std = (
+        scale, shift = (
             torch.cat([x.new_full((1, 1, 1, 1), value) for value in values], dim=1)
-            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            for values in ([std / 0.5 for std in stds], [(mean - 0.5) / 0.5 for mean in means])
         )
-        return x * (std / 0.5) + (mean - 0.5) / 0.5
+        return x * scale + shift
 
     def _initialize_weights(self, init: Init, std: float) -> None:
         for module in self.modules():

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -29,5 +30,8 @@ def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_
     if isinstance(outputs, Tensor):
         loss = cross_entropy(outputs, target, label_smoothing=label_smoothing)
         return Losses(loss, loss)
-    main, aux2, aux1 = (cross_entropy(logits, target, label_smoothing=label_smoothing) for logits in outputs)
+    # All heads at once: one after the other they would be three times as many small kernels.
+    heads, repeats = torch.cat(outputs), [len(outputs), *[1] * (target.ndim - 1)]
+    losses = cross_entropy(heads, target.repeat(repeats), reduction="none", label_smoothing=label_smoothing)
+    main, aux2, aux1 = losses.view(len(outputs), -1).mean(1).unbind()
     return Losses(main + aux_weight * (aux1 + aux2), main, aux2, aux1)

@@ -246,7 +246,9 @@ class DALILoader(Loader):
             return None
         image, target = owned.permute(0, 3, 1, 2), torch.from_numpy(fed.labels)  # NHWC seen as NCHW is channels_last
         if len(fed.kept) < len(fed.images):
-            image, target = image[fed.kept], target[fed.kept]
+            is_kept = torch.zeros(len(fed.images), dtype=torch.bool)  # a mask on the CPU, as the host would wait to copy a list
+            is_kept[fed.kept] = True
+            image, target = image[is_kept], target[is_kept]
         return {"image": image, "target": target.to(self._settings.device, non_blocking=True)}
 
     def _keep_busy(self) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GoogLeNet, GoogLeNetOutputs, googlenet
-from model.googlenet import Init
+from model.googlenet import AveragePool, Init
 
 # Name, input channels, and the six widths of each inception block: table 1 of the paper, typed anew from there.
 INCEPTIONS = [
@@ -201,3 +201,17 @@ def test_exports_with_any_batch(training: bool, size: int) -> None:
     program = torch.export.export(model, (torch.randn(3, 3, size, size),), dynamic_shapes=shapes).module()
     images = torch.randn(5, 3, size, size)
     torch.testing.assert_close(tuple(program(images)), tuple(model(images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(14, 14), (4, 4), (2, 3), (10, 7), (1, 9)])
+def test_deterministic_average_pooling_is_the_same(shape: tuple[int, int]) -> None:
+    images = torch.randn(2, 3, *shape, requires_grad=True)
+    pooling = AveragePool(4)
+    (expected,) = torch.autograd.grad(pooling(images).square().sum(), images)
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.testing.assert_close(pooling(images), F.adaptive_avg_pool2d(images, 4))
+        (gradient,) = torch.autograd.grad(pooling(images).square().sum(), images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(gradient, expected)
