@@ -380,7 +380,6 @@ def make_with_quarantine(shards: Path, listed: Path) -> Loader:
     config = DataConfig(
         train=str(shards),
         max_bad_fraction=0.1,
-        crop=RandomResizedCrop(scale=(0.95, 1.0)),
         on_error="stop",
         quarantine=(str(listed),),
     )
