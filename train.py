@@ -120,7 +120,7 @@ def train(config: Config, world: World) -> None:
     run_path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)
     shards = config.data.open_shards("train"), config.data.open_shards("valid")
-    config = choose_batch_size(config, world.device, shards[0].num_samples, world.size)
+    config = choose_batch_size(config, world, shards[0].num_samples)
     with (
         contextlib.closing(RunFolder(run_path, config, world)) as run,
         open_data(config, shards, world, run_path, autocast_dtype) as data,

@@ -8,8 +8,8 @@ CUT_SHORT = "jpeg image cut short"
 def is_cut_short(image: bytes) -> bool:
     """Whether the end-of-image marker is missing; False for what is no JPEG.
 
-    Decoders differ here. libjpeg-turbo fails, but not if the crop that it decodes ends before the gap; NVIDIA's decoder in
-    hardware reports every image as decoded.
+    Decoders differ here. libjpeg-turbo fails where the bytes end, but not if the crop that it decodes ends before that, nor if
+    padding follows; NVIDIA's decoder in hardware reports every image as decoded.
 
     Args:
         image: The bytes of a file, `bytes` or `bytearray`.

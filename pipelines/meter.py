@@ -169,11 +169,13 @@ class Meter:
         """The rates since the last call, or since the epoch began; on a GPU this waits for the work queued so far."""
         end = self._clock.mark()
         lead_seconds = self._clock.wait(end)
-        is_launch_bound = lead_seconds * len(self._taken) < LAUNCH_BOUND_LEAD * self._clock.seconds(self._since, end)
+        waits = [self._clock.seconds(batch.asked, batch.arrived) for batch in self._taken]
+        step_seconds = (self._clock.seconds(self._since, end) - sum(waits)) / max(1, len(waits))
+        is_launch_bound = lead_seconds < LAUNCH_BOUND_LEAD * step_seconds
         ends = [*(batch.asked for batch in self._taken[1:]), end]
         rates = Rates()
-        for batch, until in zip(self._taken, ends, strict=False):
-            seconds, wait_seconds = self._clock.seconds(self._since, until), self._clock.seconds(batch.asked, batch.arrived)
+        for batch, wait_seconds, until in zip(self._taken, waits, ends, strict=False):
+            seconds = self._clock.seconds(self._since, until)
             of_batch = Rates(batch.images, seconds, wait_seconds, batch.images if is_launch_bound else 0)
             rates.add(of_batch)
             (self.warm_up if self._num_counted < WARM_UP_BATCHES else self.steady).add(of_batch)

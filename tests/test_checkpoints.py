@@ -138,7 +138,7 @@ def test_no_damage_is_overlooked(tmp_path: Path) -> None:
 def test_writing_in_the_background_does_not_change_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on while the writer is held up: what is written is the state at the time of `save`."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    config = Config(model=ModelConfig(aux_logits=False))
+    config = Config(batch_size=4, model=ModelConfig(aux_logits=False))
     job = build_job(config, world, num_classes=3, classes=None, autocast_dtype=None, steps_per_epoch=9)
     image, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     train_step(job, image, target)

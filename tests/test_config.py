@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipelines import DataConfig
-from training.config import Config, choose_batch_size, share_threads
+from training.config import Config, choose_batch_size, default_batch_size, share_threads
+from training.world import alone
 
 
 @pytest.mark.parametrize(
@@ -52,10 +53,13 @@ def test_the_batch_size_of_a_gpu(
     memory = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert choose_batch_size(Config(**options), torch.device("cuda", 0), samples, 1).batch_size == batch_size
-    of_eight = choose_batch_size(Config(**options), torch.device("cuda", 0), samples * 8, 8).batch_size
-    assert of_eight == min(batch_size, 128 // options.get("accumulate_steps", 1))
-    assert choose_batch_size(Config(**options), torch.device("cpu"), samples, 1).batch_size == options.get("batch_size", 64)
+    gpu, cpu = (alone(torch.device(kind, 0)) for kind in ("cuda", "cpu"))
+    config = Config(**options)
+    assert choose_batch_size(config, gpu, samples).batch_size == batch_size
+    assert choose_batch_size(config, cpu, samples).batch_size == options.get("batch_size", 64)
+    if not config.batch_size:
+        of_eight = default_batch_size(config, gpu.device, samples * 8, 8)
+        assert of_eight == min(batch_size, 128 // config.accumulate_steps)
 
 
 def test_a_batch_of_one_is_refused() -> None:

@@ -23,9 +23,9 @@ from tests.conftest import CLASSES
 from tests.test_train import TRAIN, metrics, train_command
 from training.evaluation import MOST_MISTAKES, Evaluation, evaluate
 from training.score import describe_evaluation
-from training.world import World, join_world
+from training.world import World, alone, join_world
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 BATCH_SIZE = 8
 
 

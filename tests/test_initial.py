@@ -18,9 +18,9 @@ from tests.test_train import train_command
 from training.config import Config, ModelConfig
 from training.initial import read_initial_weights
 from training.job import Job, build_job, train_step
-from training.world import World
+from training.world import alone
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 
 State = dict[str, Tensor]
 

@@ -146,9 +146,9 @@ def test_wait_on_a_gpu_is_what_its_stream_idles(gpu: SimpleNamespace, step_secon
 def test_a_gpu_that_waits_for_the_host_is_told(
     gpu: SimpleNamespace, launch_seconds: float, kernel_seconds: float, percent: float
 ) -> None:
-    """A step is ten kernels, which the host launches one by one. The loader takes 3 seconds a batch meanwhile."""
+    """A step is ten kernels, which the host launches one by one. The loader takes long for the first batch, then 3 seconds."""
     meter = Meter(torch.device("cuda", 0))
-    loader = SlowLoader(gpu.clock, num_batches=6)
+    loader = SlowLoader(gpu.clock, num_batches=6, first_seconds=500)
     for _ in meter.batches(loader):
         for _ in range(10):
             gpu.clock.now += launch_seconds / 10

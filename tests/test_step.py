@@ -21,10 +21,10 @@ from train import describe_steps
 from training.config import Config, ModelConfig, choose_autocast_dtype
 from training.evaluation import evaluate
 from training.job import HEADS, Job, build_job, train_step
-from training.world import World
+from training.world import World, alone
 
 NUM_CLASSES, BATCH_SIZE, SIZE = 3, 4, 32
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -14,6 +14,7 @@ from model.optim import OptimConfig
 from pipelines import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.tuned import SETTINGS, cores_of_a_process, foreign, read_tuned, with_tuned
+from training.world import World
 
 log = logging.getLogger("train")
 
@@ -145,11 +146,15 @@ class Config:
         # Batch normalization needs two values a channel, and 32 pixels are one in the last feature map.
         if self.batch_size != 0 and self.batch_size < 2:
             raise ValueError(f"--batch-size {self.batch_size}: at least 2 is needed, or 0 to have it chosen")
-        graphs = self.compile in ("reduce-overhead", "max-autotune")
-        if graphs and (self.accumulate_steps > 1 or self.sync_batchnorm):
+        if self.compile in ("reduce-overhead", "max-autotune") and self.accumulate_steps > 1:
             raise ValueError(
-                f"--compile {self.compile}: its CUDA graphs reuse the memory of gradients, and cannot wait for other GPUs; "
-                "--compile default goes with --accumulate-steps and --sync-batchnorm"
+                f"--compile {self.compile}: its CUDA graphs reuse the memory of gradients; "
+                "--compile default goes with --accumulate-steps"
+            )
+        if self.compile != "no" and self.sync_batchnorm:
+            raise ValueError(
+                "--sync-batchnorm: no --compile goes with it, as a GPU whose batch has bad samples runs uncompiled, and the "
+                "others would wait for it in other layers"
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
@@ -161,26 +166,31 @@ class Config:
             raise ValueError("--json needs --evaluate")
 
 
-def choose_batch_size(config: Config, device: torch.device, num_samples: int, world_size: int) -> Config:
-    """The configuration with a batch size, where it leaves the choice open.
+def choose_batch_size(config: Config, world: World, num_samples: int) -> Config:
+    """The configuration with a batch size, the same on all ranks, where it leaves the choice open.
 
     Args:
         config: Of the run.
-        device: Of this process.
+        world: This process and the others.
         num_samples: Of the split that is trained on, or scored.
-        world_size: Processes that share it.
     """
     if config.batch_size:
         return config
-    batch_size = CPU_BATCH_SIZE
-    if device.type == "cuda":
-        size = max(config.image_size, *(config.data.image_size_of(epoch, config.image_size) for epoch in range(config.epochs)))
-        room = torch.cuda.get_device_properties(device).total_memory / 2 / (BYTES_OF_IMAGE * (size / 224) ** 2)
-        in_a_step = min(num_samples / FEWEST_STEPS, LARGEST_STEP)
-        most = min(room, in_a_step / (world_size * config.accumulate_steps))
-        batch_size = max(size for size in GPU_BATCH_SIZES if size <= most or size == GPU_BATCH_SIZES[0])
-        log.info("--batch-size %d, chosen for %s", batch_size, torch.cuda.get_device_name(device))
+    batch_size = min(world.gather(default_batch_size(config, world.device, num_samples, world.size)))
+    if world.device.type == "cuda":
+        log.info("--batch-size %d, chosen for %s", batch_size, torch.cuda.get_device_name(world.device))
     return dataclasses.replace(config, batch_size=batch_size)
+
+
+def default_batch_size(config: Config, device: torch.device, num_samples: int, world_size: int) -> int:
+    """The largest batch size of `GPU_BATCH_SIZES` for a GPU: its memory has to hold it, and an epoch needs enough steps."""
+    if device.type != "cuda":
+        return CPU_BATCH_SIZE
+    size = max(config.image_size, *(config.data.image_size_of(epoch, config.image_size) for epoch in range(config.epochs)))
+    room = torch.cuda.get_device_properties(device).total_memory / 2 / (BYTES_OF_IMAGE * (size / 224) ** 2)
+    in_a_step = min(num_samples / FEWEST_STEPS, LARGEST_STEP)
+    most = min(room, in_a_step / (world_size * config.accumulate_steps))
+    return max(size for size in GPU_BATCH_SIZES if size <= most or size == GPU_BATCH_SIZES[0])
 
 
 def share_threads(config: Config, device: torch.device, local_world_size: int) -> tuple[int, int]:

@@ -222,10 +222,12 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
     """
     before = dict(flat(saved))
     for name, value in flat(config):
-        if any(name == free or name.startswith(f"{free}.") for free in FREE_SETTINGS) or before.get(name) == value:
+        if any(name == free or name.startswith(f"{free}.") for free in FREE_SETTINGS):
+            continue
+        if name not in before or before[name] == value:  # a version of this program that lacked a setting had its default
             continue
         flag = f"--{name}".replace("_", "-")
-        raise ValueError(f"--resume auto: the run was begun with {flag} {before.get(name)}, and now it is {value}")
+        raise ValueError(f"--resume auto: the run was begun with {flag} {before[name]}, and now it is {value}")
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ def evaluate_only(config: Config, world: World) -> None:
     torch.set_num_threads(torch_threads)
     autocast_dtype = choose_autocast_dtype(config.precision, world.device)
     shards = config.data.open_shards("valid")
-    config = choose_batch_size(config, world.device, shards.num_samples, world.size)
+    config = choose_batch_size(config, world, shards.num_samples)
     if shards.classes and ema.classes and shards.classes != ema.classes:
         only = sorted(set(shards.classes) ^ set(ema.classes))
         raise ValueError(f"{config.evaluate} and the shards have different classes: {', '.join(only[:20]) or 'another order'}")

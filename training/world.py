@@ -77,6 +77,11 @@ class World:
             dist.barrier()
 
 
+def alone(device: torch.device) -> World:
+    """A world of one process."""
+    return World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+
+
 @contextmanager
 def join_world(device_name: str) -> Iterator[World]:
     """Joins the processes that torchrun has started, and leaves them afterwards.

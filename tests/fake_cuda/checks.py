@@ -15,7 +15,7 @@ from tests.fake_cuda.watch import Watch
 from training.config import Config, ModelConfig
 from training.evaluation import evaluate
 from training.job import Job, build_job, train_step
-from training.world import World
+from training.world import alone
 
 Report = dict[str, Any]
 
@@ -23,7 +23,7 @@ Report = dict[str, Any]
 VALUE_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 
 BATCH_SIZE, SIZE = 8, 64
-WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=DEVICE)
+WORLD = alone(DEVICE)
 
 
 def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **options: Any) -> Job:

@@ -16,7 +16,7 @@ from tests.test_train import metrics, train_command
 from training.config import Config, ModelConfig
 from training.job import build_job, train_step
 from training.leave import EXIT_CODE
-from training.world import World
+from training.world import alone
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -118,7 +118,7 @@ def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
     device = torch.device("cuda", 0)
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+    world = alone(device)
     config = Config(epochs=2, batch_size=4, grad_clip=1.0, model=ModelConfig(transform_input=True))
     job = build_job(config, world, num_classes=10, classes=None, autocast_dtype=dtype, steps_per_epoch=10)
     image = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)

@@ -51,27 +51,27 @@ class Proof:
         """
         end = time.monotonic() + seconds
         waiting = deque(step for step in PLANS[self._plan] if step.name in names)
-        while waiting:
+        while waiting and time.monotonic() < end:
             self._work(waiting, end)
+        for step in waiting:
+            self._note(step, {"seconds": 0.0, "error": "no time was left"})
         return not any("error" in found for found in self._summary["steps"].values())
 
     def _work(self, waiting: deque[Step], end: float) -> None:
         """Has a process take the waiting steps, up to the last one or to one that has to be ended."""
-        if time.monotonic() >= end:
-            self._note(waiting.popleft(), {"seconds": 0.0, "error": "no time was left"})
-            return
         command = (sys.executable, "-m", "tools.gpu_proof.worker", self._ground.device, self._ground.work, self._plan)
         worker = subprocess.Popen((*command, *(step.name for step in waiting)), cwd=ROOT, start_new_session=True)
+        is_alive = True
         try:
-            is_alive = True
             while waiting and is_alive:
                 found = self._await(waiting[0], worker, end)
                 is_alive = found.pop("has_ended", False)
+                if not is_alive:
+                    _end(worker)
                 self._note(waiting.popleft(), found)
+                self._archive()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
+            _end(worker)
 
     def _await(self, step: Step, worker: "subprocess.Popen[bytes]", end: float) -> Figures:
         """What comes of a step that has just begun; with an error where it takes too long, or where its process ends."""
@@ -84,9 +84,9 @@ class Proof:
                 return found
             passed = time.monotonic() - start
             if has_died:
-                return {"seconds": round(passed, 1), **found, "error": f"its process ended with status {worker.returncode}"}
+                return {**found, "seconds": round(passed, 1), "error": f"its process ended with status {worker.returncode}"}
             if start + passed > limit:
-                return {"seconds": round(passed, 1), **found, "error": f"ended after {passed:.0f} s"}
+                return {**found, "seconds": round(passed, 1), "error": f"ended after {passed:.0f} s"}
             time.sleep(POLL_SECONDS)
 
     def _read(self, step: Step) -> Figures:
@@ -96,7 +96,6 @@ class Proof:
     def _note(self, step: Step, found: Figures) -> None:
         self._summary["steps"][step.name] = found
         replace_text(self._out / "summary.json", json.dumps(self._summary, indent=1) + "\n")
-        self._archive()
         print(f"== {step.name}: {found['seconds']} s of {step.seconds}{'  FAILED' if 'error' in found else ''}", flush=True)
         passed = [name for name, value in found.items() if isinstance(value, dict) and value.get("outcome") == "passed"]
         if passed:
@@ -111,6 +110,15 @@ class Proof:
         with tarfile.open(part, "w:gz", compresslevel=6) as archive:
             for path in sorted(self._ground.work.rglob("*")):
                 name = path.relative_to(self._ground.work)
-                if path.is_file() and name.parts[0] != "data" and path.suffix != ".pt":
-                    archive.add(path, name)
+                if path.is_file() and name.parts[0] != "data" and path.suffix not in (".pt", ".tmp"):
+                    with contextlib.suppress(FileNotFoundError):  # the next step is at work
+                        archive.add(path, name)
         part.replace(self._out / "proof.tar.gz")
+
+
+def _end(worker: "subprocess.Popen[bytes]") -> None:
+    """Kills a worker and what it has started. One that hangs in the GPU's driver is left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker.wait(10)

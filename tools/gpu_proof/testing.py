@@ -35,18 +35,22 @@ def run_tests(arguments: Sequence[str]) -> Iterator[Figures]:
         arguments: Files, tests and options, as pytest takes them.
 
     Raises:
-        AssertionError: One failed, or there was none.
+        AssertionError: One failed, or none passed.
     """
-    outcomes, statuses = _Outcomes(), list[int]()
+    outcomes, statuses, num_passed = _Outcomes(), list[int](), 0
 
     def run() -> None:
         options = ["-q", "-rA", "-p", "no:cacheprovider", "-o", "filterwarnings=default", f"--rootdir={ROOT}"]
-        statuses.append(pytest.main([*options, *arguments], plugins=[outcomes]))
-        outcomes.queue.put(None)
+        try:
+            statuses.append(int(pytest.main([*options, *arguments], plugins=[outcomes])))
+        finally:
+            outcomes.queue.put(None)
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield from iter(outcomes.queue.get, None)
+    for figures in iter(outcomes.queue.get, None):
+        num_passed += sum(found["outcome"] == "passed" for found in figures.values())
+        yield figures
     thread.join()
-    if statuses != [0]:
-        raise AssertionError(f"pytest ended with status {int(statuses[0])}")
+    if statuses != [0] or not num_passed:
+        raise AssertionError(f"pytest ended with status {statuses}, and {num_passed} tests passed")

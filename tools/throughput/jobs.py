@@ -22,7 +22,7 @@ from tools.throughput.process import run_measured
 from tools.throughput.rounds import TurnError
 from training.config import Config, choose_autocast_dtype, image_dtype, share_threads
 from training.job import build_job, train_step
-from training.world import World
+from training.world import alone
 
 CACHED_BATCHES = 4
 DROP_TRIES, DROP_SECONDS = 10, 0.1
@@ -82,7 +82,7 @@ class JobTurns:
         self._num_classes = shards.num_classes()
         self._job = build_job(
             config,
-            World(rank=0, size=1, local_rank=0, local_size=1, device=device),
+            alone(device),
             num_classes=self._num_classes,
             classes=None,
             autocast_dtype=autocast_dtype,

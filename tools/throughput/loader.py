@@ -17,8 +17,8 @@ from tools.throughput.process import absolute, run_measured
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.stage import WHOLE, Task
-from training.config import Config, apply_tuned, choose_autocast_dtype, image_dtype, share_threads
-from training.world import choose_device
+from training.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
+from training.world import alone, choose_device
 
 Split = Literal["train", "valid"]
 
@@ -137,6 +137,7 @@ def benchmark(config: Config, *, splits: Sequence[Split], stages: Sequence[str],
     for split, opened in shards.items():
         if opened.is_remote:
             raise ValueError(f"--data.{split}: local shards are needed; throughput remote measures buckets")
+    config = choose_batch_size(config, alone(device), max(opened.num_samples for opened in shards.values()))
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         turns = dict[str, Callable[[], Turn]]()
         for split in splits:

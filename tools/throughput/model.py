@@ -15,7 +15,7 @@ from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, TurnError, summarize, take_turns
 from tools.throughput.step import NUM_CLASSES, Turn, make_loader, make_trainer, measured
 from training.config import Config, choose_autocast_dtype
-from training.world import World, choose_device
+from training.world import alone, choose_device
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -193,7 +193,7 @@ def make_case(config: Config, device: torch.device, steps: int) -> tuple[Callabl
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+    world = alone(device)
     loader = make_loader(config, device, autocast_dtype, steps)
     turn = measured(make_trainer(config, world, autocast_dtype, loader, steps), steps, device)
     memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None

@@ -20,11 +20,12 @@ from pipelines.synthetic import SyntheticLoader
 from tools.throughput.hardware import versions
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, summarize, take_turns
-from training.config import Config, choose_autocast_dtype, image_dtype
+from training.config import Config, choose_autocast_dtype, choose_batch_size, image_dtype
 from training.job import build_job, global_batch_size, train_step
-from training.world import World, choose_device
+from training.world import World, alone, choose_device
 
 NUM_CLASSES = 1000
+MANY_SAMPLES = 1_281_167  # ImageNet's, where the batch size is chosen
 WARM_UP_STEPS = 3  # in which memory is found and kernels are chosen
 TRAINER, BAREST = "trainer", "barest loop"
 
@@ -93,9 +94,10 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> StepReport:
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
     device = choose_device(config.device)
+    config = choose_batch_size(config, alone(device), MANY_SAMPLES)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
     loader = make_loader(config, device, autocast_dtype, steps)
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+    world = alone(device)
     loops = {
         BAREST: make_barest(config, world, autocast_dtype, loader, steps),
         TRAINER: make_trainer(config, world, autocast_dtype, loader, steps),

@@ -17,8 +17,8 @@ from tools.throughput.hardware import versions
 from tools.throughput.jobs import JobTurns, Turn
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
-from training.config import Config, apply_tuned
-from training.world import choose_device
+from training.config import Config, apply_tuned, choose_batch_size
+from training.world import alone, choose_device
 
 DECODER_LOADS = (0.4, 0.9)  # to either side of the default; `throughput tune` tries more
 MODEL, CACHED, JOB, COLD, LOADER = "model", "cached", "job", "cold", "loader"
@@ -147,6 +147,7 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> TrainReport:
     device = choose_device(config.device)
     config = apply_tuned(config, device, 1)
     shards = config.data.open_shards("train")
+    config = choose_batch_size(config, alone(device), shards.num_samples)
     least = (WARM_UP_BATCHES + 1) * config.batch_size
     if shards.is_remote or shards.num_samples < least:
         raise ValueError(

@@ -17,8 +17,8 @@ from tools.throughput.jobs import JobTurns
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, TurnError, summarize
 from tools.throughput.search import DEFAULTS, Choice, Duel, Tried, describe, duel, search
-from training.config import Config
-from training.world import choose_device
+from training.config import Config, choose_batch_size
+from training.world import alone, choose_device
 
 # Of a turn, by the clock, as a part of the time for the search: so many turns tell twenty choices apart.
 TURNS = 45
@@ -210,6 +210,7 @@ def benchmark(config: Config, file: Path, *, seconds: float, rounds: int) -> Tun
     """
     device, data = choose_device(config.device), config.data
     shards = data.open_shards("train")
+    config = choose_batch_size(config, alone(device), shards.num_samples)
     least = (WARM_UP_BATCHES + 1) * config.batch_size
     if shards.is_remote or shards.num_samples < least:
         raise ValueError(

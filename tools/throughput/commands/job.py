@@ -24,7 +24,7 @@ class Network:
 class Job(Output):
     """What the speed of every training job depends on."""
 
-    batch_size: int = 64
+    batch_size: int = 0
     """As --batch-size of train.py."""
     image_size: int = 224
     """As --image-size of train.py."""

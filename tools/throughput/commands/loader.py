@@ -25,7 +25,7 @@ class Loader(Output):
     """Where the graph ends; what a stage costs is the difference to the one before in this list."""
     images: int = 2000
     """That a turn gives, once it is warm, epoch after epoch."""
-    batch_size: int = 64
+    batch_size: int = 0
     """As --batch-size of train.py."""
     image_size: int = 224
     """As --image-size of train.py."""
