@@ -72,7 +72,7 @@ def test_ranks_make_the_steps_of_one(tmp_path: Path, num_ranks: int) -> None:
     for losses, weights in of_ranks[1:]:
         assert torch.equal(losses, of_ranks[0][0])
         assert is_equal(weights, of_ranks[0][1])
-    world = alone(torch.device("cpu"))
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     try:
         losses, weights = make_steps(world, num_ranks)
     finally:
