@@ -309,9 +309,8 @@ def log_step(job: Job, i: int, lr: float, loader: Loader, meter: Meter, run: Run
     world, config, rates = job.world, job.config, meter.take()
     own = [rates.images, rates.wait_seconds, rates.launch_bound_images, loader.num_bad_samples]
     sums = torch.cat([job.sums.double(), torch.tensor(own, dtype=torch.float64, device=job.device)])
-    *losses, norm, steps, images, wait_seconds, launch_bound_images, bad_samples = world.sum(
-        sums
-    ).tolist()  # here the host waits for the device
+    of_all = world.sum(sums).tolist()  # here the host waits for the device
+    *losses, norm, steps, images, wait_seconds, launch_bound_images, bad_samples = of_all
     job.sums.zero_()
     skipped, in_a_row = job.skipped.tolist()
     heads = dict(zip(HEADS, losses, strict=True)) if config.model.aux_logits else {"loss": losses[0], "main_loss": losses[1]}

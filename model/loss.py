@@ -31,7 +31,7 @@ def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_
         loss = cross_entropy(outputs, target, label_smoothing=label_smoothing)
         return Losses(loss, loss)
     # All heads at once: one after the other they would be three times as many small kernels.
-    heads, repeats = torch.cat(outputs), [len(outputs), *[1] * (target.ndim - 1)]
-    losses = cross_entropy(heads, target.repeat(repeats), reduction="none", label_smoothing=label_smoothing)
+    targets = torch.cat([target] * len(outputs))
+    losses = cross_entropy(torch.cat(outputs), targets, reduction="none", label_smoothing=label_smoothing)
     main, aux2, aux1 = losses.view(len(outputs), -1).mean(1).unbind()
     return Losses(main + aux_weight * (aux1 + aux2), main, aux2, aux1)

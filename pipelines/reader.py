@@ -115,7 +115,7 @@ class Reader:
         ids = [RowId(shard, row) for shard, row in zip(shards, rows, strict=True)]
         images = [buffer[start : start + size] for start, size in spans.of_images()]
         labels, reasons = self._labels(ids, spans, buffer)
-        return Fetched(plan, ids, images, labels, _cut_short(spans, buffer) | reasons, buffer)
+        return Fetched(plan, ids, images, labels, _cut_short(images, spans, buffer) | reasons, buffer)
 
     def _read(self, shards: list[int], slots: list[int], spans: "_Spans", buffer: memoryview) -> None:
         wanted = [(shards[slot], *extent) for slot in slots for extent in spans.reads[slot]]
@@ -145,13 +145,12 @@ class Reader:
         return labels, reasons
 
 
-def _cut_short(spans: "_Spans", buffer: Bytes) -> dict[int, str]:
+def _cut_short(images: list[Bytes], spans: "_Spans", buffer: Bytes) -> dict[int, str]:
     """The samples whose JPEGs are cut short. Almost all images end with the marker, and are not looked at any further."""
-    images = np.array([*spans.of_images()], np.int64)
-    ends = images.sum(1)
+    ends = spans.ends_of_images()
     is_unclear = (buffer[np.maximum(ends - 2, 0)] != END[0]) | (buffer[np.maximum(ends - 1, 0)] != END[1])
-    unclear = [(slot, *images[slot].tolist()) for slot in np.flatnonzero(is_unclear).tolist()]
-    return {slot: CUT_SHORT for slot, start, size in unclear if is_cut_short(buffer[start : start + size].tobytes())}
+    unclear = np.flatnonzero(is_unclear).tolist()
+    return {slot: CUT_SHORT for slot in unclear if is_cut_short(images[slot].tobytes())}
 
 
 class _Spans:
@@ -186,6 +185,10 @@ class _Spans:
     def of_images(self) -> Iterator[tuple[int, int]]:
         """Offset in the buffer and bytes of each image."""
         return zip(self._starts[:, 0].tolist(), np.maximum(self._sizes[:, 0], 0).tolist(), strict=True)
+
+    def ends_of_images(self) -> NDArray[np.int64]:
+        """`(N,)`: offset in the buffer behind each image."""
+        return self._starts[:, 0] + np.maximum(self._sizes[:, 0], 0)
 
     def of_labels(self) -> Iterator[tuple[int, int]]:
         """The same of each label; -1 bytes where there is none."""

@@ -29,7 +29,8 @@ from tools.throughput.linked import LinkedShards, photograph
 from tools.throughput.model import make_case
 from tools.throughput.stage import Task, stage_batches
 from tools.throughput.turn import cpu_seconds
-from training.config import Config
+from training.config import Config, image_dtype, share_threads
+from training.world import choose_device
 
 ROOT = Path(__file__).parents[2]
 LOADS = (0.0, 0.65, 1.0)  # shares of the decoder in hardware
@@ -58,9 +59,12 @@ Rows = Iterator[Figures]
 def data(ground: Ground) -> Rows:
     """Draws the images and makes shards of them; few images under many names, read from the page cache."""
     shards, samples = (8, 512) if ground.is_rehearsal else (64, 40_000)
+    num_threads = torch.get_num_threads()
+    encoder = Encoder(Shape(resize=256))  # sets torch's threads to one
+    torch.set_num_threads(num_threads)
 
     def smaller(figure: str, rng: np.random.Generator) -> bytes:
-        [shaped] = Encoder(Shape(resize=256))([photograph(figure, rng)])
+        [shaped] = encoder([photograph(figure, rng)])
         assert shaped.data is not None
         return shaped.data
 
@@ -118,8 +122,7 @@ def compiled(ground: Ground) -> Rows:
 
 def decode(ground: Ground) -> Rows:
     """Reading and decoding alone: over the hardware decoder's share of the images, then over threads at the best share."""
-    most = len(os.sched_getaffinity(0))
-    threads = max(1, most - 2)
+    most, threads = len(os.sched_getaffinity(0)), _threads(choose_device(ground.device))
     rates = {}
     for load in (0.65,) if ground.is_rehearsal else (0.0, 0.35, 0.65, 0.9):
         found = _decode_figures(ground, load, threads)
@@ -159,22 +162,28 @@ def _first_batch(ground: Ground, split: str, device: str = "", **settings: Any) 
         return batch
 
 
-def _open(ground: Ground, split: str, device: str, **settings: Any) -> Loader:
+def _open(ground: Ground, split: str, device_name: str, **settings: Any) -> Loader:
+    device = choose_device(device_name)
     return build_loader(
         DataConfig(train=str(ground.originals), valid=f"{ground.originals}/train-00000*.tar", **settings),
         "train" if split == "train" else "valid",
         batch_size=64,
         image_size=224,
-        device=torch.device("cuda", 0) if device == "cuda" else torch.device("cpu"),
-        dtype=torch.float16 if device == "cuda" else torch.float32,
-        num_threads=max(1, len(os.sched_getaffinity(0)) - 2),
+        device=device,
+        dtype=image_dtype(torch.bfloat16, device),
+        num_threads=_threads(device),
     )
+
+
+def _threads(device: torch.device) -> int:
+    """The CPU threads that train.py has decode there."""
+    return share_threads(Config(), device, 1)[1]
 
 
 def _step_figures(ground: Ground, name: str, batch_size: int, **options: Any) -> Rows:
     """What the trainer's step takes on a batch that lies on the device: by the clock, then in kernels."""
     steps, size = (1, 64) if ground.is_rehearsal else (10, 224)
-    device = torch.device("cuda", 0) if ground.device == "cuda" else torch.device("cpu")
+    device = choose_device(ground.device)
     start = time.perf_counter()
     turn, memory = make_case(Config(epochs=1000, batch_size=batch_size, image_size=size, **options), device, steps)
     ready = time.perf_counter() - start
@@ -200,8 +209,7 @@ def _decode_figures(ground: Ground, load: float, threads: int) -> Figures:
     """Images a second and CPU time an image, once it is warm, and how busy the GPU and its JPEG engines are meanwhile."""
     seconds, batch_size = (2, 16) if ground.is_rehearsal else (8, 256)
     settings = DataConfig(train=str(ground.originals), hw_decoder_load=load)
-    device = "cuda:0" if ground.device == "cuda" else "cpu"
-    task = Task("decode", settings, "train", batch_size, 224, device, "float32", threads, 0, 0)
+    task = Task("decode", settings, "train", batch_size, 224, str(choose_device(ground.device)), "float32", threads, 0, 0)
     batches = stage_batches(task)
     for _ in range(5):
         next(batches)

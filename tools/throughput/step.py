@@ -94,10 +94,10 @@ def benchmark(config: Config, *, steps: int, rounds: int) -> StepReport:
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
     device = choose_device(config.device)
-    config = choose_batch_size(config, alone(device), MANY_SAMPLES)
+    world = alone(device)
+    config = choose_batch_size(config, world, MANY_SAMPLES)
     autocast_dtype = choose_autocast_dtype(config.precision, device)
     loader = make_loader(config, device, autocast_dtype, steps)
-    world = alone(device)
     loops = {
         BAREST: make_barest(config, world, autocast_dtype, loader, steps),
         TRAINER: make_trainer(config, world, autocast_dtype, loader, steps),
