@@ -1,7 +1,7 @@
 """WebDataset shards in, a trained GoogLeNet out: `python train.py --help`.
 
-Read it from top to bottom: `main`, the run, one epoch, what is said of it. The settings are in training/config.py, the step in
-training/job.py, validation in training/evaluation.py, the run's folder in training/run_folder.py.
+Read it from top to bottom: `main`, the run, one epoch, what is said of it. The settings are in tools/run/config.py, the step in
+model/job.py, validation in model/evaluation.py, the run's folder in tools/run/run_folder.py.
 """
 
 import argparse
@@ -23,21 +23,23 @@ import tyro
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipelines import Loader, ShardSet, build_loader, open_shards
+from model.distributed import World, join_world
+from model.evaluation import Evaluation, evaluate
+from model.init_from import read_initial_weights
+from model.job import HEADS, Job, build_job, global_batch_size, train_step
+from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
+from pipelines.build import build_loader
+from pipelines.loader import Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.mix import mix
-from pipelines.quarantine import FILE_NAME as QUARANTINE
-from pipelines.sorted_shards import order_warning
-from training.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
-from training.evaluation import Evaluation, evaluate
-from training.initial import read_initial_weights
-from training.job import HEADS, Job, build_job, global_batch_size, train_step
-from training.leave import EXIT_CODE, Leave, Left
-from training.profile import profiled
-from training.recipes import DEMO_DATA, RECIPES
-from training.run_folder import RunFolder
-from training.score import evaluate_only
-from training.world import World, join_world
+from pipelines.shards.shard_set import ShardSet, open_shards
+from pipelines.shards.sorted_shards import order_warning
+from tools.evaluate.evaluate import evaluate_only
+from tools.run.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
+from tools.run.preemption import EXIT_CODE, Leave, Left
+from tools.run.profile import profiled
+from tools.run.recipes import DEMO_DATA, RECIPES
+from tools.run.run_folder import RunFolder
 
 log = logging.getLogger("train")
 

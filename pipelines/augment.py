@@ -1,7 +1,7 @@
 """What happens to images between their encoded bytes and the network, as pieces of a DALI graph.
 
 The graph is the same for CPU and GPU but for resizing: bilinear with antialiasing throughout, which is what Pillow's bilinear
-filter does, and which on a CPU torch does (pipelines/resize.py).
+filter does, and which on a CPU torch does (pipelines/dali/cpu_resize.py).
 
 The dataclasses are the settings of `--data.crop` and `--data.augment`, and build their piece of the graph. DALI and torch are
 imported where a piece is built, so that the settings can be had without them.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from nvidia.dali.types import DALIDataType
 
-    from pipelines.resize import BatchResize
+    from pipelines.dali.cpu_resize import BatchResize
 
 Device = Literal["cpu", "gpu"]
 Stage = Literal["decode", "resize", "normalize"]
@@ -358,7 +358,7 @@ def _resized_whole(pixels: "DataNode", size: int, device: Device) -> "DataNode":
 
     if device == "gpu":
         return fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-    from pipelines.resize import WholeResize
+    from pipelines.dali.cpu_resize import WholeResize
 
     return _resized_on_cpu(WholeResize(size=size, num_threads=_num_threads()), pixels)
 
@@ -367,7 +367,7 @@ def _center_crop_on_cpu(encoded: "DataNode", size: int, resize_shorter: int, onl
     """The shorter side resized to `resize_shorter`, then the centre `size` x `size`, as by torchvision: uint8 HWC."""
     from nvidia.dali import fn, types
 
-    from pipelines.resize import CenterCropResize
+    from pipelines.dali.cpu_resize import CenterCropResize
 
     resize = CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads())
     shape = fn.peek_image_shape(encoded)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
-from pipelines.index import Sample, read_index
-from pipelines.labels import LabelReader
 from pipelines.loader import MEAN, STD, Batch, Loader, check_state, resize_shorter_for
-from pipelines.order import Deal
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
+from pipelines.shards.index import Sample, read_index
+from pipelines.shards.labels import LabelReader
+from pipelines.shards.order import Deal
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
 
 Mode = Literal["Train", "Valid"]
 CROP, FLIPS = RandomResizedCrop(), (HorizontalFlip(),)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pipelines.loader import Batch, Loader, check_state
-from pipelines.order import Deal
+from pipelines.shards.order import Deal
 
 
 class SyntheticLoader(Loader):

@@ -13,7 +13,7 @@ from pipelines.files import replace_text
 if TYPE_CHECKING:  # torch takes seconds to import, and a tool's --help needs none of it
     import torch
 
-    from pipelines import DataConfig
+    from pipelines.config import DataConfig
 
 PREFETCH, HW_DECODER_LOAD = 2, 0.65  # DALI's own, where nothing is said
 Device = Literal["cpu", "cuda"]

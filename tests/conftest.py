@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.faults import FaultyProxy
+from tests.helpers.faults import FaultyProxy
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import DataConfig, build_loader
 from pipelines.augment import Augmentation
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.mix import MixConfig, mix
-from tests.test_augment import EVERY
+from tests.pipelines.test_augment import EVERY
 
 LISTS = [*((step,) for step in EVERY), EVERY]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import Batch
-from tests.loader_contract import saved, take
-from tests.test_bad_samples import NUM_KINDS, damage, encoded_images, epochs, make, without, write_shards
+from pipelines.loader import Batch
+from tests.helpers.loader_contract import saved, take
+from tests.pipelines.test_bad_samples import NUM_KINDS, damage, encoded_images, epochs, make, without, write_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 GPU = torch.device("cuda", 0)

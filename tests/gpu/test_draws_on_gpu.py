@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.loader_contract import make_loader, take
+from tests.helpers.loader_contract import make_loader, take
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import DataConfig, Loader, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

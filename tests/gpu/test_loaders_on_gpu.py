@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.loader import STD
-from tests.loader_contract import Make, ShardLoaderContract, make_loader
+from tests.helpers.loader_contract import Make, ShardLoaderContract, make_loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.meter import Meter
-from pipelines.order import Deal, InOrder
+from pipelines.shards.order import Deal, InOrder
 from pipelines.synthetic import SyntheticLoader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
-from tests import checkpoints
-from tests.test_train import metrics, train_command
-from training.config import Config, ModelConfig
-from training.job import build_job, train_step
-from training.leave import EXIT_CODE
-from training.world import alone
+from model.distributed import alone
+from model.job import build_job, train_step
+from tests.helpers import checkpoints
+from tests.runs.test_train import metrics, train_command
+from tools.run.config import Config, ModelConfig
+from tools.run.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

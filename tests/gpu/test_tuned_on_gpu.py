@@ -9,9 +9,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from tests.loader_contract import make_loader, same, take
-from tests.runs import ROOT
-from tests.test_train import train_command
+from tests.helpers.loader_contract import make_loader, same, take
+from tests.helpers.runs import ROOT
+from tests.runs.test_train import train_command
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 GPU = torch.device("cuda", 0)

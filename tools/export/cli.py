@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tools import command
+from tools.cli import run_command
 
 EPILOG = """Exit status: 0 written; 1 not written, since something failed on the way or the file does not give what the network
 gives; 2 a mistake in the command or its input, said in one line; 130 interrupted."""
@@ -36,9 +36,9 @@ class Export:
     """Of shards in a folder with several splits."""
 
     def run(self) -> int:
+        from model.load_model import load_trained
         from tools.export.export import DifferentError, export
         from tools.export.formats import format_of
-        from training.trained import load_trained
 
         file_format = format_of(self.output)
         trained = load_trained(self.checkpoint, self.weights)
@@ -53,6 +53,6 @@ class Export:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `--help`."""
     description = f"{inspect.getdoc(Export)}\n\n{EPILOG}"
-    command.run(
+    run_command(
         lambda: tyro.cli(Export, prog="python -m tools.export", description=description, args=arguments).run(),
     )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.load_model import Preprocessing, Trained
 from tools.export.formats import INPUT, OUTPUT, Format, Run
 from tools.predict.inputs import open_inputs
 from tools.predict.predict import validation_decoder
-from training.trained import Preprocessing, Trained
 
 MOST_CHECKED, CHECK_BATCH = 64, 16  # images
 # What other kernels and another order of additions may change of a probability: so much, and this part of it.

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tools import command
+from tools.cli import run_command
 
 EPILOG = """Exit status: 0 at least one image was predicted; 1 not one was, or something failed on the way; 2 a mistake in the
 command or its input, said in one line; 130 interrupted. Images that cannot be used are named on the standard error, with the
@@ -49,10 +49,10 @@ class Predict:
 
     def run(self) -> int:
         self._check()
+        from model.distributed import choose_device
+        from model.load_model import load_trained
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict
-        from training.trained import load_trained
-        from training.world import choose_device
 
         device = choose_device(self.device)
         trained = load_trained(self.checkpoint, self.weights, device)
@@ -82,6 +82,6 @@ class Predict:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `--help`."""
     description = f"{inspect.getdoc(Predict)}\n\n{EPILOG}"
-    command.run(
+    run_command(
         lambda: tyro.cli(Predict, prog="python -m tools.predict", description=description, args=arguments).run(),
     )

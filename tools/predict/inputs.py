@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from pipelines.cache import open_cache
-from pipelines.index import Sample, read_index, split_name
-from pipelines.remote import is_url
-from pipelines.shards import IMAGE_EXTENSIONS, INFO_FILE, ShardSet, image_or_first, open_shards, read_label
+from pipelines.remote.cache import open_cache
+from pipelines.remote.object_store import is_url
+from pipelines.shards.index import Sample, read_index, split_name
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, INFO_FILE, ShardSet, image_or_first, open_shards, read_label
 from tools.shards.sources.folders import list_files
 from tools.shards.sources.listing import Extents
 

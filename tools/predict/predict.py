@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from pipelines.decode import ValidationDecoder
+from model.load_model import Trained
+from pipelines.dali.validation_decoder import ValidationDecoder
 from tools.predict.inputs import Encoded, Source
-from training.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from tools import command
+from tools.cli import run_command
 
 DESCRIPTION = """Draw what runs have left behind, one over the other: losses, accuracy, learning rate, throughput.
 
@@ -34,4 +34,4 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `--help`."""
-    command.run(lambda: tyro.cli(Report, prog="python -m tools.report", description=DESCRIPTION, args=arguments).run())
+    run_command(lambda: tyro.cli(Report, prog="python -m tools.report", description=DESCRIPTION, args=arguments).run())

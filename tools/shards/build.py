@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines.index import format_index
+from pipelines.shards.index import format_index
 from tools.shards.errors import RejectedError
 from tools.shards.shape import Shape, Shaped, trusted_extension
 from tools.shards.sources.listing import Extent, read_bytes, read_into

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.check import EXTENSIONS, cpu_decoder, decoders_silenced, parse_header
-from pipelines.jpeg import CUT_SHORT, is_cut_short
+from pipelines.bad_samples.decoder_check import EXTENSIONS, cpu_decoder, decoders_silenced, parse_header
+from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
 
 if TYPE_CHECKING:
     from nvidia import nvimgcodec

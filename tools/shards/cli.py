@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipelines import DataConfig
 from pipelines.augment import RandomResizedCrop
+from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.notation import AugmentationList
-from tools import command
+from tools.cli import run_command
 from tools.shards.errors import RejectedError
 
 DESCRIPTION = """Image collections in, WebDataset shards out.
@@ -302,7 +302,7 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed in docs/shards.md and by `shards --help`."""
-    command.run(
+    run_command(
         lambda: _run(arguments), interrupted="interrupted; what `convert` has done so far is kept for when it is run again"
     )
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.remote import is_url
-from pipelines.shards import INFO_FILE
+from pipelines.remote.object_store import is_url
+from pipelines.shards.shard_set import INFO_FILE
 from tools.shards import parallel
 from tools.shards.build import ShardReport, ShardTask, build_shard
 from tools.shards.cluster import dask_results

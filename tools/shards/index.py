@@ -13,9 +13,9 @@ from typing import Literal
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from pipelines.index import Sample, as_field, read_index, scan_tar, write_index
-from pipelines.remote import THREADS, glob_files, is_url, list_folder
-from pipelines.shards import find_splits
+from pipelines.remote.object_store import THREADS, glob_files, is_url, list_folder
+from pipelines.shards.index import Sample, as_field, read_index, scan_tar, write_index
+from pipelines.shards.shard_set import find_splits
 from tools.shards.parallel import as_completed, check_workers, num_cpus, run
 
 Action = Literal["written", "replaced", "kept", "refused"]

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipelines.index import count_samples, ensure_index, read_index
-from pipelines.labels import LabelReader, open_labels
-from pipelines.shards import IMAGE_EXTENSIONS, find_component, find_splits, read_info, read_label
+from pipelines.shards.index import count_samples, ensure_index, read_index
+from pipelines.shards.labels import LabelReader, open_labels
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, find_component, find_splits, read_info, read_label
 from tools.shards.check import ImageCheck
 from tools.shards.parallel import num_cpus, run
 

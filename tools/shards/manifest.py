@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.shards import INFO_FILE, parse_info
+from pipelines.shards.shard_set import INFO_FILE, parse_info
 from tools.shards.build import ShardReport
 from tools.shards.plan import Plan
 from tools.shards.storage import Storage, write_text

@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines import DataConfig, ShardSet, build_loader, open_shards
 from pipelines.augment import Augmentation, RandomResizedCrop
-from pipelines.index import Sample, read_index, write_index
-from pipelines.labels import LabelReader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD
 from pipelines.mix import MixConfig, mix
 from pipelines.notation import write_augmentation
-from pipelines.remote import is_url
-from pipelines.shards import IMAGE_EXTENSIONS, find_component, read_label
+from pipelines.remote.object_store import is_url
+from pipelines.shards.index import Sample, read_index, write_index
+from pipelines.shards.labels import LabelReader
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards, read_label
 from tools.shards.check import ImageCheck, Verdict
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}

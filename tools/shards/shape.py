@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
-from pipelines.shards import IMAGE_EXTENSIONS
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS
 
 Level = Literal["decode", "structure", "none"]
 Format = Literal["keep", "jpeg", "webp"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.remote import is_url, storage_errors
+from pipelines.remote.object_store import is_url, storage_errors
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -11,9 +11,9 @@ from typing import BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.index import Component, Sample, as_field, group_samples, iter_components, read_index, split_name
-from pipelines.labels import LabelReader
-from pipelines.shards import IMAGE_EXTENSIONS, image_or_first
+from pipelines.shards.index import Component, Sample, as_field, group_samples, iter_components, read_index, split_name
+from pipelines.shards.labels import LabelReader
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, image_or_first
 from tools.shards.check import ImageCheck
 from tools.shards.shape import Level
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.labels import open_labels
-from pipelines.quarantine import location, read_quarantine
-from pipelines.shards import INFO_FILE, find_splits, naming_scheme, read_info
+from pipelines.bad_samples.quarantine import location, read_quarantine
+from pipelines.shards.labels import open_labels
+from pipelines.shards.shard_set import INFO_FILE, find_splits, naming_scheme, read_info
 from tools.shards.index import index_paths, save_index
 from tools.shards.parallel import check_workers, num_cpus, run
 from tools.shards.shape import Level

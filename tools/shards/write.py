@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from pipelines.index import Component, Sample
+from pipelines.shards.index import Component, Sample
 
 # Photographs are read into one buffer and written some ten at a time. A buffer that stays in the processor's cache is faster
 # than copying in the kernel (copy_file_range, sendfile), and than larger ones.

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from tools import command
+from tools.bench.convert_options import Convert
+from tools.bench.plan_options import Plan
+from tools.bench.remote_options import Remote
+from tools.bench.scale_options import Scale
+from tools.bench.step_options import Step
+from tools.cli import run_command
 from tools.throughput.commands.compare import Compare
-from tools.throughput.commands.convert import Convert
 from tools.throughput.commands.loader import Loader
 from tools.throughput.commands.model import Model
-from tools.throughput.commands.plan import Plan
-from tools.throughput.commands.remote import Remote
-from tools.throughput.commands.scale import Scale
-from tools.throughput.commands.step import Step
 from tools.throughput.commands.train import Train
 from tools.throughput.commands.tune import Tune
 
@@ -39,6 +39,6 @@ COMMANDS: dict[str, Callable[..., Compare | Convert | Loader | Model | Plan | Re
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit statuses are listed by `throughput --help`."""
-    command.run(
+    run_command(
         lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=arguments).run()
     )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.augment import RandomResizedCrop
-from pipelines.index import Component, read_index
 from pipelines.loader import MEAN, STD, resize_shorter_for
-from pipelines.shards import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards
-from tools.throughput.competitors import ROOT, probe
+from pipelines.shards.index import Component, read_index
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards
+from tools.bench.converters import ROOT, probe
 from tools.throughput.process import Run, run_measured
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
@@ -339,7 +339,7 @@ class Ground:
         return run
 
     def _decode(self) -> Turn:
-        ran = self._run(sys.executable, "-m", "tools.throughput.floors", "decode", str(self._folder / "list"))
+        ran = self._run(sys.executable, "-m", "tools.bench.floors", "decode", str(self._folder / "list"))
         return Turn(self._num_samples / ran.said["seconds"])
 
     def _run(self, *command: str) -> Run:

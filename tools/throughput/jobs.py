@@ -12,17 +12,20 @@ from pathlib import Path
 
 import torch
 
-from pipelines import Batch, DataConfig, Loader, ShardSet, build_loader
+from model.distributed import alone
+from model.job import build_job, train_step
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Batch, Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates
 from pipelines.mix import mix
-from pipelines.order import Deal, InOrder
+from pipelines.shards.order import Deal, InOrder
+from pipelines.shards.shard_set import ShardSet
 from pipelines.synthetic import SyntheticLoader
-from tools.throughput.competitors import ROOT
+from tools.bench.converters import ROOT
+from tools.run.config import Config, choose_autocast_dtype, image_dtype, share_threads
 from tools.throughput.process import run_measured
 from tools.throughput.rounds import TurnError
-from training.config import Config, choose_autocast_dtype, image_dtype, share_threads
-from training.job import build_job, train_step
-from training.world import alone
 
 CACHED_BATCHES = 4
 DROP_TRIES, DROP_SECONDS = 10, 0.1

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import DataConfig
-from tools.throughput.competitors import ENVIRONMENT, ROOT
+from model.distributed import alone, choose_device
+from pipelines.config import DataConfig
+from tools.bench.converters import ENVIRONMENT, ROOT
+from tools.run.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 from tools.throughput.hardware import versions
 from tools.throughput.process import absolute, run_measured
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
 from tools.throughput.stage import WHOLE, Task
-from training.config import Config, apply_tuned, choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
-from training.world import alone, choose_device
 
 Split = Literal["train", "valid"]
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines import DataConfig, build_loader, open_shards
 from pipelines.augment import RandomResizedCrop
-from pipelines.shards import IMAGE_EXTENSIONS
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, open_shards
 from tools.throughput import turn
 from tools.throughput.turn import Batches, Task
 

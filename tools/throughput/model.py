@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import googlenet
+from model.distributed import alone, choose_device
+from model.googlenet import googlenet
 from model.loss import googlenet_loss
+from tools.bench.step import NUM_CLASSES, Turn, make_loader, make_trainer, measured
+from tools.run.config import Config, choose_autocast_dtype
 from tools.throughput.hardware import versions
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, TurnError, summarize, take_turns
-from tools.throughput.step import NUM_CLASSES, Turn, make_loader, make_trainer, measured
-from training.config import Config, choose_autocast_dtype
-from training.world import alone, choose_device
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 

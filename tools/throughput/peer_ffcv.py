@@ -23,7 +23,7 @@ from ffcv.transforms import (  # type: ignore[import-not-found]
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.throughput.peers import read_list
+from tools.bench.peer_writers import read_list
 from tools.throughput.turn import Batches, Task
 
 FILE = "images.beton"

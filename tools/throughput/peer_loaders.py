@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.bench.peer_writers import read_list
 from tools.throughput import turn
-from tools.throughput.peers import read_list
 from tools.throughput.turn import Batches, Task
 
 

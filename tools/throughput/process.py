@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.remote import is_url
+from pipelines.remote.object_store import is_url
 from tools.throughput.rounds import TurnError
 
 SAMPLE_SECONDS = 0.05

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.throughput.competitors import ENVIRONMENT
+from tools.bench.converters import ENVIRONMENT
 
 
 @contextlib.contextmanager

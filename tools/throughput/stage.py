@@ -20,9 +20,9 @@ from tools.throughput.turn import WARM_UP_BATCHES, cpu_seconds
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from pipelines import DataConfig
-    from pipelines.order import Plan
-    from pipelines.reader import Fetched, Reader
+    from pipelines.config import DataConfig
+    from pipelines.shards.order import Plan
+    from pipelines.shards.reader import Fetched, Reader
 
 WHOLE = "hand-over"
 
@@ -32,7 +32,7 @@ class Task:
     """What to run.
 
     Attributes:
-        stage: The last one: "read", a `Stage` of pipelines/dali.py, or `WHOLE` for the loader as training has it.
+        stage: The last one: "read", a `Stage` of pipelines/dali/graph.py, or `WHOLE` for the loader as training has it.
         data: Settings of the data.
         split: "train" or "valid".
         batch_size: Images a batch.
@@ -76,7 +76,7 @@ def _whole(task: Task) -> Generator[int, None, None]:
     """Sizes of the loader's batches, without end."""
     import torch
 
-    from pipelines import build_loader
+    from pipelines.build import build_loader
 
     device = torch.device(task.device)
     with build_loader(
@@ -102,7 +102,7 @@ def _part(task: Task) -> Generator[int, None, None]:
     Raises:
         ValueError: There is a sample that DALI cannot read.
     """
-    from pipelines.dali import describe
+    from pipelines.dali.graph import describe
 
     with contextlib.closing(stage_batches(task)) as batches:
         try:
@@ -118,10 +118,10 @@ def stage_batches(task: Task) -> Generator[Sequence[Any], None, None]:
     Raises:
         RuntimeError: DALI cannot read one.
     """
-    from pipelines.extents import Extents
-    from pipelines.order import Deal, choose_order
-    from pipelines.reader import Reader
-    from pipelines.tars import Tars
+    from pipelines.shards.extents import Extents
+    from pipelines.shards.order import Deal, choose_order
+    from pipelines.shards.reader import Reader
+    from pipelines.shards.tars import Tars
     from pipelines.tuned import PREFETCH
 
     shards, train = task.data.open_shards(task.split), task.split == "train"
@@ -146,7 +146,7 @@ def _decoded(
 ) -> Iterator[Sequence[Any]]:
     import torch
 
-    from pipelines.dali import ImagePipeline, Settings
+    from pipelines.dali.graph import ImagePipeline, Settings
 
     device = torch.device(task.device, 0) if task.device == "cuda" else torch.device(task.device)
     settings = Settings(

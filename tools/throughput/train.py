@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from pipelines import DataConfig
+from model.distributed import alone, choose_device
+from pipelines.config import DataConfig
 from pipelines.loader import resize_shorter_for
 from pipelines.meter import DATA_BOUND_PERCENT, WARM_UP_BATCHES, verdict
+from tools.run.config import Config, apply_tuned, choose_batch_size
 from tools.throughput.hardware import versions
 from tools.throughput.jobs import JobTurns, Turn
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Outcome, Statistic, summarize, take_turns
-from training.config import Config, apply_tuned, choose_batch_size
-from training.world import alone, choose_device
 
 DECODER_LOADS = (0.4, 0.9)  # to either side of the default; `throughput tune` tries more
 MODEL, CACHED, JOB, COLD, LOADER = "model", "cached", "job", "cold", "loader"

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from pipelines import DataConfig, ShardSet
+from model.distributed import alone, choose_device
+from pipelines.config import DataConfig
 from pipelines.meter import WARM_UP_BATCHES
+from pipelines.shards.shard_set import ShardSet
 from pipelines.tuned import HW_DECODER_LOAD, PREFETCH, SETTINGS, Device, Tuned, cores_of_a_process, gpu_model
+from tools.run.config import Config, choose_batch_size
 from tools.throughput.hardware import versions
 from tools.throughput.jobs import JobTurns
 from tools.throughput.report import Bar, Report
 from tools.throughput.rounds import Statistic, TurnError, summarize
 from tools.throughput.search import DEFAULTS, Choice, Duel, Tried, describe, duel, search
-from training.config import Config, choose_batch_size
-from training.world import alone, choose_device
 
 # Of a turn, by the clock, as a part of the time for the search: so many turns tell twenty choices apart.
 TURNS = 45

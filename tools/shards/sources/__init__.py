@@ -9,7 +9,7 @@ from typing import Literal
 
 from braceexpand import braceexpand
 
-from pipelines.index import split_name
+from pipelines.shards.index import split_name
 from tools.shards.sources.folders import ClassFolders, LabelledFolder, require_folder
 from tools.shards.sources.label_file import LabelFile
 from tools.shards.sources.listing import Listing, Source, is_image_name

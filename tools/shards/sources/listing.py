@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from pipelines.shards import IMAGE_EXTENSIONS
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS
 
 WHOLE_FILE = -1
 MAX_CLASSES = 1_000_000  # a number beyond is a mistake, and so many names would fill the memory

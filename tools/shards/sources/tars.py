@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from pipelines.index import check_end_mark
+from pipelines.shards.index import check_end_mark
 from tools.shards.sources.label_file import LabelFile
 from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, named_classes
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.index import Component, Sample, scan_tar, split_name
-from pipelines.labels import LabelReader, json_label, open_labels
-from pipelines.shards import IMAGE_EXTENSIONS, read_info
+from pipelines.shards.index import Component, Sample, scan_tar, split_name
+from pipelines.shards.labels import LabelReader, json_label, open_labels
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, read_info
 from tools.shards import parallel
 from tools.shards.sources.listing import ALL_EXTENSIONS, Extent, Extents, Listing, labelled
 

@@ -53,8 +53,8 @@ class Compare(Output):
         self.check()
         import tempfile
 
+        from model.distributed import choose_device
         from tools.throughput.compare import benchmark
-        from training.world import choose_device
 
         report = benchmark(
             self.shards,

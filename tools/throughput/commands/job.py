@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tools.throughput.commands.output import Output
 
 if TYPE_CHECKING:
-    from training.config import Config
+    from tools.run.config import Config
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Job(Output):
 
 def trainer_config(options: Output) -> "Config":
     """The trainer's settings, as the options have them that have the same names."""
-    from training.config import Config, ModelConfig
+    from tools.run.config import Config, ModelConfig
 
     common = (_names(options) - _names(Output)) & _names(Config)
     values = {name: getattr(options, name) for name in common}

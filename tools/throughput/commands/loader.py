@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pipelines import DataConfig
+from pipelines.config import DataConfig
 from tools.throughput.commands.job import trainer_config
 from tools.throughput.commands.output import Output
 

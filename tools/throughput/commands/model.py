@@ -36,8 +36,8 @@ class Model(Output):
         self.check()
         if min(self.batch_sizes, default=2) < 2:
             raise ValueError(f"--batch-sizes {' '.join(map(str, self.batch_sizes))}: sizes from 2 on are needed")
+        from model.distributed import choose_device
         from tools.throughput.model import benchmark
-        from training.world import choose_device
 
         device = choose_device(self.device).type
         steps = by_device(self.steps, device, gpu=20, cpu=2)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines import DataConfig
+from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from tools.throughput.commands.job import Job, Network, by_device, trainer_config
 
@@ -40,8 +40,8 @@ class Train(Job):
             raise ValueError("--data.train is needed, the shards to train on")
         if self.data.size_schedule:
             raise ValueError("--data.size-schedule: one size is measured, that of --image-size")
+        from model.distributed import choose_device
         from tools.throughput.train import benchmark
-        from training.world import choose_device
 
         steps = by_device(self.steps, choose_device(self.device).type, gpu=20, cpu=2)
         if steps < 1 or self.rounds < 3:

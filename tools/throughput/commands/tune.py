@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from pipelines import DataConfig
+from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from tools.throughput.commands.job import Job, Network, trainer_config
 from tools.throughput.commands.output import check_place

@@ -1,0 +1,1 @@
+"""Samples that cannot be used: how they are found, left out and written down."""

@@ -1,0 +1,1 @@
+"""The DALI graph, and the loader that feeds it."""

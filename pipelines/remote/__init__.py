@@ -1,0 +1,1 @@
+"""Shards in an object store, and the copies of them on this machine."""

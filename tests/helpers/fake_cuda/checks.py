@@ -1,0 +1,169 @@
+"""What is watched: steps, the validation loop, and operations of which it is known whether the host waits for them."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from model.distributed import alone
+from model.evaluation import evaluate
+from model.job import Job, build_job, train_step
+from pipelines.loader import Batch
+from pipelines.mix import MixConfig, mix
+from tests.helpers.fake_cuda.device import DEVICE
+from tests.helpers.fake_cuda.watch import Watch
+from tools.run.config import Config, ModelConfig
+
+Report = dict[str, Any]
+
+# Raised where a fake tensor would have to give out a value, or have a shape that depends on values. It has been noted by then.
+VALUE_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
+
+BATCH_SIZE, SIZE = 8, 64
+WORLD = alone(DEVICE)
+
+
+def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **options: Any) -> Job:
+    model = ModelConfig(init="torch", transform_input=True)  # the other ways to initialize look at what they have drawn
+    job = build_job(
+        Config(epochs=2, batch_size=BATCH_SIZE, image_size=SIZE, grad_clip=1.0, model=model, **options),
+        WORLD,
+        num_classes=num_classes,
+        classes=None,
+        autocast_dtype=autocast_dtype,
+        steps_per_epoch=10,
+    )
+    job.model.train()
+    return job
+
+
+def make_batch(job: Job, batch_size: int = BATCH_SIZE) -> Batch:
+    """As a loader gives it: half precision where the arithmetic is, channels_last."""
+    dtype = torch.float32 if job.autocast_dtype is None else torch.float16
+    image = torch.empty(batch_size, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
+    target = torch.zeros(batch_size, device=DEVICE, dtype=torch.int64)
+    return {"image": image.to(memory_format=torch.channels_last), "target": target}
+
+
+def check_steps() -> dict[str, Report]:
+    """What is noted of a step of each kind, all with the clipping of gradients and a renormalized input."""
+    return {
+        "bf16": check_step(torch.bfloat16),
+        "fp16": check_step(torch.float16),
+        "fp32": check_step(None),
+        "mixup": check_step(torch.bfloat16, MixConfig(mixup_alpha=0.2)),
+        "cutmix": check_step(torch.bfloat16, MixConfig(cutmix_alpha=1.0)),
+        "two batches": check_step(torch.bfloat16, accumulate_steps=2),
+        "deterministic": check_step(torch.bfloat16, deterministic=True),
+    }
+
+
+def check_step(autocast_dtype: torch.dtype | None, mixing: MixConfig | None = None, **options: Any) -> Report:
+    """What is noted of a first step, which makes what later ones find, and of a second one, whose launches are counted."""
+    job = make_job(autocast_dtype, **options)
+    batch = make_batch(job)
+    with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
+        take_step(job, batch, mixing or MixConfig())
+        watch.launches.clear()
+        take_step(job, batch, mixing or MixConfig())
+    return {**watch.report(), "is_over": job.step == 2}
+
+
+def take_step(job: Job, batch: Batch, mixing: MixConfig) -> None:
+    count = job.config.accumulate_steps
+    for number in range(1, count + 1):
+        image, target = mix(mixing, batch["image"], batch["target"], num_classes=job.num_classes, step=job.step, seed=0)
+        assert train_step(job, image, target) == (number == count)
+
+
+def check_evaluation() -> Report:
+    """The loop over the validation split. What comes after it is not watched: it reads values, which are not there."""
+    job = make_job(torch.bfloat16, num_classes=10)  # few enough for a confusion matrix
+    batches = [make_batch(job, batch_size) for batch_size in (BATCH_SIZE, BATCH_SIZE, BATCH_SIZE - 3)]
+    with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
+        loader: Any = watched(batches, watch)
+        evaluate(job.model, job.ema, loader, num_classes=job.num_classes, world=WORLD, autocast=job.autocast)
+    return {**watch.report(), "is_over": not watch.is_on}
+
+
+def watched(batches: Iterable[Batch], watch: Watch) -> Iterator[Batch]:
+    """The batches; the watch ends when there is none left."""
+    yield from batches
+    watch.is_on = False
+
+
+def check_waiting() -> dict[str, list[str]]:
+    """Operations for which the host waits."""
+    x, host = torch.zeros(8, 3, device=DEVICE), torch.zeros(8)
+    number, mask = torch.zeros((), device=DEVICE), torch.ones(8, dtype=torch.bool, device=DEVICE)
+    return {
+        "item": waits(lambda: number.item()),
+        "bool": waits(lambda: bool(number > 0)),
+        "to the host": waits(lambda: x.to("cpu")),
+        "to the device": waits(lambda: host.to(DEVICE)),
+        "copy": waits(lambda: x[:, 0].copy_(host)),
+        "list": waits(lambda: torch.tensor([1.0, 2.0], device=DEVICE)),
+        "mask": waits(lambda: x[mask]),
+        "indices in a list": waits(lambda: x[[0, 2]]),
+        "indices on the host": waits(lambda: x[torch.zeros(2, dtype=torch.int64)]),
+        "nonzero": waits(lambda: mask.nonzero()),
+        "unique": waits(lambda: x.unique()),
+        "repeat": waits(lambda: x.repeat_interleave(mask.long(), dim=0)),
+        "filled with a tensor": waits(lambda: x.masked_fill(mask[:, None], number)),
+        "number on the host": waits(lambda: torch.where(mask, x[:, 0], torch.tensor(0.0))),
+    }
+
+
+def check_not_waiting() -> dict[str, list[str]]:
+    """Similar ones for which it does not wait."""
+    x, host = torch.zeros(8, 3, device=DEVICE), torch.zeros(8)
+    mask, indices = torch.ones(8, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    return {
+        "to the device": waits(lambda: host.to(DEVICE, non_blocking=True)),
+        "on the device": waits(lambda: x.to(torch.float16)),
+        "filled by a mask": waits(lambda: x.index_put_((mask,), torch.tensor(0.0))),
+        "filled with a number": waits(lambda: x.masked_fill(mask[:, None], 0)),
+        "mask on the host": waits(lambda: x[torch.ones(8, dtype=torch.bool)]),
+        "indices": waits(lambda: x[indices]),
+        "number": waits(lambda: torch.where(mask, x[:, 0], 0.0)),
+        "repeat": waits(lambda: x.repeat_interleave(mask.long(), dim=0, output_size=8)),
+    }
+
+
+def waits(operation: Callable[[], Any]) -> list[str]:
+    """What is noted of an operation."""
+    with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
+        operation()
+    return watch.waits
+
+
+def check_gradients() -> dict[str, list[str]]:
+    """What is noted of fused optimizers whose gradient has its channels first, and last as the weight has them."""
+    weight = torch.empty(4, 3, 3, 3, device=DEVICE)
+    return {
+        name: mismatches(weight.to(memory_format=torch.channels_last), weight.to(memory_format=memory_format))
+        for name, memory_format in (("first", torch.contiguous_format), ("last", torch.channels_last))
+    }
+
+
+def mismatches(weight: Tensor, gradient: Tensor) -> list[str]:
+    parameter = nn.Parameter(weight)
+    parameter.grad = gradient
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    with Watch() as watch:
+        optimizer.step()
+    return watch.mismatches
+
+
+def check_all() -> dict[str, Any]:
+    return {
+        "steps": check_steps(),
+        "evaluation": check_evaluation(),
+        "waiting": check_waiting(),
+        "not waiting": check_not_waiting(),
+        "gradients": check_gradients(),
+    }

@@ -1,0 +1,416 @@
+"""Local copies of remote shards: whole, the same, made once, bounded; whatever network, store and processes do meanwhile."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.remote import object_store as remote
+from pipelines.remote import transfer
+from pipelines.remote.cache import ShardCache, open_cache
+from tests.helpers.faults import Fault, FaultyProxy
+
+CHUNK = 100_000
+SIZE = 450_000  # of each shard: five requests
+Shards = list[tuple[str, int]]
+
+# What another process does: holds shards, says that it has them, and goes on holding them until its input ends.
+PROCESS = """
+import sys
+from pathlib import Path
+from pipelines.remote import cache, transfer
+transfer.CHUNK_BYTES = 100_000
+folder, max_bytes, *urls = sys.argv[1:]
+shards = [(url, 450_000) for url in urls]
+with cache.ShardCache(Path(folder), int(max_bytes)).hold(shards) as copies:
+    print(*copies, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+
+
+def content(url: str, version: int = 0) -> bytes:
+    return random.Random(f"{url} {version}").randbytes(SIZE)
+
+
+def put(url: str, version: int = 0) -> None:
+    files = remote.filesystem(url)
+    files.pipe_file(files._strip_protocol(url), content(url, version))
+
+
+def upload(bucket: str, folder: str, count: int) -> Shards:
+    urls = [f"{bucket}/{folder}/x-{i}.tar" for i in range(count)]
+    for url in urls:
+        put(url)
+    return [(url, SIZE) for url in urls]
+
+
+@contextlib.contextmanager
+def opened(folder: Path, shards: float = 100, threads: int = 4) -> Iterator[ShardCache]:
+    """A cache with room for that many shards."""
+    with contextlib.closing(ShardCache(folder, int(shards * SIZE), threads)) as cache:
+        yield cache
+
+
+def check_copies(copies: list[Path], shards: Shards, version: int = 0) -> None:
+    assert [path.read_bytes() == content(url, version) for path, (url, _) in zip(copies, shards, strict=True)] == [True] * len(
+        shards
+    )
+
+
+def copied(folder: Path, suffix: str = "tar") -> set[str]:
+    """Which shards have a copy in the folder, or a part of one."""
+    return {path.name.split(".")[0] for path in folder.glob(f"*.{suffix}")}
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def start(folder: Path, max_bytes: int, urls: list[str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", PROCESS, str(folder), str(max_bytes), *urls]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    return output
+
+
+CHUNKS = [(start, min(CHUNK, SIZE - start)) for start in range(0, SIZE, CHUNK)]
+
+
+@pytest.mark.parametrize("store", ["s3_bucket", "gcs_bucket"])
+def test_copies_are_whole_and_kept(tmp_path: Path, store: str, request: pytest.FixtureRequest) -> None:
+    shards = upload(request.getfixturevalue(store), "kept", 5)
+    for _ in range(2):
+        with opened(tmp_path / "new" / "cache") as cache, cache.hold(reversed(shards)) as copies:
+            check_copies(copies, shards[::-1])
+            times = [path.stat().st_ino for path in copies]
+    with opened(tmp_path / "new" / "cache") as cache, cache.hold(shards) as copies:
+        assert [path.stat().st_ino for path in copies] == times[::-1]  # the same files, not new ones
+        assert not list((tmp_path / "new" / "cache").glob("*.part"))
+
+
+def test_each_byte_is_asked_for_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "once", 3)
+    with opened(tmp_path) as cache:
+        for _ in range(2):
+            cache.prefetch(shards[:2])
+            with cache.hold(shards) as copies:
+                check_copies(copies, shards)
+    with opened(tmp_path) as cache, cache.hold(shards):
+        pass
+    for i in range(3):
+        assert faulty.bytes_of(f"once/x-{i}.tar") == CHUNKS
+
+
+def test_faults_are_survived(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
+    """Every request of a chunk meets another fault first, and what came before it is not asked for again."""
+    shards = upload(s3_bucket, "faults", 2)
+    faults: dict[tuple[str, int], list[Fault]] = {}
+    kinds: list[Fault] = ["reset", "503", "cut", "short", "500"]
+
+    def fault(method: str, path: str, start: int) -> Fault | None:
+        left = faults.setdefault((path, start), [kinds[start // CHUNK % 5]] if start >= 0 else ["503"])
+        return left.pop() if left else None
+
+    faulty.fault = fault
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    assert {request.fault for request in faulty.requests} == {"", *kinds}
+    for i in range(2):
+        assert faulty.bytes_of(f"faults/x-{i}.tar") == CHUNKS
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(text.split(": ")[0] for text in warnings) == [url for url, _ in shards]
+
+
+def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "away", 3)
+
+    def come_and_go() -> None:
+        wait_until(lambda: sum(request.start >= 0 for request in faulty.requests) >= 4)
+        faulty.go_away()
+        time.sleep(2)
+        faulty.come_back()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    thread.join()
+    for i in range(3):
+        assert faulty.bytes_of(f"away/x-{i}.tar") == CHUNKS
+
+
+def test_a_server_that_hangs(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = upload(s3_bucket, "hangs", 1)
+    monkeypatch.setattr(remote, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "_filesystem", functools.cache(remote._filesystem.__wrapped__))
+    hangs: list[Fault] = ["hang"]
+    faulty.fault = lambda method, path, start: hangs.pop() if start == CHUNK and hangs else None
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    assert not hangs
+
+
+def test_giving_up(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    [shard] = upload(s3_bucket, "gone", 1)
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 1.0)
+    faulty.fault = lambda method, path, start: "503" if start > 0 else None
+    with opened(tmp_path) as cache:
+        with pytest.raises(OSError, match=rf"^{shard[0]}: nothing but faults for 1 s, the last one .*reduce your request rate"):
+            cache.hold([shard]).__enter__()
+        faulty.fault = lambda method, path, start: None
+        with cache.hold([shard]) as copies:  # it can be asked for again
+            check_copies(copies, [shard])
+
+
+def test_what_will_not_get_better_fails_at_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "never", 2)
+    missing = f"{s3_bucket}/never/y.tar"
+    with opened(tmp_path) as cache:
+        cache.prefetch([(missing, SIZE)])
+        with pytest.raises(FileNotFoundError, match=f"^{missing}: no such object"):
+            cache.hold([*shards, (missing, SIZE)]).__enter__()
+        assert len([request for request in faulty.requests if "y.tar" in request.path]) <= 4  # two a time: object, or folder?
+        faulty.fault = lambda method, path, start: "403" if start == 0 else None
+        put(shards[0][0], 1)
+        with opened(tmp_path / "b") as other, pytest.raises(PermissionError, match=rf"^{shards[0][0]}: .*Denied"):
+            other.hold(shards[:1]).__enter__()
+        assert sum(request.fault == "403" for request in faulty.requests) == 1
+
+
+def test_a_killed_process_is_resumed(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    """By one that waits for it, too."""
+    shards = upload(s3_bucket, "killed", 1)
+    faulty.fault = lambda method, path, start: "hang" if start == 3 * CHUNK and not faulty.released.is_set() else None
+    process = start(tmp_path, 10 * SIZE, [shards[0][0]])
+    wait_until(lambda: any(path.stat().st_size == 3 * CHUNK for path in tmp_path.glob("*.part")))
+    with opened(tmp_path) as cache:
+        cache.prefetch(shards)
+        wait_until(lambda: any(r.method == "HEAD" for r in faulty.requests[4:]))
+        faulty.fault = lambda method, path, start: None
+        process.kill()
+        process.communicate()
+        with cache.hold(shards) as copies:
+            check_copies(copies, shards)
+    assert faulty.bytes_of("x-0.tar") == CHUNKS
+
+
+def test_two_processes_share_the_work(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "shared", 6)
+    urls = [url for url, _ in shards]
+    processes = [start(tmp_path, 10 * SIZE, urls), start(tmp_path, 10 * SIZE, urls)]
+    copies = [[Path(path) for path in end(process).split()] for process in processes]
+    check_copies(copies[0], shards)
+    assert copies[0] == copies[1]
+    for i in range(6):
+        assert faulty.bytes_of(f"shared/x-{i}.tar") == CHUNKS
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, s3_bucket: str) -> None:
+    shards = upload(s3_bucket, "lru", 5)
+    with opened(tmp_path, shards=3) as cache:
+        for i in (0, 1, 2, 0):
+            with cache.hold([shards[i]]):
+                time.sleep(0.01)
+        with cache.hold([shards[2]]) as copies:
+            with cache.hold([shards[3]]):
+                assert copied(tmp_path) == {"x-0", "x-2", "x-3"}
+            with cache.hold([shards[4], shards[1]]):
+                assert copied(tmp_path) == {"x-1", "x-2", "x-4"}  # 2 is older than 3, and is held
+                check_copies(copies, [shards[2]])
+
+
+def test_the_folder_never_holds_more(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    """Two processes that go over ten shards in a folder for four and a half, two at a time and two ahead."""
+    shards = upload(s3_bucket, "bound", 10)
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    def read(offset: int) -> None:
+        order = shards[offset:] + shards[:offset]
+        with opened(tmp_path, shards=4.5) as cache:
+            for i in range(0, 10, 2):
+                with cache.hold(order[i : i + 2]) as copies:
+                    cache.prefetch(order[i + 2 : i + 4])
+                    check_copies(copies, order[i : i + 2])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    readers = [threading.Thread(target=read, args=(offset,)) for offset in (0, 4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    done.set()
+    watcher.join()
+    assert 3 * SIZE < most <= 4.5 * SIZE + 2000  # leases are of some bytes
+    assert not list(tmp_path.glob("*.lease"))
+
+
+def test_shards_in_use_that_do_not_fit(tmp_path: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    shards = upload(s3_bucket, "large", 4)
+    with opened(tmp_path, shards=2.5) as cache:
+        message = rf"{tmp_path}: the shards that are read at once take 0.00135 GB and --data.cache-gigabytes allows 0.00112 GB"
+        with pytest.raises(ValueError, match=message):
+            cache.hold(shards[:3]).__enter__()
+        process = start(tmp_path, 10 * SIZE, [shards[0][0], shards[1][0]])
+        assert process.stdout
+        process.stdout.readline()
+        with cache.hold(shards[:2]) as copies:  # the same ones
+            check_copies(copies, shards[:2])
+        ending = threading.Timer(1, end, [process])
+        ending.start()
+        with cache.hold(shards[2:]) as copies:  # once the other process is through with its own
+            check_copies(copies, shards[2:])
+        ending.join()
+    assert "waiting for room" in caplog.text
+    assert "take 0.0018 GB, 0.0009 GB of them for other loaders, and" in caplog.text
+
+
+def test_prefetching_stops_where_the_room_ends(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "ahead", 6)
+    with opened(tmp_path, shards=3.5, threads=2) as cache:
+        with cache.hold(shards[:1]):
+            cache.prefetch(shards[1:5])
+            wait_until(lambda: copied(tmp_path) == {"x-0", "x-1", "x-2"})
+            faulty.released.wait(1)
+            assert copied(tmp_path) | copied(tmp_path, "part") == {"x-0", "x-1", "x-2"}
+        wait_until(lambda: copied(tmp_path) == {"x-1", "x-2", "x-3"})  # the first one has given way
+        with cache.hold(shards[3:6]) as copies:  # who holds comes before who prefetches
+            check_copies(copies, shards[3:6])
+            assert copied(tmp_path) == {"x-3", "x-4", "x-5"}
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", bytes(SIZE + 1)])
+def test_a_copy_of_another_size_is_made_anew(tmp_path: Path, s3_bucket: str, damage: bytes) -> None:
+    shards = upload(s3_bucket, "damaged", 1)
+    with opened(tmp_path) as cache:
+        with cache.hold(shards) as copies:
+            copies[0].write_bytes(damage)
+        with cache.hold(shards) as copies:
+            check_copies(copies, shards)
+
+
+@pytest.mark.parametrize("store", ["s3_bucket", "gcs_bucket"])
+def test_an_object_that_has_changed_is_copied_anew(tmp_path: Path, store: str, request: pytest.FixtureRequest) -> None:
+    """Though its size is the same, and though there is only room for one copy."""
+    shards = upload(request.getfixturevalue(store), "changed", 1)
+    with opened(tmp_path, shards=1) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    put(shards[0][0], 1)
+    with opened(tmp_path, shards=1) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards, 1)
+
+
+def test_an_object_that_changes_while_it_is_copied(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "changing", 1)
+
+    def fault(method: str, path: str, start: int) -> Fault | None:
+        if start == 2 * CHUNK:
+            faulty.fault = lambda method, path, start: None
+            put(shards[0][0], 1)
+        return None
+
+    faulty.fault = fault
+    with opened(tmp_path, shards=1) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards, 1)
+        assert len(list(tmp_path.glob("*tar*"))) == 1
+
+
+def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "part", 1)
+    faulty.fault = lambda method, path, start: "hang" if start == 3 * CHUNK and not faulty.released.is_set() else None
+    with opened(tmp_path) as cache:
+        cache.prefetch(shards)
+        wait_until(lambda: any(path.stat().st_size == 3 * CHUNK for path in tmp_path.glob("*.part")))
+    assert copied(tmp_path, "part") == {"x-0"}  # closing has left it
+    assert not faulty.released.is_set()  # and has not waited for the answer
+    faulty.released.set()
+    put(shards[0][0], 1)
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards, 1)
+
+
+def test_an_object_of_another_size_is_refused(tmp_path: Path, s3_bucket: str) -> None:
+    [(url, _)] = upload(s3_bucket, "size", 1)
+    with (
+        opened(tmp_path) as cache,
+        pytest.raises(ValueError, match=f"^{url}: had 7 bytes when .* has 450,000 now; begin again"),
+    ):
+        cache.hold([(url, 7)]).__enter__()
+
+
+def test_wrong_bytes_are_found(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    shards = upload(s3_bucket, "flipped", 1)
+    flips: list[Fault] = ["flip"]
+    faulty.fault = lambda method, path, start: flips.pop() if start == CHUNK and flips else None
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    assert not flips
+
+
+def test_an_etag_that_is_no_checksum(
+    tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As that of an object which the store encrypts with a key of its own; the second copy settles it."""
+    shards = upload(s3_bucket, "etag", 1)
+    faulty.fault = lambda method, path, start: "etag"
+    with opened(tmp_path) as cache, cache.hold(shards) as copies:
+        check_copies(copies, shards)
+    assert faulty.bytes_of("x-0.tar") == []
+    assert sum(request.start == 0 for request in faulty.requests) == 2
+    assert "two copies are the same and do not fit its ETag" in caplog.text
+
+
+def test_an_interrupted_process_leaves_nothing_locked(tmp_path: Path, s3_bucket: str) -> None:
+    shards = upload(s3_bucket, "locks", 1)
+    process = start(tmp_path, SIZE, [shards[0][0]])
+    assert process.stdout
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    put(shards[0][0].replace("x-0", "y"))
+    other = [(shards[0][0].replace("x-0", "y"), SIZE)]
+    with opened(tmp_path, shards=1) as cache, cache.hold(other) as copies:
+        check_copies(copies, other)
+    assert copied(tmp_path) == {"y"}
+
+
+def test_a_temporary_cache_is_deleted(s3_bucket: str) -> None:
+    shards = upload(s3_bucket, "temporary", 1)
+    with open_cache("", 1) as cache, cache.hold(shards) as copies:
+        assert hashlib.md5(copies[0].read_bytes()).digest() == hashlib.md5(content(shards[0][0])).digest()
+    assert not copies[0].parent.exists()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/x: cannot be written to \(Not a directory\); name another .*--data.cache-dir"):
+        ShardCache(tmp_path / "file" / "x", 1)

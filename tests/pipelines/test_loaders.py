@@ -1,0 +1,36 @@
+"""The loaders that run without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.loader_contract import NUM_VALID, LoaderContract, ShardLoaderContract, make_loader
+
+
+class OnCPU:
+    @pytest.fixture
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @pytest.fixture
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+
+class TestShardsOnCPU(OnCPU, ShardLoaderContract):
+    @pytest.fixture(params=["dali", "pillow"])
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+
+class TestSyntheticOnCPU(OnCPU, LoaderContract):
+    @pytest.fixture
+    def backend(self) -> str:
+        return "synthetic"
+
+
+def test_pillow_workers(shards: Path) -> None:
+    """The pair with worker processes, as it was used."""
+    with make_loader(shards, "pillow", "valid", torch.device("cpu"), num_threads=2) as loader:
+        assert sum(len(batch["target"]) for batch in loader) == NUM_VALID

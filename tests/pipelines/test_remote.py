@@ -1,0 +1,320 @@
+"""Training from an object store: what URLs name, indices, and the same batches as from a folder."""
+
+import concurrent.futures
+import io
+import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Batch, Loader
+from pipelines.remote import object_store as remote
+from pipelines.shards.index import read_index, scan_tar
+from pipelines.shards.shard_set import open_shards
+from tests.helpers.faults import Fault, FaultyProxy
+from tests.helpers.loader_contract import same, saved, take
+from tests.tools.test_verify import write_tar
+
+CPU = torch.device("cpu")
+BLOCKS: dict[str, Any] = {"order": "blocks", "block_shards": 2}
+STORES = ["s3_bucket", "gcs_bucket"]
+
+
+@pytest.fixture(autouse=True)
+def index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user" / "googlenet-dali" / "index"
+
+
+def put(url: str, data: bytes) -> None:
+    files = remote.filesystem(url)
+    files.pipe_file(files._strip_protocol(url), data)
+
+
+def upload(folder: Path, url: str, pattern: str = "*") -> str:
+    for path in folder.glob(pattern):
+        put(f"{url}/{path.name}", path.read_bytes())
+    return url
+
+
+@pytest.fixture(params=STORES)
+def bucket(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def uploaded(bucket: str, shards: Path) -> str:
+    return upload(shards, f"{bucket}/whole")
+
+
+def make_tar(names: list[str], size: int = 1) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for i, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = size + i
+            tar.addfile(member, io.BytesIO(b"0" * member.size))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "/", "/train-*.tar", "/train-{000000..000003}.tar", "/train-00000[0-3].tar", "/{train-000000,train-00000[1-3]}.tar"],
+)
+def test_notations(shards: Path, uploaded: str, pattern: str) -> None:
+    found, local = open_shards(uploaded + pattern, "train"), open_shards(str(shards), "train")
+    assert found.tars == tuple(f"{uploaded}/{Path(tar).name}" for tar in local.tars)
+    assert [read_index(index) for index in found.indices] == [read_index(index) for index in local.indices]
+    assert (found.lengths, found.sizes, found.classes) == (local.lengths, local.sizes, local.classes)
+    assert (found.num_samples, found.num_classes()) == (61, 3)
+
+
+def test_one_tar_and_a_folder_without_info(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/bare", "valid-*.tar")
+    assert open_shards(f"{url}/valid-000001.tar", "train").lengths == (10,)
+    assert open_shards(url, "valid").lengths == (10, 10, 5)
+    put(f"{url}/train-000000.tar", b"")
+    with pytest.raises(
+        ValueError, match=rf"{url} has shards of several naming schemes: train-###### ?.*'{url}/PREFIX-\*\.tar'"
+    ):
+        open_shards(url, "valid")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0}/none", "no .tar files in folder {0}/none"),
+        ("{0}/none/x.tar", "no such shard: '{0}/none/x.tar'"),
+        ("{0}/none/x-*.tar", "no such shard: '{0}/none/x-*.tar'"),
+        ("{0}/whole/train-{{000003..000004}}.tar", "no such shard: '{0}/whole/train-000004.tar' (part of "),
+        ("{0}x/x.tar", "no such shard: '{0}x/x.tar'"),
+        ("{0}x", "no .tar files in folder {0}x"),
+        ("{0}/whole/train-{{0.tar", "the braces do not match"),
+        ("{0}/whole", "folder {0}/whole has the splits train, valid and none called 'test'; name the shards themselves"),
+        ("nosuch://bucket/x.tar", "Protocol not known: nosuch"),
+    ],
+)
+def test_what_is_not_there_is_named(bucket: str, uploaded: str, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message.format(bucket))):
+        open_shards(pattern.format(bucket), "test")
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_many_shards_take_a_few_requests(s3_bucket: str, faulty: FaultyProxy, denied: bool) -> None:
+    """A list tells as much as a question for each, where it may be had."""
+
+    def deny_lists(method: str, path: str, start: int) -> Fault | None:
+        return "403" if denied and "list-type" in path else None
+
+    url = f"{s3_bucket}/many-{denied}"
+    for number in range(40):
+        put(f"{url}/x-{number:02d}.tar", make_tar(["1.jpg", "1.cls"], size=number))
+    faulty.reset(latency=0)
+    faulty.fault = deny_lists
+    pattern = f"{url}/x-{{00..39}}.tar"
+    found = open_shards(pattern, "train")
+    assert found.tars == tuple(f"{url}/x-{number:02d}.tar" for number in range(40))
+    assert [request.method for request in faulty.requests if request.path.endswith(".tar")].count("HEAD") == (denied and 40)
+    faulty.reset(latency=0)
+    faulty.fault = deny_lists
+    assert open_shards(pattern, "train") == found  # the indices are known by now
+    if denied:
+        return
+    assert len(faulty.requests) == 3  # the list, and two for the `_info.json` that is not there
+    with pytest.raises(ValueError, match=r"no such shard: '.*/x-40\.tar' \(part of "):
+        open_shards(f"{url}/x-{{00..40}}.tar", "train")
+
+
+def test_shards_that_the_info_lists_in_vain(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/part", "_info.json")
+    with pytest.raises(ValueError, match=rf"{url}/_info\.json lists shards that are not there: train-000000\.tar"):
+        open_shards(url, "train")
+
+
+def test_labels_are_not_read_over_the_network(bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{bucket}/unlabelled", "valid-*.tar")
+    found = open_shards(f"{url}/valid-*.tar", "valid")
+    assert found.classes is None
+    with pytest.raises(ValueError, match=r"unlabelled/valid-000000\.tar: .*_info\.json .*--data\.class-file"):
+        found.num_classes()
+
+
+def test_an_index_beside_the_tar_is_fetched_once(s3_bucket: str, faulty: FaultyProxy, index_cache: Path) -> None:
+    tar = make_tar(["1.jpg", "1.cls", "2.jpg", "2.cls"])
+    put(f"{s3_bucket}/beside/x.tar", tar)
+    put(f"{s3_bucket}/beside/x.idx", b"v1.2 1\njpg 512 1 1.jpg cls 1536 2 1.cls\n")
+    for _ in range(2):
+        found = open_shards(f"{s3_bucket}/beside/x.tar", "train")
+        assert found.lengths == (1,)  # of the two in the tar: it is the index that says so
+        assert found.indices[0].is_relative_to(index_cache)
+    assert len(faulty.bytes_of("x.idx")) == 1
+    put(f"{s3_bucket}/beside/x.tar", make_tar(["1.jpg", "1.cls"], size=7))
+    with pytest.raises(ValueError, match=rf"^{s3_bucket}/beside/x\.idx: not an index of {s3_bucket}/beside/x\.tar; remove it"):
+        open_shards(f"{s3_bucket}/beside/x.tar", "train")
+
+
+def test_an_index_is_built_from_headers(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    """Through faults, once, and without reading the images."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(4):
+            for extension, size in (("jpg", 400_000), ("cls", 1)):
+                member = tarfile.TarInfo(f"{i}.{extension}")
+                member.size = size
+                tar.addfile(member, io.BytesIO(bytes(size)))
+    put(f"{s3_bucket}/headers/x.tar", (tmp_path / "x.tar").read_bytes())
+    met: set[tuple[str, str, int]] = set()
+
+    def fault(*request: object) -> Fault | None:
+        return None if request in met else met.add(request) or "503"  # type: ignore[arg-type,func-returns-value,return-value]
+
+    faulty.fault = fault
+    found = open_shards(f"{s3_bucket}/headers/*.tar", "train")
+    assert read_index(found.indices[0]) == scan_tar(tmp_path / "x.tar")
+    read = sum(size for _, size in faulty.bytes_of("x.tar"))
+    assert 0 < read < found.sizes[0] / 10
+    assert open_shards(f"{s3_bucket}/headers/*.tar", "train").indices == found.indices
+    assert sum(size for _, size in faulty.bytes_of("x.tar")) == read
+    faulty.fault = lambda method, path, start: None
+    # Another tar at the same place gets another index.
+    put(f"{s3_bucket}/headers/x.tar", make_tar(["1.jpg", "1.cls"]))
+    assert open_shards(f"{s3_bucket}/headers/*.tar", "train").lengths == (1,)
+
+
+def test_a_folder_of_indices_comes_first(tmp_path: Path, bucket: str) -> None:
+    put(f"{bucket}/dir/x.tar", make_tar(["1.jpg", "1.cls", "2.jpg", "2.cls"]))
+    (tmp_path / "x.idx").write_text("v1.2 1\njpg 512 1 1.jpg cls 1536 2 1.cls\n")
+    found = open_shards(f"{bucket}/dir/x.tar", "train", str(tmp_path))
+    assert (found.indices, found.lengths) == ((tmp_path / "x.idx",), (1,))
+    (tmp_path / "x.idx").write_text("v1.2 1\njpg 512 7 1.jpg cls 1536 2 1.cls\n")
+    with pytest.raises(ValueError, match=rf"x\.idx: not an index of {bucket}/dir/x\.tar"):
+        open_shards(f"{bucket}/dir/x.tar", "train", str(tmp_path))
+
+
+def test_a_damaged_tar_is_named(bucket: str) -> None:
+    put(f"{bucket}/bad/x.tar", make_tar(["1.jpg", "1.cls"])[:1200])
+    with pytest.raises(ValueError, match=rf"^{bucket}/bad/x\.tar: "):
+        open_shards(f"{bucket}/bad/x.tar", "train")
+
+
+def batches(place: str, split: str, cache_dir: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    config = DataConfig(train=place, valid=place, cache_dir=cache_dir, **BLOCKS)
+    with build_loader(config, split, batch_size=8, image_size=48, device=CPU, num_threads=2) as loader:  # type: ignore[arg-type]
+        for _ in range(2):
+            yield from ((batch["image"], batch["target"]) for batch in loader)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_same_batches_as_from_a_folder(tmp_path: Path, shards: Path, uploaded: str, split: str, kept: bool) -> None:
+    expected = list(batches(str(shards), split, ""))
+    ours = list(batches(uploaded, split, str(tmp_path / "cache") if kept else ""))
+    assert len(expected) == len(ours) == (14 if split == "train" else 8)
+    for (image, target), (other_image, other_target) in zip(expected, ours, strict=True):
+        assert torch.equal(image, other_image)
+        assert torch.equal(target, other_target)
+    if kept:
+        names = sorted(path.name.split(".")[0] for path in (tmp_path / "cache").glob("*.tar"))
+        assert names == [Path(tar).stem for tar in open_shards(str(shards), split).tars]
+
+
+def test_training_goes_on_through_faults(
+    tmp_path: Path, shards: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slow answers, faults, the server gone for a while, room for two of four shards, and resumed with an empty cache."""
+    url = upload(shards, f"{s3_bucket}/faults")
+    kinds: list[Fault] = ["reset", "503", "cut", "short"]
+    faulty.fault = lambda method, path, start: kinds.pop() if kinds and start >= 0 else None
+
+    def make(location: str, cache: str) -> Loader:
+        room = 2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
+        config = DataConfig(train=location, cache_dir=str(tmp_path / cache), cache_gigabytes=room, **BLOCKS)
+        return build_loader(config, "train", batch_size=4, image_size=32, device=CPU, num_threads=1)
+
+    with make(str(shards), "none") as loader:
+        expected = take(loader, 32)
+    with make(url, "one") as loader:
+        batches = take(loader, 10)
+        faulty.go_away()
+        back = threading.Timer(2, faulty.come_back)
+        back.start()
+        batches += take(loader, 10)
+        back.join()
+        state = saved(loader.state_dict())
+        assert len(list((tmp_path / "one").glob("*.tar"))) <= 2
+    with make(url, "other") as loader:
+        loader.load_state_dict(state)
+        assert same([*batches, *take(loader, 12)], expected)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_back_and_forth_within_a_block(shards: Path, tmp_path: Path, s3_bucket: str, split: str) -> None:
+    """Of two ranks, each of which has copies of the shards that it needed from where it entered the block."""
+    url = upload(shards, f"{s3_bucket}/back-{split}")
+
+    def make(location: str) -> Loader:
+        config = DataConfig(train=location, valid=location, cache_dir=str(tmp_path / "cache"), order="blocks", block_shards=4)
+        options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "rank": 1, "world_size": 2}
+        return build_loader(config, split, device=CPU, **options)  # type: ignore[arg-type]
+
+    with make(str(shards)) as local, make(url) as remote:
+        states, batches = [], []
+        for _ in range(len(local)):
+            states.append(saved(local.state_dict()))
+            batches += take(local, 1)
+        for position in (3, 0, 2, 1, 3):
+            remote.load_state_dict(states[position])
+            assert same(take(remote, 1), batches[position : position + 1]), position
+
+
+def test_stand_ins_from_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
+    """A batch of training without a good sample is made up with samples that only the other rank would have read."""
+    folder = tmp_path / "bad"
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(image, "PNG")
+    for number in range(4):
+        members = [(f"{number}{i}.{end}", data) for i in range(8) for end, data in (("png", image.getvalue()), ("cls", b"?"))]
+        members += [(f"{number}9.{end}", data) for end, data in (("png", image.getvalue()), ("cls", b"1"))]
+        write_tar(folder / f"train-{number}.tar", members)
+    url = f"{upload(folder, f'{s3_bucket}/bad')}/train-{{0..3}}.tar"
+    for rank in range(2):
+        config = DataConfig(train=url, cache_dir=str(tmp_path / "cache"), max_bad_fraction=1, block_shards=2)
+        options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "num_classes": 2, "rank": rank, "world_size": 2}
+        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+            targets = [batch["target"].tolist() for _ in range(2) for batch in loader]
+        assert [len(of_batch) for of_batch in targets] == [2] * 12
+        assert {target for of_batch in targets for target in of_batch} == {1}
+
+
+def test_loaders_that_share_little_room_take_turns(tmp_path: Path, shards: Path, s3_bucket: str) -> None:
+    """Two ranks, and room for what one of them reads: one waits for the other, and neither for ever."""
+    url = upload(shards, f"{s3_bucket}/room")
+    room = 2.2 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
+
+    def epoch(rank: int, location: str) -> list[Batch]:
+        config = DataConfig(train=location, cache_dir=str(tmp_path / "cache"), cache_gigabytes=room, **BLOCKS)
+        options = {"batch_size": 4, "image_size": 32, "num_threads": 1, "rank": rank, "world_size": 2}
+        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+            return take(loader, 14)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        remote_ones = list(threads.map(lambda rank: epoch(rank, url), range(2)))
+    assert all(same(ours, epoch(rank, str(shards))) for rank, ours in enumerate(remote_ones))
+
+
+def test_pillow_reads_local_shards_only(s3_bucket: str, shards: Path) -> None:
+    url = upload(shards, f"{s3_bucket}/pillow")
+    with pytest.raises(ValueError, match=rf"{url}/valid-000000\.tar: --data\.backend pillow reads local shards only"):
+        build_loader(DataConfig(valid=url, backend="pillow"), "valid", batch_size=8, image_size=48, device=CPU)
+
+
+def test_settings_of_the_cache() -> None:
+    with pytest.raises(ValueError, match=r"--data\.cache-gigabytes 0: a positive number is needed"):
+        DataConfig(cache_gigabytes=0)

@@ -1,0 +1,305 @@
+"""`python train.py`, run as a user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model.checkpoint import load_checkpoint
+from model.googlenet import googlenet
+from pipelines.shards.index import read_index
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+def train_command(*arguments: object, cwd: Path, warnings: Sequence[str] = ("error",)) -> subprocess.CompletedProcess[str]:
+    filters = [word for entry in warnings for word in ("-W", entry)]
+    command = [sys.executable, *filters, str(TRAIN), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run on the tests' shards: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train_command(
+        *("--data.train", f"{shards}/train-{{000000..000003}}.tar", "--data.valid", f"{shards}/valid-*.tar"),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 32, "--log-every", 3, "--device", "cpu", "--seed", 3),
+        *("--run-dir", folder / "run"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no warnings, and no progress bar where there is no terminal
+    return folder / "run", done.stdout
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics(finished: tuple[Path, str]) -> None:
+    lines = metrics(finished[0])
+    train = [line for line in lines if line["split"] == "train"]
+    valid = [line for line in lines if line["split"] == "valid"]
+    assert [(line["epoch"], line["step"]) for line in train] == [(1, 3), (1, 6), (1, 7), (2, 10), (2, 13), (2, 14)]
+    for line in train:
+        assert set(line) == {
+            *("split", "epoch", "step", "loss", "main_loss", "aux2_loss", "aux1_loss", "lr", "gradient_norm", "scale"),
+            *("skipped_steps", "images_per_second", "data_wait_percent", "bad_samples"),
+        }
+        assert line["loss"] == pytest.approx(line["main_loss"] + 0.3 * (line["aux1_loss"] + line["aux2_loss"]), rel=1e-5)
+        assert line["main_loss"] > 0
+        assert line["gradient_norm"] > 0
+        assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait_percent"] <= 100
+    assert [line["epoch"] for line in valid] == [1, 2]
+    for line in valid:
+        assert set(line) == {"split", "epoch", "step", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"}
+        assert 0 <= line["top1"] <= line["top5"] == 100  # three classes
+        assert (line["top1"] * 25 / 100) % 1 == pytest.approx(0, abs=1e-9)  # of 25 images
+
+
+def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path) -> None:
+    run, printed = finished
+    config = json.loads((run / "config.json").read_text())
+    assert config["epochs"] == 2
+    assert config["optim"]["lr"] == 0.05
+    assert "learning rate 0.05 x 8 / 64 = 0.00625" in printed
+    assert config["data"]["valid"] == f"{shards}/valid-*.tar"
+    last = load_checkpoint(run / "last.pt")
+    assert (last["epoch"], last["step"]) == (2, 14)
+    assert last["config"] == config
+    assert last["classes"] == ("ant", "bee", "cat")
+    assert last["architecture"] == {"num_classes": 3, "aux_logits": True, "transform_input": False}
+    assert last["preprocessing"]["image_size"] == 32
+    googlenet(num_classes=3).load_state_dict(last["model"])
+    assert set(last) >= {"model", "ema", "optimizer", "scheduler", "scaler", "best"}
+    valid = [line for line in metrics(run) if line["split"] == "valid"]
+    assert last["best"] == max(max(line["top1"], line["ema_top1"]) for line in valid)
+    assert load_checkpoint(run / "best.pt")["best"] == last["best"]
+    assert re.search(r"epoch 1/2  step 3/7  loss \S+  lr \S+  \S+ images/s  data wait \S+ %  \d+m\d\ds left", printed)
+    paces = re.findall(r"epoch (\d)/2  train: \S+ images/s  \(first 3 batches: \S+ s, \S+ s of them waiting\)  (.*)\n", printed)
+    assert [epoch for epoch, _ in paces] == ["1", "2"]
+    for _, verdict in paces:
+        assert re.fullmatch(
+            r"compute-bound: \d+\.\d % of the model's own rate|data-bound: waits \d+ % of the time for data", verdict
+        )
+    assert re.search(r"top-1 +\d+\.\d % +\d+\.\d %\n", printed)
+    assert re.search(r"training: \d+\.\d images/s, \d+\.\d % of the time spent waiting for data", printed)
+    assert str(run) in printed
+    assert "tensorboard --logdir" in printed
+
+
+def test_tensorboard(finished: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(finished[0]))
+    events.Reload()
+    lines = metrics(finished[0])
+    for split, name in (("train", "loss"), ("train", "lr"), ("valid", "ema_top1"), ("train", "data_wait_percent")):
+        logged = [event.value for event in events.Scalars(f"{split}/{name}")]
+        assert logged == pytest.approx([line[name] for line in lines if line["split"] == split], rel=1e-6)
+    (picture,) = events.Images("train/batch")
+    assert picture.width > 64  # a grid of images of 32 pixels
+
+
+def test_scores_are_those_of_the_saved_weights(finished: tuple[Path, str], shards: Path) -> None:
+    from pipelines.build import build_loader
+    from pipelines.config import DataConfig
+
+    last = load_checkpoint(finished[0] / "last.pt")
+    raw, ema = googlenet(num_classes=3).eval(), googlenet(num_classes=3).eval()
+    raw.load_state_dict(last["model"])
+    ema.load_state_dict({k.removeprefix("module."): v for k, v in last["ema"].items() if k != "n_averaged"})
+    with build_loader(
+        DataConfig(valid=str(shards), backend="pillow"),
+        "valid",
+        batch_size=25,
+        image_size=32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        num_threads=0,
+    ) as loader:
+        batch = loader.next()
+    assert batch is not None
+    scores = metrics(finished[0])[-1]
+    for model, name in ((raw, "top1"), (ema, "ema_top1")):
+        with torch.no_grad():
+            hits = (model(batch["image"]).argmax(1) == batch["target"]).float().mean().item()
+        assert 100 * hits == pytest.approx(scores[name], abs=4.1)  # one image of 25 may tip over: other decoder, other pixels
+
+
+def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
+    done = train_command(
+        *("--data.train", shards, "--data.valid", shards, "--data.backend", "pillow", "--data.threads", 1),
+        *("--epochs", 2, "--batch-size", 20, "--image-size", 32, "--model.no-aux-logits", "--precision", "bf16"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run) if line["split"] == "train"] == [3, 6]
+
+
+CLOCKS = ("images_per_second", "data_wait_percent")
+
+
+def test_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
+    """`kill -9` in the middle of an epoch, twice: the same metrics, line for line, and bit for bit the same weights."""
+
+    def command(run: Path) -> list[str]:
+        options = {
+            "--data.train": shards,
+            "--data.valid": shards,
+            "--epochs": 3,
+            "--batch-size": 8,
+            "--image-size": 32,
+            "--log-every": 3,
+            "--torch-threads": 1,
+            "--device": "cpu",
+            "--checkpoint.every-steps": 2,
+            "--resume": "auto",
+            "--run-dir": run,
+        }
+        return [sys.executable, "-W", "error", str(TRAIN), *(str(word) for pair in options.items() for word in pair)]
+
+    for name, kills in (("whole", ()), ("killed", (2, 2, 5))):  # the second before the resumed run has written a line
+        run = tmp_path / name
+        for num_lines in kills:
+            process = subprocess.Popen(command(run), cwd=tmp_path, stdout=subprocess.DEVNULL)
+            while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < num_lines:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write('{"split": "tra')  # as a line that was being written
+        done = subprocess.run(command(run), cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("resuming" in done.stdout) == bool(kills)
+
+    def without_clocks(run: Path) -> list[dict[str, Any]]:
+        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in metrics(run)]
+
+    assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "whole")
+    whole, killed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], killed[part][name]) for name in whole[part])
+    done = subprocess.run(
+        [*command(tmp_path / "killed"), "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: --resume auto: the run was begun with --seed 0, and now it is 1" in done.stderr
+
+
+def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
+    for path in [*shards.glob("*.tar"), *shards.glob("*.idx"), shards / "_info.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for split in ("train", "valid"):
+        [image, *_] = read_index(tmp_path / f"{split}-000001.idx")[3]
+        with open(tmp_path / f"{split}-000001.tar", "r+b") as file:
+            file.seek(image.offset)
+            file.write(b"x" * image.size)
+    done = train_command(
+        *("--data.train", tmp_path, "--data.valid", tmp_path, "--data.max-bad-fraction", 0.01, "--run-dir", tmp_path / "run"),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 32),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    warning = r"left out a bad sample \((?:training, epoch \d|validation), batch \d, rank 0\): \S+-000001\.tar:\d+:\S+: not"
+    assert len(re.findall(warning, done.stdout)) == 2
+    assert [line["bad_samples"] for line in metrics(tmp_path / "run")][-1] == 1
+    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["tar"]).name for line in listed) == ["train-000001.tar", "valid-000001.tar"]
+
+
+def test_augmentations_and_mixes(shards: Path, tmp_path: Path) -> None:
+    done = train_command(
+        *(
+            "--data.train",
+            shards,
+            "--data.valid",
+            shards,
+            "--data.augment",
+            "horizontal-flip",
+            "color-jitter:hue=0.1",
+            "rotate",
+        ),
+        *("--mix.mixup-alpha", 0.2, "--mix.cutmix-alpha", 1, "--data.crop.scale", 0.5, 1),
+        *("--epochs", 1, "--batch-size", 20, "--image-size", 32, "--precision", "bf16", "--run-dir", tmp_path / "run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [step["name"] for step in config["data"]["augment"]] == ["horizontal-flip", "color-jitter", "rotate"]
+    assert config["data"]["augment"][1]["hue"] == 0.1
+    assert config["data"]["crop"]["scale"] == [0.5, 1.0]
+    assert config["mix"] == {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+    train, _ = metrics(tmp_path / "run")
+    assert 0 < train["loss"] < 10
+
+
+SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
+        (["--data.train", "x-*.tar", "--data.valid", "SHARDS"], "no such shard: 'x-*.tar'"),
+        ([*SHARDS, "--batch-size", "1"], "--batch-size 1: at least 2 is needed"),
+        ([*SHARDS, "--seed", "-1"], "--seed -1: at least 0 is needed"),
+        ([*SHARDS, "--model.label-smoothing", "2"], "--model.label-smoothing 2.0"),
+        ([*SHARDS, "--model.ema-decay", "1"], "--model.ema-decay 1.0"),
+        ([*SHARDS, "--image-size", "16"], "--image-size 16: at least 32 is needed"),
+        ([*SHARDS, "--epochs", "many"], "--epochs"),
+        ([*SHARDS, "--epoch", "3"], "--epochs"),
+        ([*SHARDS, "--data.crop.scale", "0.9", "0.1"], "crop.scale 0.9 0.1"),
+        ([*SHARDS, "--data.augment", "flip"], "there is no augmentation 'flip'"),
+        ([*SHARDS, "--mix.mixup-alpha", "-1"], "--mix.mixup-alpha -1.0"),
+        ([*SHARDS, "--optim.lr", "-1"], "--optim.lr -1.0: a positive number"),
+        ([*SHARDS, "--device", "tpu"], "--device"),
+        ([*SHARDS, "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
+        ([*SHARDS, "--batch-size", "99"], "lower --batch-size"),
+        ([*SHARDS, "--resume", "auto"], "--resume auto needs --run-dir"),
+        (["--recipe", "demo", "--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
+        ([*SHARDS, "--compile", "reduce-overhead", "--accumulate-steps", "2"], "--compile reduce-overhead: its CUDA graphs"),
+        ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, shards: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    words = {"SHARDS": str(shards), "RUN": str(finished[0])}
+    before = (finished[0] / "metrics.jsonl").read_bytes()
+    done = train_command(*[words.get(word, word) for word in arguments], cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
+    from tests.conftest import write_image
+    from tools.shards.convert import convert
+    from tools.shards.plan import Options
+
+    write_image(tmp_path / "images" / "dog" / "1.jpg", 1)
+    convert(tmp_path / "images", tmp_path / "other", Options(name="valid", shard_samples=10), num_workers=1)
+    done = train_command("--data.train", shards, "--data.valid", tmp_path / "other", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: training and validation shards have different classes: ant, bee, cat, dog" in done.stderr
+
+
+def test_demo_from_nothing(tmp_path: Path) -> None:
+    """The command of the README, whole: draws, converts, trains, and recognizes nine of ten images it has not seen."""
+    done = train_command("--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = metrics(tmp_path / "run")[-1]
+    assert scores["split"] == "valid"
+    assert max(scores["top1"], scores["ema_top1"]) >= 90

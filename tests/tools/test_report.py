@@ -1,0 +1,307 @@
+"""`python -m tools.report`, run as a user runs it: what the page says and shows of runs in every state."""
+
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_run(folder: Path, lines: list[dict[str, Any]], **settings: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"data": {"train": "shards/mine", "crop": {"scale": [0.5, 1.0]}}, "epochs": 2, "run_dir": str(folder)}
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+def train_line(epoch: int, step: int, **more: object) -> dict[str, object]:
+    """As of a run on a GPU today."""
+    loss = 4.0 - step / 100
+    return {
+        "split": "train",
+        "epoch": epoch,
+        "step": step,
+        "loss": loss,
+        "main_loss": loss / 2,
+        "aux2_loss": loss,
+        "aux1_loss": 1,
+        "lr": 0.05 / step,
+        "gradient_norm": 1.5,
+        "scale": 1.0,
+        "skipped_steps": 0,
+        "images_per_second": 1000.0 + step,
+        "data_wait_percent": 0.5,
+        "gpu_memory_gigabytes": 7.25,
+        "bad_samples": 0,
+        **more,
+    }
+
+
+def valid_line(epoch: int, step: int, top1: float, loss: float) -> dict[str, object]:
+    scores = {"top1": top1, "top5": top1 + 10, "ema_top1": top1 + 1, "ema_top5": top1 + 11}
+    return {"split": "valid", "epoch": epoch, "step": step, **scores, "loss": loss, "bad_samples": 0}
+
+
+def old_line(line: dict[str, object]) -> dict[str, object]:
+    """As of a run before there were heads and gradients to see."""
+    train = ("loss", "lr", "images_per_second", "data_wait_percent", "step")
+    kept = train if line["split"] == "train" else ("top1", "top5", "ema_top1", "ema_top5", "loss")
+    return {name: line[name] for name in ("split", "epoch", *kept)}
+
+
+WHOLE = [
+    *(train_line(1, 20), train_line(1, 40), valid_line(1, 40, 71.5, 0.9)),
+    *(train_line(2, 60), train_line(2, 80), valid_line(2, 80, 70.25, 1.125)),
+]
+
+
+def report(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tools.report", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+class Page(HTMLParser):
+    """What of a page is of interest: the tables, titles and pictures of the charts, whatever has to be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, dict[str, list[list[str]]]] = {}  # name, thead or tbody, rows of cells
+        self.charts: dict[str, ElementTree.Element] = {}
+        self.loaded: list[str] = []
+        self._text = ""
+        self.feed(path.read_text("ascii"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.loaded += [attributes[name] for name in ("src", "href") if not attributes.get(name, "data:").startswith("data:")]
+        if tag == "table":
+            self._table = self.tables[attributes["id"]] = {}
+        elif tag in ("thead", "tbody"):
+            self._rows = self._table[tag] = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._text, self._span = "", int(attributes.get("colspan", 1))
+        elif tag == "img":
+            kind, data = attributes["src"].split(",")
+            assert kind == "data:image/svg+xml;base64"
+            self.charts[attributes["alt"]] = ElementTree.fromstring(base64.b64decode(data))
+
+    def handle_data(self, data: str) -> None:
+        self._text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._rows[-1] += [self._text] * self._span
+
+    def column(self, table: str, heading: str) -> list[str]:
+        """The cells below a heading, those of several rows being read as one."""
+        headings = [" ".join(filter(None, cells)) for cells in zip(*self.tables[table]["thead"], strict=True)]
+        return [row[headings.index(heading)] for row in self.tables[table]["tbody"]]
+
+    def headings(self, table: str) -> list[str]:
+        return self.tables[table]["thead"][-1]
+
+
+def points(chart: ElementTree.Element) -> list[int]:
+    """How many points each line of a chart has; those of axes, ticks and legends have two or fewer."""
+    numbers = []
+    for path in chart.iter("{http://www.w3.org/2000/svg}path"):
+        commands = [word for word in path.get("d", "").split() if word in "MLCQZz"]
+        if set(commands) <= {"M", "L"} and "fill: none" in path.get("style", ""):
+            numbers.append(len(commands))
+    return sorted(number for number in numbers if number > 2)
+
+
+def test_a_page_with_results_state_and_charts_of_one_run(tmp_path: Path) -> None:
+    done = report(write_run(tmp_path / "run", WHOLE))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'run' / 'report.html'}: 1 run, ")
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.loaded == []
+    for group, final, best in (
+        ("top-1, EMA (%)", "71.25", "72.50 (epoch 1)"),
+        ("top-1, raw (%)", "70.25", "71.50 (epoch 1)"),
+        ("top-5, EMA (%)", "81.25", "82.50 (epoch 1)"),
+        ("top-5, raw (%)", "80.25", "81.50 (epoch 1)"),
+        ("validation loss (nats)", "1.1250", "0.9000 (epoch 1)"),
+    ):
+        assert page.column("results", f"{group} final") == [final]
+        assert page.column("results", f"{group} best") == [best]
+    assert page.column("results", "median images/s") == ["1,050.0"]
+    for heading, cell in (
+        *(("run", "run"), ("state", "finished"), ("epoch", "2 of 2"), ("step", "80"), ("training loss", "3.2000")),
+        *(("gradient norm", "1.5"), ("learning rate", "0.000625"), ("GPU memory (GB)", "7.25"), ("skipped steps", "0")),
+    ):
+        assert page.column("state", heading) == [cell]
+    assert list(page.charts) == [
+        *("Training loss, all heads", "Validation loss", "Learning rate"),
+        *("Training loss, main head", "Training loss, auxiliary head 2", "Training loss, auxiliary head 1"),
+        *("Top-1 accuracy", "Top-5 accuracy", "Gradient norm", "Throughput", "Data wait", "GPU memory"),
+    ]
+    assert points(page.charts["Training loss, all heads"]) == [4]
+    assert "differing" not in page.tables
+    assert ["data.crop.scale", "[0.5, 1.0]"] in page.tables["settings"]["tbody"]
+    assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["config.json", "metrics.jsonl", "report.html"]
+
+
+def test_runs_over_each_other_old_new_and_going_on(tmp_path: Path) -> None:
+    """Names are as long as it takes, what a run has not is missing, and of a line being written nothing is seen."""
+    new = write_run(tmp_path / "a" / "<run> & $x$", [*WHOLE[:3], train_line(2, 60, skipped_steps=3, bad_samples=2)], seed=1)
+    old = write_run(tmp_path / "b" / "<run> & $x$", [old_line(line) for line in WHOLE], seed=0)
+    with open(new / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "epoch": 2, "st')
+    output = tmp_path / "both.html"
+    done = report(new, old, new, "-o", output)
+    assert done.returncode == 0, done.stderr
+    page = Page(output)
+    assert page.column("state", "run") == ["a/<run> & $x$", "b/<run> & $x$"]
+    assert page.column("state", "state") == ["not finished", "finished"]
+    assert page.column("state", "epoch") == ["2 of 2", "2 of 2"]
+    assert page.column("state", "step") == ["60", "80"]
+    assert page.column("state", "skipped steps") == ["3", "-"]
+    assert page.column("results", "top-1, raw (%) final") == ["71.50", "70.25"]
+    assert page.column("results", "validation loss (nats) best") == ["0.9000 (epoch 1)", "0.9000 (epoch 1)"]
+    assert page.tables["differing"]["tbody"] == [["seed", "1", "0"]]
+    assert {"Skipped steps", "Bad samples"} <= set(page.charts)
+    assert "Loss scale" not in page.charts
+    assert points(page.charts["Training loss, all heads"]) == [3, 4]
+
+
+def test_what_only_old_runs_have_is_all_that_is_shown_of_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [old_line(line) for line in WHOLE])
+    assert report(run).returncode == 0
+    page = Page(run / "report.html")
+    assert list(page.charts) == [
+        *("Training loss, all heads", "Validation loss", "Learning rate", "Top-1 accuracy", "Top-5 accuracy"),
+        *("Throughput", "Data wait"),
+    ]
+    assert not {"gradient norm", "GPU memory (GB)", "loss scale", "skipped steps"} & set(page.headings("state"))
+
+
+def test_a_run_with_one_line_and_values_that_are_no_numbers(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "日本", [train_line(1, 20, gradient_norm=float("inf"), main_loss=None)])
+    for output in (tmp_path / "report.html", tmp_path / "report.png"):
+        done = report(run, "-o", output)
+        assert done.returncode == 0, done.stderr
+    page = Page(tmp_path / "report.html")
+    assert page.column("state", "run") == ["日本"]
+    assert page.column("state", "state") == ["not finished"]
+    assert page.column("state", "training loss") == ["3.8000"]
+    assert "gradient norm" not in page.headings("state")
+    assert not {"Gradient norm", "Training loss, main head", "Top-1 accuracy"} & set(page.charts)
+
+
+def test_a_picture_of_six_runs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"_{i}", WHOLE) for i in range(6)]
+    done = report(*runs, "-o", tmp_path / "all.PNG")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "all.PNG") as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (3 * 520, 4 * 330 + 3 * 28)  # 12 panels in 3 columns, 6 names in 2
+        # Where six runs are alike only the last one's line is seen; the legend has all colours, in this order.
+        pixels = np.asarray(picture.convert("RGB"))
+    for color, top in zip(("0072b2", "d55e00", "009e73"), (0, 28, 56), strict=True):
+        rows, columns = (pixels[:84, :100] == list(bytes.fromhex(color))).all(2).nonzero()
+        assert top <= rows.min() < rows.max() < top + 28
+        assert columns.max() - columns.min() > 15
+    assert (pixels[84:] == list(bytes.fromhex("56b4e9"))).all(2).any()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
+    noise = random.Random(0)  # with a trend, or matplotlib would leave out what lies on a straight line
+    losses = [i / 1000 + noise.uniform(2, 3) for i in range(5000)]
+    lines = [{"split": "train", "epoch": 1, "step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    many, few = (write_run(tmp_path / name, lines[:number]) for name, number in (("many", 5000), ("few", 600)))
+    for run in (many, few):
+        assert report(run).returncode == 0
+    page = Page(many / "report.html")
+    [number] = points(page.charts["Training loss, all heads"])
+    assert 150 < number <= 300
+    [number] = points(Page(few / "report.html").charts["Training loss, all heads"])
+    assert number > 500
+    assert (many / "report.html").stat().st_size < 100_000
+
+
+def test_a_run_that_has_only_begun_is_passed_over(tmp_path: Path) -> None:
+    run, empty = write_run(tmp_path / "run", WHOLE), write_run(tmp_path / "empty", [])
+    done = report(run, empty, "-o", tmp_path / "all.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"passed over: {empty / 'metrics.jsonl'}: the run has not written a line yet")
+    assert "1 run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no run is named"),
+        (["nowhere"], "nowhere: there is no such folder"),
+        (["run/metrics.jsonl"], "there is no such folder"),
+        ([""], "there is no metrics.jsonl in it"),
+        (["run", "-o", "report.pdf"], "report.pdf: the name has to end in .html or .png"),
+        (["run", "-o", "nowhere/report.html"], "nowhere; make it first"),
+        (["run", "-o", "folder.html"], "folder.html: a folder; name a file in it"),
+        (["no-config"], "there is no config.json in it"),
+        (["empty"], "has not written a line yet"),
+        (["broken"], "metrics.jsonl, line 2: not JSON"),
+        (["odd"], 'metrics.jsonl, line 1: "loss" is not a number'),
+        (["list"], "metrics.jsonl, line 1: not an object with"),
+        (["nothing", "-o", "report.png"], "nothing: no line of metrics.jsonl has a number that could be drawn"),
+        (["no-step"], 'metrics.jsonl, line 1: no whole number "step"'),
+        (["bad-config"], "config.json: not JSON"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    write_run(tmp_path / "run", WHOLE)
+    write_run(tmp_path / "empty", [])
+    (tmp_path / "folder.html").mkdir()
+    write_run(tmp_path / "odd", [train_line(1, 20, loss="high")])
+    write_run(tmp_path / "no-step", [{"split": "train", "epoch": 1}])
+    write_run(tmp_path / "nothing", [{"split": "train", "epoch": 1, "step": 0, "loss": None}])
+    write_run(tmp_path / "list", [[]])  # type: ignore[list-item]
+    write_run(tmp_path / "broken", WHOLE)
+    text = (tmp_path / "broken" / "metrics.jsonl").read_text()
+    (tmp_path / "broken" / "metrics.jsonl").write_text(text.replace('{"split": "train", "epoch": 1, "step": 40', "{", 1))
+    (write_run(tmp_path / "no-config", WHOLE) / "config.json").unlink()
+    (write_run(tmp_path / "bad-config", WHOLE) / "config.json").write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    paths = [word if word.startswith("-") else tmp_path / word for word in arguments]
+    done = report(*paths)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_matplotlib(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", WHOLE)
+    script = (
+        "import importlib.machinery, sys\n"
+        "find = importlib.machinery.PathFinder.find_spec\n"
+        "importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
+        "from tools.report.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: matplotlib is not installed, which draws the charts; pip install 'googlenet-dali[plot]'\n"

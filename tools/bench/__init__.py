@@ -1,0 +1,1 @@
+"""Measurements for the developers of this project, one script each: `python -m tools.bench.NAME --help`."""

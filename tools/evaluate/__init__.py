@@ -1,0 +1,1 @@
+"""The `evaluate` command: what a checkpoint scores on the validation split."""

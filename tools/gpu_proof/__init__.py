@@ -1,1 +1,0 @@
-"""`python -m tools.gpu_proof`: the GPU path proved and measured on a machine that can be had for minutes."""
