@@ -1,7 +1,9 @@
-# `make train`: set up .venv and train. `make test`: set up .venv, then lint, types and tests. Neither installs anything twice.
+# `make train` sets up .venv and trains the demo. `make test` adds the development tools, then runs lint, types and tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Each test process needs about 2 GB of memory.
+PROCESSES ?= auto
 
 .PHONY: train test lint clean
 
@@ -9,17 +11,21 @@ train: $(VENV)/.installed
 	$(BIN)/python train.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 --durations 20
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamp is touched only once everything is installed, so an interrupted installation is taken up again.
+# The stamps are touched only after everything is installed, so an interrupted installation is repeated.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The processes that train together: one a device, started by torchrun; one process alone is a world of one."""
+"""The processes that train together, one per device, as torchrun starts them."""
 
 import os
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that train together.
+    """This process and the others that train with it.
 
     Attributes:
-        rank: Of this process, from 0; rank 0 is the one that writes.
+        rank: Rank of this process, from 0. Rank 0 writes the output of the run.
         size: Number of processes.
-        local_rank: Of this process on its machine.
+        local_rank: Rank of this process on its machine.
         local_size: Number of processes on this machine.
-        device: That of this process.
+        device: Device of this process.
     """
 
     rank: int
@@ -36,21 +36,21 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place; the tensor may be on the device or on the CPU."""
+        """Sums a tensor over all ranks, in place. It may be on the device or on the CPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, wish: int) -> int:
-        """The greatest of what the ranks wish, the same on each; the device is not waited for."""
+    def max(self, number: int) -> int:
+        """Returns the maximum over all ranks, without waiting for the device."""
         if self.size == 1:
-            return wish
-        wishes = torch.tensor([wish])
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        return int(wishes.item())
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gives, in the order of the ranks."""
+        """Returns the values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -58,39 +58,39 @@ class World:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """What rank 0 gives, on all ranks."""
+        """Returns the value of rank 0 on all ranks."""
         if self.size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def take_from_main(self, tensors: list[Tensor]) -> None:
-        """Sets the tensors to those of rank 0."""
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Overwrites the tensors with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def wait(self) -> None:
-        """Until all ranks have come here."""
+    def barrier(self) -> None:
+        """Waits until all ranks have arrived here."""
         if self.size > 1:
             dist.barrier()
 
 
 def alone(device: torch.device) -> World:
-    """A world of one process."""
+    """Returns a world of one process."""
     return World(rank=0, size=1, local_rank=0, local_size=1, device=device)
 
 
 @contextmanager
 def join_world(device_name: str) -> Iterator[World]:
-    """Joins the processes that torchrun has started, and leaves them afterwards.
+    """Joins the processes that torchrun has started, for the duration of the context.
 
     Args:
         device_name: "cuda", "cpu", or "auto" for the GPU if there is one.
 
     Raises:
-        ValueError: There is no such device.
+        ValueError: The device does not exist.
     """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -104,22 +104,22 @@ def join_world(device_name: str) -> Iterator[World]:
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=_meeting_place(rank, size, local_size),
+        store=_rendezvous_store(rank, size, local_size),
         rank=rank,
         world_size=size,
         device_id=device if on_gpu else None,
     )
     yield world
-    # Not after an error, which others may not have met: NCCL would wait for them, and nobody would read what went wrong.
+    # This is skipped after an error. Other ranks may not have met it, and NCCL would wait for them instead of reporting it.
     dist.destroy_process_group()
 
 
-def _meeting_place(rank: int, size: int, local_size: int) -> Store:
-    """Where the ranks tell each other their addresses: torchrun's store, which is still there when it restarts them.
+def _rendezvous_store(rank: int, size: int, local_size: int) -> Store:
+    """Returns torchrun's store, through which the ranks exchange their addresses.
 
-    Those who are quick would find the addresses of the processes before, and wait for them for half an hour (pytorch issue
-    135712), so that each start has names of its own. torchrun counts the starts of each machine by itself: for several machines
-    there is no such number.
+    The store survives a restart. A fast rank would find the addresses of the previous processes and wait for them for half an
+    hour (pytorch issue 135712), so each start gets its own prefix. torchrun counts starts per machine, so several machines have
+    no common number.
     """
     store, *_ = next(rendezvous("env://", rank, size))
     if size > local_size:
@@ -128,9 +128,11 @@ def _meeting_place(rank: int, size: int, local_size: int) -> Store:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `--device` names, for one of the processes of this machine."""
+    """Returns the device that `--device` names, for one process of this machine."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that this build of torch can use; see 'GPU' in README.md, or use --device cpu")
+        raise ValueError(
+            "--device cuda: this build of torch can use no GPU; use --device cpu, or see docs/getting-started.md for drivers"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

@@ -8,13 +8,12 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class EMA(AveragedModel):
-    """The average of a model's parameters and buffers over the steps: `average = decay * average + (1 - decay) * newest`.
+    """Averages a model's parameters and buffers over the steps: `average = decay * average + (1 - decay) * newest`.
 
-    Early on the decay is `(1 + n) / (10 + n)` after n updates where that is less, as in TensorFlow's
-    `ExponentialMovingAverage`, so that the first, bad weights are soon forgotten. Batch normalization's statistics are averaged
-    along with the weights; its counters are copied.
+    After n updates, the decay is at most `(1 + n) / (10 + n)`, as in TensorFlow's `ExponentialMovingAverage`, which soon
+    forgets the first weights. Batch normalization statistics are averaged too; its counters are copied.
 
-    Call it like the model. Make it after the model has been moved to its device.
+    Call it like the model. Create it after the model has moved to its device.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,19 +21,18 @@ class EMA(AveragedModel):
         super().__init__(model, use_buffers=True)
         self.decay = decay
         self.requires_grad_(False)
-        self._updates = 0  # `n_averaged` as a number, which it takes no look into a tensor to know
+        self._updates = 0  # the value of `n_averaged`, without reading a tensor
         self._tensors: tuple[nn.Module, _Pairs, _Pairs] | None = None
         self.register_load_state_dict_post_hook(_take_count)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the model's present weights into the average.
+        """Adds the model's current weights to the average.
 
-        Does what `AveragedModel` does, without its copies of the counter to the device, each of which would make the host wait
-        for a GPU: the counter stays on the CPU.
+        Unlike `AveragedModel`, this keeps the counter on the CPU. Each copy to a GPU would make the host wait.
 
         Args:
-            model: The same each time, its tensors too: they are looked up once, as that takes longer than the rest.
+            model: The same model each time, with the same tensors. They are looked up once, because the lookup takes longest.
         """
         if self._tensors is None or self._tensors[0] is not model:
             self._tensors = model, *_pair_tensors(self.module, model)
@@ -53,7 +51,7 @@ class _Pairs(NamedTuple):
 
 
 def _pair_tensors(average: nn.Module, model: nn.Module) -> tuple[_Pairs, _Pairs]:
-    """Parameters and buffers of both that are numbers to average, and those that are counters."""
+    """Pairs the parameters and buffers of both: those to average, and the counters."""
     floats, counters = _Pairs([], []), _Pairs([], [])
     averaged, newest = ([*side.parameters(), *side.buffers()] for side in (average, model))
     for pair in zip(averaged, newest, strict=True):
@@ -68,6 +66,6 @@ def _take_count(ema: nn.Module, incompatible_keys: Any) -> None:
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """The averaged model's own state dict, out of that of its `EMA`."""
+    """Returns the averaged model's state dict, given the state dict of its `EMA`."""
     prefix = "module."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

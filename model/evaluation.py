@@ -1,6 +1,6 @@
-"""Scores on the validation split: of the raw and of the averaged weights, in one pass."""
+"""Scores the raw and the averaged weights on the validation split, in one pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,23 +9,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model.distributed import World
-from pipelines.loader import Loader
 
-MOST_CONFUSED_CLASSES = 50  # more do not fit into a picture
+MOST_CONFUSED_CLASSES = 50  # more do not fit into an image
 MOST_MISTAKES = 16
-# Columns of `Evaluation.counts`.
+# The columns of `Evaluation.counts`.
 COUNTS = ("samples", "top1", "top5", "ema_top1", "ema_top5")
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """Samples with the highest loss among those that the averaged weights get wrong, the worst first.
+    """The misclassified samples with the highest loss of the averaged weights, in descending order.
 
     Attributes:
-        images: `(K, 3, H, W)` as the network saw them.
-        targets: `(K,)` int64, the truth.
-        predictions: `(K,)` int64, what the network said.
-        probabilities: `(K,)` float32, how sure it was.
+        images: `(K, 3, H, W)`, the network's input.
+        targets: `(K,)` int64 true classes.
+        predictions: `(K,)` int64 predicted classes.
+        probabilities: `(K,)` float32 probabilities of the predicted classes.
         losses: `(K,)` float32.
     """
 
@@ -38,14 +37,14 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over the validation split came to, over all ranks; on the CPU.
+    """Results of a pass over the validation split on all ranks, as CPU tensors.
 
     Attributes:
-        counts: `(num_classes, len(COUNTS))` float64: of each class, its samples, and how many of them were recognized.
+        counts: `(num_classes, len(COUNTS))` float64: the samples of each class, and how many were recognized.
         loss: Mean cross-entropy of the raw weights, without label smoothing.
-        confusion: `(num_classes, num_classes)` int64 of the averaged weights, a row a true class; None for more than
-            `MOST_CONFUSED_CLASSES`.
-        mistakes: The worst of all ranks, on rank 0; None on the others, and where there are none.
+        confusion: `(num_classes, num_classes)` int64 of the averaged weights, one row per true class. `None` above
+            `MOST_CONFUSED_CLASSES` classes.
+        mistakes: The worst mistakes of all ranks, on rank 0. `None` on the other ranks, and if there are none.
     """
 
     counts: Tensor
@@ -54,12 +53,12 @@ class Evaluation:
     mistakes: Mistakes | None
 
     def scores(self) -> dict[str, float]:
-        """`top1`, `top5`, `ema_top1`, `ema_top5` in percent, and `loss`."""
+        """Returns `top1`, `top5`, `ema_top1`, and `ema_top5` in percent, and `loss`."""
         samples, *hits = self.counts.sum(0).tolist()
         return {**{name: 100 * value / samples for name, value in zip(COUNTS[1:], hits, strict=True)}, "loss": self.loss}
 
     def of_classes(self, classes: Sequence[str] | None) -> list[dict[str, Any]]:
-        """The scores in percent of each class that has samples, with its name and their number."""
+        """Returns the scores in percent of each class that has samples, with its name and number of samples."""
         rows = []
         for number, (samples, *hits) in enumerate(self.counts.tolist()):
             if samples:
@@ -73,38 +72,38 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     ema: nn.Module,
-    loader: Loader,
+    batches: Iterable[Mapping[str, Any]],
     *,
     num_classes: int,
     world: World,
     autocast: Callable[[], torch.autocast],
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """One pass of the validation split, each rank over its share; the host waits for the device at the end only.
+    """Scores one pass over the validation split. The host waits for the device only at the end.
 
     Args:
-        model: Gives logits `(N, num_classes)`; is set to evaluation.
-        ema: The averaged weights, likewise.
-        loader: Of the validation split.
+        model: Returns logits `(N, num_classes)`. It is set to eval mode.
+        ema: The averaged model, used likewise.
+        batches: This rank's batches: "image" `(N, 3, H, W)` and "target" `(N,)` int64, on the device.
         num_classes: Length of the logits.
-        world: The ranks that share the split; statistics of batch normalization are taken from rank 0.
-        autocast: Makes the context for the forward pass.
-        is_interrupted: Asked at each batch whether to stop.
+        world: The ranks that share the split. Rank 0 provides the batch normalization statistics.
+        autocast: Creates the context of the forward pass.
+        is_interrupted: Called before each batch. The pass ends if it returns true.
 
     Returns:
-        None if it was interrupted.
+        The scores, or `None` if the pass was interrupted.
 
     Raises:
-        ValueError: There is not one usable sample.
+        ValueError: No sample can be used.
     """
     model.eval(), ema.eval()
-    world.take_from_main([*model.buffers(), *ema.buffers()])
+    world.broadcast([*model.buffers(), *ema.buffers()])
     counts = torch.zeros(num_classes, len(COUNTS), device=world.device, dtype=torch.float64)
     shape = (num_classes, num_classes) if num_classes <= MOST_CONFUSED_CLASSES else (0, 0)
     confusion = torch.zeros(shape, device=world.device, dtype=torch.float64)
     loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
     worst: Mistakes | None = None
-    for batch in loader:
+    for batch in batches:
         if is_interrupted():
             return None
         image, target = batch["image"], batch["target"]
@@ -119,7 +118,7 @@ def evaluate(
         worst = _worst(worst, image, target, ema_logits)
     world.sum(counts), world.sum(confusion), world.sum(loss_sum)
     if not (samples := counts[:, 0].sum().item()):
-        raise ValueError("not one validation sample can be used; `shards verify` says why")
+        raise ValueError("no validation sample can be used; `shards verify` says why")
     return Evaluation(
         counts.cpu(),
         loss_sum.item() / samples,
@@ -129,15 +128,15 @@ def evaluate(
 
 
 def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of `(N, num_classes)` logits have the target first, and which among the first five: two times `(N,)` bool."""
+    """Returns top-1 and top-5 hits of logits `(N, num_classes)`: two bool tensors `(N,)`."""
     found = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
     return found[:, 0], found.any(1)
 
 
 def _worst(before: Mistakes | None, image: Tensor, target: Tensor, logits: Tensor) -> Mistakes:
-    """The worst of those before and of this batch; what is right has a loss of minus infinity and comes last."""
+    """Returns the worst mistakes so far, with this batch. Correct samples get a loss of minus infinity and come last."""
     probabilities, predictions = logits.softmax(1).max(1)
-    losses = cross_entropy(logits, target, reduction="none").nan_to_num(nan=-torch.inf)  # else they would be the greatest
+    losses = cross_entropy(logits, target, reduction="none").nan_to_num(nan=-torch.inf)  # NaN would sort first
     losses = losses.masked_fill(predictions == target, -torch.inf)
     now = Mistakes(image, target, predictions, probabilities, losses)
     now = _select(now, losses.topk(min(MOST_MISTAKES, len(losses))).indices)
@@ -148,7 +147,7 @@ def _worst(before: Mistakes | None, image: Tensor, target: Tensor, logits: Tenso
 
 
 def _of_all_ranks(worst: Mistakes | None, world: World) -> Mistakes | None:
-    """The worst of all ranks, for rank 0: first each says how bad its own are, so that only those asked for go around."""
+    """Returns the worst mistakes of all ranks on rank 0. The ranks exchange losses first, and then only the images needed."""
     own = worst.losses[worst.losses > -torch.inf].tolist() if worst else []
     losses = sorted((loss for of_rank in world.gather(own) for loss in of_rank), reverse=True)[:MOST_MISTAKES]
     wanted = _select(worst, (worst.losses > -torch.inf) & (worst.losses >= losses[-1])) if worst and losses else None

@@ -1,23 +1,23 @@
 """GoogLeNet (Inception v1), "Going Deeper with Convolutions", Szegedy et al., arXiv 1409.4842.
 
-The variant is the one whose weights are published (batch normalization after every convolution, 3x3 instead of 5x5
-convolutions): names and shapes of its state dict are those of torchvision's `googlenet`. `docs/notebook.md` lists where it
-differs from the notebook it came from, and from the paper.
+This is the variant with published weights: batch normalization after every convolution, and 3x3 instead of 5x5 convolutions.
+Its state dict has the names and shapes of torchvision's `googlenet`. docs/notebook.md lists the differences from the original
+notebook and from the paper.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["AveragePool", "BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux", "Init", "googlenet"]
+__all__ = ["AveragePool", "BasicConv2d", "GoogLeNet", "GoogLeNetOutputs", "Inception", "InceptionAux"]
 
-Init = Literal["he", "torch", "truncated-normal"]
+LINEAR_STD = 0.01  # of linear layers' initial weights, which are at most two standard deviations from 0
 
 
 class GoogLeNetOutputs(NamedTuple):
-    """What the model returns in training mode with auxiliary heads: three `(N, num_classes)` float tensors of logits."""
+    """Logits of the three heads in training mode: float tensors `(N, num_classes)`."""
 
     logits: Tensor
     aux_logits2: Tensor
@@ -27,8 +27,8 @@ class GoogLeNetOutputs(NamedTuple):
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalization that does not count its batches, so `num_batches_tracked` stays as it was loaded.
 
-    Nothing here reads the counter: only an average over all batches (`momentum=None`) would. To increase it in each of 59
-    layers would add 59 kernels to a step that has about 700, for which a small batch has the GPU wait.
+    Only an average over all batches (`momentum=None`) would read the counter. Counting in 59 layers would add 59 kernels to the
+    700 of a step, and a small batch makes the GPU wait for launches.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,10 +53,9 @@ class BasicConv2d(nn.Module):
 
 
 class Inception(nn.Module):
-    """Four branches over the same input, concatenated: `(N, in_channels, H, W)` to `(N, C, H, W)`.
+    """Four concatenated branches: `(N, in_channels, H, W)` to `(N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W)`.
 
-    `C = ch1x1 + ch3x3 + ch5x5 + pool_proj`. The branch called 5x5 in the paper is a 3x3 convolution here, as in the
-    published weights; its parameters keep the paper's name.
+    The paper's 5x5 branch is a 3x3 convolution here, as in the published weights. Its parameters keep the paper's name.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class Inception(nn.Module):
 class AveragePool(nn.Module):
     """Adaptive average pooling, `(N, C, H, W)` to `(N, C, size, size)`.
 
-    As `nn.AdaptiveAvgPool2d`, whose backward pass on a GPU `torch.use_deterministic_algorithms` refuses. In that mode it is a
-    product with two matrices.
+    `torch.use_deterministic_algorithms` refuses the backward pass of `nn.AdaptiveAvgPool2d` on a GPU. In that mode, this layer
+    multiplies by two matrices instead.
     """
 
     def __init__(self, size: int) -> None:
@@ -99,7 +98,7 @@ class AveragePool(nn.Module):
         return torch.einsum("ph,nchw,qw->ncpq", rows, x, columns)
 
     def _averaging(self, length: int, like: Tensor) -> Tensor:
-        """`(size, length)`: each row averages the values from floor(i * length / size) to ceil((i + 1) * length / size)."""
+        """Returns `(size, length)`: row i averages values floor(i * length / size) to ceil((i + 1) * length / size)."""
         place, i = torch.arange(length, device=like.device), torch.arange(self.size, device=like.device)[:, None]
         start, end = i * length // self.size, ((i + 1) * length + self.size - 1) // self.size
         return ((place >= start) & (place < end)).to(like.dtype) / (end - start)
@@ -123,25 +122,17 @@ class InceptionAux(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Images `(N, 3, H, W)`, H and W at least 32, normalized with ImageNet's mean and std, to logits `(N, num_classes)`.
+    """The network: images `(N, 3, H, W)`, normalized with ImageNet's mean and std, to logits `(N, num_classes)`.
 
-    In training mode with `aux_logits` the result is a `GoogLeNetOutputs`, otherwise the logits alone. In training mode an
-    input of 32 pixels needs at least two images, because batch normalization sees feature maps of 1x1.
+    H and W are at least 32. In training mode with `aux_logits`, it returns `GoogLeNetOutputs`, otherwise the logits alone. In
+    training mode, images of 32 pixels need batches of two or more, because batch normalization sees 1x1 feature maps.
 
     Args:
         num_classes: Length of the logits.
         aux_logits: Build the two auxiliary heads, on inception 4a and 4d.
-        transform_input: Re-normalize the input from ImageNet's mean and std to the range that torchvision's published
-            weights (ported from TensorFlow) expect: mean 0.5, std 0.5.
-        dropout: Probability of dropping a feature before the last layer.
-        dropout_aux: The same inside the auxiliary heads; 0.7 in the paper.
-        init: Of the weights. "he": convolutions normal of std sqrt(2 / fan-out), arXiv 1502.01852, linear layers as in the last
-            one. "torch": as torch does it, uniform within 1 / sqrt(fan-in) of 0. "truncated-normal": normal of std `init_std`,
-            at most two of them from 0, as in torchvision's `googlenet`, which has 0.01. docs/recipes.md has a comparison.
-        init_std: Standard deviation of what `init` draws from a truncated normal: "he"'s linear layers too.
-
-    Raises:
-        ValueError: There is no such `init`.
+        transform_input: Renormalize the input to mean 0.5 and std 0.5, which torchvision's published weights expect.
+        dropout: Dropout probability before the last layer.
+        dropout_aux: Dropout probability in the auxiliary heads; 0.7 in the paper.
     """
 
     def __init__(
@@ -151,12 +142,8 @@ class GoogLeNet(nn.Module):
         transform_input: bool = False,
         dropout: float = 0.2,
         dropout_aux: float = 0.7,
-        init: Init = "he",
-        init_std: float = 0.01,
     ) -> None:
         super().__init__()
-        if init not in get_args(Init):
-            raise ValueError(f"init {init!r}: there are {', '.join(get_args(Init))}")
         self.aux_logits = aux_logits
         self.transform_input = transform_input
 
@@ -176,7 +163,7 @@ class GoogLeNet(nn.Module):
         self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
         self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
         self.inception4e = Inception(528, 256, 160, 320, 32, 128, 128)
-        # 3x3 in the paper, 2x2 in the published weights' network.
+        # The paper has 3x3; the network of the published weights has 2x2.
         self.maxpool4 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
 
         self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
@@ -189,8 +176,7 @@ class GoogLeNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(1024, num_classes)
 
-        if init != "torch":  # which initializes each layer as it is made
-            self._initialize_weights(init, init_std)
+        self._initialize_weights()
 
     def forward(self, x: Tensor) -> GoogLeNetOutputs | Tensor:
         if self.transform_input:
@@ -209,33 +195,20 @@ class GoogLeNet(nn.Module):
 
     @staticmethod
     def _renormalize(x: Tensor) -> Tensor:
-        """From `(value - mean) / std` with ImageNet's statistics to `(value - 0.5) / 0.5`, `value` being in [0, 1]."""
+        """Converts `(value - mean) / std` with ImageNet's statistics to `(value - 0.5) / 0.5`, for values in [0, 1]."""
         means, stds = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        # Filled on the device: a tensor made of a list is copied there, for which the host waits at each step.
+        # These are filled on the device. A tensor made from a list would be copied there, and the host would wait at each step.
         scale, shift = (
             torch.cat([x.new_full((1, 1, 1, 1), value) for value in values], dim=1)
             for values in ([std / 0.5 for std in stds], [(mean - 0.5) / 0.5 for mean in means])
         )
         return x * scale + shift
 
-    def _initialize_weights(self, init: Init, std: float) -> None:
+    def _initialize_weights(self) -> None:
+        """Draws convolutions as He et al. (arXiv 1502.01852) and linear layers as torchvision's `googlenet`."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and init == "he":
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            if isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=LINEAR_STD, a=-2 * LINEAR_STD, b=2 * LINEAR_STD)
                 nn.init.zeros_(module.bias)
-
-
-def googlenet(
-    num_classes: int = 1000,
-    aux_logits: bool = True,
-    transform_input: bool = False,
-    dropout: float = 0.2,
-    dropout_aux: float = 0.7,
-    init: Init = "he",
-    init_std: float = 0.01,
-) -> GoogLeNet:
-    """A freshly initialized `GoogLeNet`; see there for the arguments."""
-    return GoogLeNet(num_classes, aux_logits, transform_input, dropout, dropout_aux, init, init_std)

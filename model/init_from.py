@@ -1,4 +1,4 @@
-"""Initial weights from a file: fine-tuning."""
+"""Initial weights from a file, for fine-tuning."""
 
 import logging
 from collections.abc import Iterable
@@ -16,19 +16,19 @@ log = logging.getLogger("train")
 
 AUXILIARY = ("aux1", "aux2")
 LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")
-NAMED = 8  # how many names an error lists
+NAMED = 8  # tensors that an error lists
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to begin with: a checkpoint's average, or a bare state dict such as torchvision publishes.
+    """Initial weights: the average of a checkpoint, or a bare state dict as torchvision publishes it.
 
     Attributes:
         path: The file.
-        state: Names and tensors.
-        classes: Class names by number, where they are known.
-        transform_input: Whether they expect the network to scale its input, see `GoogLeNet`.
-        is_partial: Take what fits and leave the rest, in place of refusing it.
+        state: State dict.
+        classes: Class names by number, if they are known.
+        transform_input: Whether the network must scale its input, see `GoogLeNet`.
+        is_partial: Whether tensors that do not fit are skipped instead of refused.
     """
 
     path: Path
@@ -38,16 +38,17 @@ class InitialWeights:
     is_partial: bool
 
     def __call__(self, model: nn.Module, classes: tuple[str, ...] | None) -> None:
-        """Sets a model's weights.
+        """Loads the weights into a model.
 
-        The last layers for other classes, in number or by name, begin anew; auxiliary heads that only one side has are let be.
+        If the classes differ in number or name, the last layers keep their random weights. Auxiliary heads that only one side
+        has are ignored.
 
         Args:
             model: The network.
-            classes: Names of the classes that it is to tell apart, where they are known.
+            classes: Names of its classes, if they are known.
 
         Raises:
-            ValueError: Other tensors do not match, and `is_partial` is not set; lists them.
+            ValueError: Other tensors do not match, and `is_partial` is not set.
         """
         wanted = model.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
@@ -65,14 +66,14 @@ class InitialWeights:
             *(f"{name} is missing" for name in wanted if name not in shapes and name not in auxiliary),
             *(f"{name} is not one of the network's" for name in shapes if name not in wanted and name not in auxiliary),
             *(
-                f"{name} is {'x'.join(map(str, shapes[name]))} in place of {'x'.join(map(str, wanted[name].shape))}"
+                f"{name} is {'x'.join(map(str, shapes[name]))} instead of {'x'.join(map(str, wanted[name].shape))}"
                 for name in wanted
                 if name in shapes and name not in other_head and shapes[name] != tuple(wanted[name].shape)
             ),
         ]
         listed = "; ".join(mismatches[:NAMED]) + (f"; and {len(mismatches) - NAMED} more" if len(mismatches) > NAMED else "")
         if mismatches and not self.is_partial:
-            raise ValueError(f"--init-from {self.path} does not fit: {listed}; --init-from-partial takes what does")
+            raise ValueError(f"--init-from {self.path} does not fit: {listed}; --init-from-partial loads what fits")
         taken = {
             name: tensor
             for name, tensor in self.state.items()
@@ -81,20 +82,18 @@ class InitialWeights:
         if not taken:
             raise ValueError(f"--init-from {self.path}: nothing in it fits the network")
         model.load_state_dict(taken, strict=False)
-        log.info("%d of %d tensors are from %s", len(taken), len(wanted), self.path)
+        log.info("loaded %d of %d tensors from %s", len(taken), len(wanted), self.path)
         if mismatches:
-            log.warning("not taken from %s: %s", self.path, listed)
+            log.warning("not loaded from %s: %s", self.path, listed)
         for before, now in {*others.values()}:
-            why = (
-                f"it has {before} classes and these data {now}" if before != now else "its classes are not those of these data"
-            )
-            log.info("%s: the last layers begin anew (%s)", why, ", ".join(others))
+            why = f"the file has {before} classes, and the data {now}" if before != now else "the classes have other names"
+            log.info("%s: the last layers are reset: %s", why, ", ".join(others))
         if missing := [head for head in AUXILIARY if head in one_sided and _has(wanted, head)]:
-            log.info("auxiliary heads that it has not begin anew: %s", ", ".join(missing))
+            log.info("the file lacks auxiliary heads; they are reset: %s", ", ".join(missing))
 
 
 def _are_for_classes(shapes: dict[str, tuple[int, ...]], wanted: dict[str, Tensor], layer: str) -> bool:
-    """Whether both have the linear layer, the same but perhaps for the length of what it gives."""
+    """Returns whether both sides have this linear layer with the same input size."""
     weight, bias = f"{layer}.weight", f"{layer}.bias"
     if not {weight, bias} <= {*shapes} & {*wanted} or len(shapes[weight]) != 2:
         return False
@@ -106,12 +105,14 @@ def _has(names: Iterable[str], head: str) -> bool:
     return any(name.startswith(f"{head}.") for name in names)
 
 
-def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
-    """Reads the file of `--init-from`.
+def read_initial_weights(path: Path | None, *, is_partial: bool) -> InitialWeights | None:
+    """Reads the file of `--init-from`, if any.
 
     Raises:
-        ValueError: It holds no weights.
+        ValueError: The file holds no weights.
     """
+    if path is None:
+        return None
     if not path.is_file():
         raise ValueError(f"--init-from {path}: no such file")
     content = _read(path)
@@ -121,12 +122,12 @@ def read_initial_weights(path: Path, *, is_partial: bool) -> InitialWeights:
         return InitialWeights(path, averaged_weights(content["ema"]), classes, transform_input, is_partial)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise ValueError(f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors")
-    # torchvision's weights were ported from TensorFlow, whose input lies between -1 and 1: `googlenet(weights=...)` sets this.
+    # torchvision ported its weights from TensorFlow, where inputs lie between -1 and 1. Its `googlenet(weights=...)` sets this.
     return InitialWeights(path, content, None, True, is_partial)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint, or a state dict in the older of torch's formats, which has no checksums."""
+    """Reads a checkpoint, or a state dict in torch's older format, which has no checksums."""
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip:
@@ -137,5 +138,5 @@ def _read(path: Path) -> dict[str, Any]:
         what, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"--init-from {path}: cannot be read ({what})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--init-from {path}: holds a {type(content).__name__} in place of a state dict")
+        raise ValueError(f"--init-from {path}: holds a {type(content).__name__} instead of a state dict")
     return content

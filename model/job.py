@@ -1,4 +1,4 @@
-"""Everything that changes while training, and the step that changes it."""
+"""Everything that changes during training: the network, its average, the optimizer, and the counters."""
 
 import os
 from collections.abc import Callable
@@ -8,35 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
+from model.config import StepConfig
 from model.distributed import World
 from model.ema import EMA
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
 from model.init_from import InitialWeights
-from model.loss import googlenet_loss
 from model.optim import build_optimizer, build_scheduler
-from pipelines.loader import MEAN, STD, resize_shorter_for
-from tools.run.config import Config
 
-# What `Job.sums` adds up over the steps since the last log line, and `NUM_STEPS` of them.
+# `Job.sums` adds these up over the steps since the last log line.
 HEADS = ("loss", "main_loss", "aux2_loss", "aux1_loss")
 SUMS = (*HEADS, "gradient_norm", "num_steps")
+
+# A checkpoint holds these attributes of a job: the first by their state dicts, the second by value.
+STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
+NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores", "seconds", "steps_per_epoch")
 
 
 @dataclass
 class Job:
-    """Everything that changes while training.
+    """Everything that changes during training. `train_step` in train.py changes it.
 
     Attributes:
-        forward: The model as training calls it: compiled, distributed, or neither. Its weights are those of `model`.
-        micro_step: Batches whose gradients the next step has so far.
-        sums: `(len(SUMS),)` float32 on the device: of this rank's steps since the last log line, those skipped left out.
-        parts: `(len(HEADS),)` float32 on the device: the losses of the step that is being made.
-        skipped: `(2,)` float32 on the device: steps skipped for gradients that are not finite, in all and in a row up to now.
+        forward: The model as training calls it: plain, compiled, or distributed. It shares the weights of `model`.
+        classes: Class names by number, if they are known.
+        num_classes: Length of the logits.
+        preprocessing: Image sizes and normalization, which a checkpoint keeps for prediction.
+        sums: `(len(SUMS),)` float32 on the device: sums over this rank's steps since the last log line, without skipped steps.
+        parts: `(len(HEADS),)` float32 on the device: the losses of the current step.
+        skipped: `(2,)` float32 on the device: steps skipped for non-finite gradients, in total and in a row.
+        epoch: The current epoch, from 1.
+        step: Completed optimizer steps.
+        micro_step: Batches accumulated for the next step.
+        best: The best top-1 score so far, in percent.
+        validated: Epochs that have been validated.
+        scores: Scores of the last validation.
+        seconds: Duration of the run up to its last checkpoint.
     """
 
-    config: Config
+    config: StepConfig
     world: World
     model: nn.Module
     forward: Callable[[Tensor], Any]
@@ -49,6 +59,7 @@ class Job:
     num_classes: int
     steps_per_epoch: int
     transform_input: bool
+    preprocessing: dict[str, Any]
     sums: Tensor
     parts: Tensor
     skipped: Tensor
@@ -56,13 +67,13 @@ class Job:
     step: int = 0
     micro_step: int = 0
     best: float = 0.0
-    validated: int = 0  # epochs
-    scores: dict[str, float] = field(default_factory=dict)  # of the last of them
-    seconds: float = 0.0  # since the run began, as of its last saved state
+    validated: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # As integers: see `restore_statistics`.
+        # Integer views: see `restore_statistics`.
         self._statistics = [buffer.view(torch.int32) for buffer in self.model.buffers() if buffer.is_floating_point()]
         self._statistics_before = [torch.empty_like(buffer) for buffer in self._statistics]
 
@@ -75,78 +86,89 @@ class Job:
         return float(self.scheduler.get_last_lr()[0])
 
     @property
-    def arithmetic(self) -> str:
-        """Its dtype, for people."""
+    def precision(self) -> str:
+        """The dtype of the arithmetic, for log lines."""
         return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def keep_statistics(self) -> None:
-        """Notes the statistics of batch normalization as they are before a step."""
+        """Copies the batch normalization statistics before a step."""
         torch._foreach_copy_(self._statistics_before, self._statistics)
 
     def restore_statistics(self, skip: Tensor) -> None:
-        """Goes back to the statistics noted if `skip`, a float scalar on the device, is 1; nothing happens if it is 0.
+        """Restores the copied statistics if `skip`, a float scalar on the device, is 1; changes nothing if it is 0.
 
-        They may be infinite or no numbers now, which multiplied by 0 would stay so: hence the arithmetic on their bits.
+        The current statistics may be infinite or NaN, and multiplying those by 0 gives NaN. Hence the integer arithmetic on
+        their bits.
         """
         chosen = skip.to(torch.int32)
         torch._foreach_mul_(self._statistics, 1 - chosen)
         torch._foreach_mul_(self._statistics_before, chosen)
         torch._foreach_add_(self._statistics, self._statistics_before)
 
+    def count_step(self, norm: Tensor, skip: Tensor) -> None:
+        """Counts a completed step.
+
+        Args:
+            norm: The norm of the gradients, a scalar on the device.
+            skip: 1 if the step was skipped, otherwise 0; a float scalar on the device.
+        """
+        values = torch.cat([self.parts, torch.stack([norm, torch.ones_like(norm)])])
+        self.sums += torch.where(skip > 0, 0.0, values)
+        self.skipped[0] += skip
+        self.skipped[1] = (self.skipped[1] + 1) * skip
+        self.parts.zero_()
+        self.micro_step = 0
+        self.step += 1
+
     def state_dict(self) -> dict[str, Any]:
-        """What is the same on all ranks, or taken from rank 0; `rank_state` has the rest. Refers to the job's own tensors."""
+        """Returns the state that all ranks share. It refers to the job's own tensors. `rank_state` has the rest."""
         return {
             **{name: getattr(self, name).state_dict() for name in STATEFUL},
             **{name: getattr(self, name) for name in NUMBERS},
             "autocast_dtype": str(self.autocast_dtype),
-            "global_batch_size": global_batch_size(self.config, self.world),
+            "global_batch_size": self.config.global_batch_size(self.world.size),
             "architecture": {
                 "num_classes": self.num_classes,
                 "aux_logits": self.config.model.aux_logits,
                 "transform_input": self.transform_input,
             },
-            "preprocessing": {
-                "image_size": self.config.image_size,
-                "resize_shorter": resize_shorter_for(self.config.image_size),
-                "mean": MEAN,
-                "std": STD,
-            },
+            "preprocessing": self.preprocessing,
         }
 
     def rank_state(self) -> dict[str, Any]:
-        """What each rank has of its own, small and on the CPU; the host waits for the device here."""
+        """Returns the state of this rank alone, on the CPU. The host waits for the device here."""
         rng = {"cpu": torch.get_rng_state(), "cuda": None}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"rng": rng, "sums": self.sums.cpu(), "skipped": self.skipped.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
-        """Goes on from a state.
+        """Restores a state.
 
         Raises:
-            ValueError: It is of other arithmetic, or of steps on another number of images.
+            ValueError: The precision or the number of images per step differs.
         """
         if state["autocast_dtype"] != str(self.autocast_dtype):
             raise ValueError(
-                f"--resume auto: the run was begun with arithmetic in {state['autocast_dtype']}, and on this device it would "
-                f"be in {self.autocast_dtype}; --precision sets it"
+                f"--resume auto: the run was started in {state['autocast_dtype']}, and on this device it would be in "
+                f"{self.autocast_dtype}; set --precision"
             )
-        images = global_batch_size(self.config, self.world)
+        images = self.config.global_batch_size(self.world.size)
         if state["global_batch_size"] != images:
             raise ValueError(
-                f"--resume auto: the run was begun with {state['global_batch_size']} images a step, and now there are "
+                f"--resume auto: the run was started with {state['global_batch_size']} images a step, and now there are "
                 f"{images}; (processes) x --batch-size x --accumulate-steps has to stay the same"
             )
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
             setattr(self, name, state[name])
-        self.transform_input = state["architecture"]["transform_input"]  # --init-from, which decided it, is not read again
+        self.transform_input = state["architecture"]["transform_input"]  # a resumed run does not read --init-from again
         for network in (self.model, self.ema.module):
-            setattr(network, "transform_input", self.transform_input)  # noqa: B010  (mypy knows no such attribute)
+            setattr(network, "transform_input", self.transform_input)  # noqa: B010  (mypy does not know the attribute)
         self.sums.copy_(rank_state["sums"])
         self.skipped.copy_(rank_state["skipped"])
         torch.set_rng_state(rank_state["rng"]["cpu"])
@@ -154,12 +176,8 @@ class Job:
             torch.cuda.set_rng_state(rank_state["rng"]["cuda"], self.device)
 
 
-STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
-NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores", "seconds", "steps_per_epoch")
-
-
 def build_job(
-    config: Config,
+    config: StepConfig,
     world: World,
     *,
     num_classes: int,
@@ -167,45 +185,35 @@ def build_job(
     autocast_dtype: torch.dtype | None,
     steps_per_epoch: int,
     initial: InitialWeights | None = None,
+    preprocessing: dict[str, Any] | None = None,
 ) -> Job:
-    """A fresh model with all that trains it.
+    """Builds a fresh model with everything that trains it.
 
     Args:
-        config: All settings.
+        config: Settings of the step, with a batch size.
         world: This process and the others.
         num_classes: Length of the logits.
-        classes: Their names, where they are known.
-        autocast_dtype: Of mixed precision, or None.
-        steps_per_epoch: Updates of the weights, for the learning rate's schedule.
-        initial: Weights to begin with in place of random ones.
+        classes: Class names by number, if they are known.
+        autocast_dtype: Dtype of mixed precision, or `None` for float32.
+        steps_per_epoch: Optimizer steps per epoch, for the learning rate schedule.
+        initial: Initial weights, or `None` for random ones.
+        preprocessing: Image sizes and normalization for the checkpoints.
 
     Raises:
-        ValueError: A setting that this device does not have, or initial weights that do not fit.
+        ValueError: The device does not support a setting, or the initial weights do not fit.
     """
-    assert config.batch_size, "a batch size has to be chosen first"
+    assert config.batch_size, "choose a batch size first"
     device = world.device
     _choose_kernels(config)
-    torch.manual_seed(config.seed)  # the same weights on all ranks
     transform_input = config.model.transform_input
     if transform_input is None:
         transform_input = initial is not None and initial.transform_input
-    settings = config.model
-    model: nn.Module = googlenet(
-        num_classes,
-        settings.aux_logits,
-        transform_input,
-        settings.dropout,
-        init=settings.init,
-        init_std=settings.init_std,
-    )
+    torch.manual_seed(config.seed)  # the same weights on all ranks
+    network = GoogLeNet(num_classes, config.model.aux_logits, transform_input, config.model.dropout)
     if initial is not None:
-        initial(model, classes)
-    if config.sync_batchnorm:
-        if device.type != "cuda":
-            raise ValueError("--sync-batchnorm: torch has it for GPUs only")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim, global_batch_size(config, world))
+        initial(network, classes)
+    model = _place(network, config, device)
+    optimizer = build_optimizer(model, config.optim, config.global_batch_size(world.size))
     job = Job(
         config=config,
         world=world,
@@ -220,6 +228,7 @@ def build_job(
         num_classes=num_classes,
         steps_per_epoch=steps_per_epoch,
         transform_input=transform_input,
+        preprocessing=preprocessing or {},
         sums=torch.zeros(len(SUMS), device=device),
         parts=torch.zeros(len(HEADS), device=device),
         skipped=torch.zeros(2, device=device),
@@ -228,24 +237,33 @@ def build_job(
     return job
 
 
-def _choose_kernels(config: Config) -> None:
-    """Has torch refuse kernels that do not give the same result each time, where that is asked for."""
+def _place(model: nn.Module, config: StepConfig, device: torch.device) -> nn.Module:
+    """Moves a model to the device, channels last, with synchronized batch normalization if the settings ask for it."""
+    if config.sync_batchnorm:
+        if device.type != "cuda":
+            raise ValueError("--sync-batchnorm: torch has it for GPUs only")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _choose_kernels(config: StepConfig) -> None:
+    """Makes torch refuse nondeterministic kernels with --deterministic."""
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-        # It would fill each new tensor, which takes a kernel and decides nothing here.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on first use
+        # Filling each new tensor would take a kernel, and no result depends on it here.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class _WholeBatches(nn.Module):
-    """Runs whole batches through a compiled network, and smaller ones through the network as it is.
+    """Runs whole batches through a compiled network, and smaller ones through the network itself.
 
-    A batch is smaller where bad samples were left out. For each new size torch would compile the network once more in the
-    middle of the run, and after eight sizes it would give up compiling.
+    A batch is smaller if bad samples were left out. torch would compile the network again for each new size in the middle of
+    the run, and give up after eight sizes.
 
     Args:
         model: The network.
-        mode: Of torch.compile.
+        mode: Mode of torch.compile.
         batch_size: Images in a whole batch.
     """
 
@@ -259,83 +277,13 @@ class _WholeBatches(nn.Module):
 
 
 def _wrap(job: Job) -> None:
-    """Compiles what training calls, and joins it with the other ranks."""
+    """Compiles the forward pass and joins it with the other ranks."""
     config, world = job.config, job.world
     if config.compile != "no":
         job.forward = _WholeBatches(job.model, config.compile, config.batch_size)
     if world.size > 1:
-        # Buffers go out from rank 0 at each step, so that its statistics, which are the ones saved, are everyone's.
+        # Rank 0 broadcasts its buffers at each step, so the statistics that it saves are everyone's.
         job.forward = DistributedDataParallel(
             job.forward, device_ids=[job.device] if job.device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-        torch.manual_seed(config.seed + world.rank)  # other dropout on each rank
-
-
-def global_batch_size(config: Config, world: World) -> int:
-    """Images that make one step."""
-    return config.batch_size * config.accumulate_steps * world.size
-
-
-def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
-    """Forward and backward for one batch, and the update where it completes the step; the host waits for nothing.
-
-    Gradients that are not finite make the step one that leaves weights, momentum and statistics as they are. The
-    schedule goes on, and the average moves on towards these weights.
-
-    Args:
-        job: Is changed.
-        image: `(N, 3, H, W)` on the device, normalized.
-        target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 probabilities.
-
-    Returns:
-        Whether the step is complete.
-    """
-    config, count = job.config, job.config.accumulate_steps
-    # cuDNN tries its kernels out once for each shape, which takes longer than a few smaller batches gain by it.
-    torch.backends.cudnn.benchmark = len(image) == config.batch_size and not config.deterministic
-    if job.micro_step == 0:
-        job.keep_statistics()
-    job.micro_step += 1
-    is_last = job.micro_step == count
-    if isinstance(job.forward, DistributedDataParallel):
-        job.forward.require_backward_grad_sync = is_last  # as in its `no_sync`; gradients are summed over ranks once a step
-    with job.autocast(), record_function("forward"):
-        losses = googlenet_loss(
-            job.forward(image), target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight
-        )
-    with record_function("backward"):
-        job.scaler.scale(losses.total / count).backward()
-    job.parts += torch.stack([torch.zeros_like(losses.total) if part is None else part.detach() for part in losses]) / count
-    if is_last:
-        with record_function("update"):
-            _update(job)
-    return is_last
-
-
-def _update(job: Job) -> None:
-    """Moves the weights along the gradients, the average along the weights, the schedule by one."""
-    job.scaler.unscale_(job.optimizer)
-    gradients = [parameter.grad for parameter in job.parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    skip = 1 - norm.isfinite().float()
-    if job.config.grad_clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(job.parameters, job.config.grad_clip, norm)
-    job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as `scaler.step` does: fused kernels leave all as it is
-    job.optimizer.step()
-    job.scaler.update()
-    job.optimizer.zero_grad()
-    job.scheduler.step()
-    job.restore_statistics(skip)
-    job.ema.update_parameters(job.model)
-    values = torch.cat([job.parts, torch.stack([norm, torch.ones_like(norm)])])
-    job.sums += torch.where(skip > 0, 0.0, values)
-    _count_skipped(job.skipped, skip)
-    job.parts.zero_()
-    job.micro_step = 0
-    job.step += 1
-
-
-def _count_skipped(counts: Tensor, skip: Tensor) -> None:
-    """In all, in a row."""
-    counts[0] += skip
-    counts[1] = (counts[1] + 1) * skip
+        torch.manual_seed(config.seed + world.rank)  # different dropout on each rank

@@ -1,4 +1,4 @@
-"""A trained network out of a checkpoint."""
+"""Loads a trained network from a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from model.ema import averaged_weights
-from model.googlenet import GoogLeNet, googlenet
+from model.googlenet import GoogLeNet
 
 Weights = Literal["ema", "raw"]
 
@@ -18,13 +18,13 @@ WAY_OUT = "name a best.pt or last.pt that train.py wrote"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input, in training's validation and ever after.
+    """How an image becomes the network's input, in validation and afterwards.
 
     Attributes:
-        image_size: Side of the square that the network sees, pixels.
-        resize_shorter: To what the image's shorter side is resized before that square is cut from the centre, pixels.
-        mean: Of the channels red, green and blue, values in [0, 1]; subtracted.
-        std: The same; divided by.
+        image_size: Side of the center crop, in pixels.
+        resize_shorter: Length to which the shorter side is resized before the crop, in pixels.
+        mean: Mean of the red, green, and blue values in [0, 1]; it is subtracted.
+        std: Standard deviation of these values; they are divided by it.
     """
 
     image_size: int
@@ -34,18 +34,18 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network that has been trained, and what is to be known about it.
+class TrainedModel:
+    """A trained network and its description.
 
     Attributes:
         path: The checkpoint.
-        weights: Which of the checkpoint's: averaged over the steps ("ema"), or those of the last step ("raw").
-        model: In eval mode.
+        weights: "ema" for the averaged weights, "raw" for those of the last step.
+        model: The network in eval mode.
         num_classes: Length of its logits.
-        classes: Class names by number; None where the training data had none.
-        preprocessing: What its input is made by.
-        epoch: In which the checkpoint was written, from 1.
-        step: After how many steps.
+        classes: Class names by number, or `None` if the training data had none.
+        preprocessing: How images become its input.
+        epoch: Epoch of the checkpoint, from 1.
+        step: Optimizer steps before the checkpoint.
     """
 
     path: Path
@@ -58,32 +58,41 @@ class Trained:
     step: int
 
     def class_name(self, number: int) -> str | None:
-        """The name of a class, where it has one."""
+        """Returns the name of a class, if it has one."""
         return self.classes[number] if self.classes and number < len(self.classes) else None
 
 
-def load_trained(path: Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> Trained:
-    """The network that a checkpoint holds.
+def load_model(path: Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> TrainedModel:
+    """Loads the network of a checkpoint.
 
     Raises:
-        ValueError: There is no such file, or it is no checkpoint, or damaged; says what to do.
+        ValueError: The file does not exist, is damaged, or is not a checkpoint.
     """
+    return _build(path, _read(path), weights, device)
+
+
+def load_both(path: Path, device: torch.device | str = "cpu") -> tuple[TrainedModel, TrainedModel]:
+    """Loads the raw and the averaged network of a checkpoint; otherwise as `load_model`."""
     state = _read(path)
+    return _build(path, state, "raw", device), _build(path, state, "ema", device)
+
+
+def _build(path: Path, state: dict[str, Any], weights: Weights, device: torch.device | str) -> TrainedModel:
     missing = [name for name in NEEDED if name not in state]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {', '.join(missing)}; {WAY_OUT}")
     architecture, preprocessing = state["architecture"], state["preprocessing"]
     try:
-        # What is made on "meta" has no values yet: initial ones would cost time, and draws of torch's random numbers.
+        # Parameters on "meta" have no values, so drawing initial ones takes no time and no random numbers.
         with torch.device("meta"):
-            model = googlenet(
+            model = GoogLeNet(
                 architecture["num_classes"],
                 aux_logits=architecture["aux_logits"],
                 transform_input=architecture["transform_input"],
             )
         tensors = state["model"] if weights == "raw" else averaged_weights(state["ema"])
         model.load_state_dict(tensors, assign=True)
-        return Trained(
+        return TrainedModel(
             path=path,
             weights=weights,
             model=model.to(device).eval(),

@@ -10,7 +10,7 @@ from model.googlenet import GoogLeNetOutputs
 
 
 class Losses(NamedTuple):
-    """Scalars, means over the batch: what is minimized, and the cross-entropy of each head that there is."""
+    """Scalar means over the batch: the training loss, and the cross-entropy of each head."""
 
     total: Tensor
     main: Tensor
@@ -19,18 +19,18 @@ class Losses(NamedTuple):
 
 
 def googlenet_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, *, label_smoothing: float, aux_weight: float) -> Losses:
-    """Cross-entropy of the main head plus that of each auxiliary head by weight ("Going Deeper with Convolutions", section 5).
+    """Computes the weighted cross-entropy of all heads ("Going Deeper with Convolutions", section 5).
 
     Args:
-        outputs: What the model returned: logits `(N, num_classes)`, or those of three heads.
-        target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 probabilities of the classes.
-        label_smoothing: Part of the target's probability that is spread over all classes.
+        outputs: Output of the model: logits `(N, num_classes)`, or the logits of three heads.
+        target: `(N,)` int64 class numbers, or `(N, num_classes)` float32 class probabilities.
+        label_smoothing: Share of the target probability that is spread over all classes.
         aux_weight: Weight of each auxiliary head; 0.3 in the paper.
     """
     if isinstance(outputs, Tensor):
         loss = cross_entropy(outputs, target, label_smoothing=label_smoothing)
         return Losses(loss, loss)
-    # All heads at once: one after the other they would be three times as many small kernels.
+    # All heads are computed at once. One after the other they would launch three times as many small kernels.
     targets = torch.cat([target] * len(outputs))
     losses = cross_entropy(torch.cat(outputs), targets, reduction="none", label_smoothing=label_smoothing)
     main, aux2, aux1 = losses.view(len(outputs), -1).mean(1).unbind()

@@ -1,1 +1,1 @@
-"""From bytes on storage to a batch on the device. Begin with `build.py`: `build_loader(config, split, ...)`."""
+"""Turns bytes on storage into batches on the device. Start at `build.py`: `build_loader(config, spec)`."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the folder for what can be found out again."""
+"""Writes files atomically, and locates the user's cache folder."""
 
 import os
 import uuid
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a file: a temporary file beside it, flushed to the disk, then renamed."""
+    """Writes a file atomically: writes a temporary file beside it, flushes it to disk and renames it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -24,10 +24,10 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def user_cache(kind: str, name: str) -> Path:
-    """The path of a file in the user's cache folder, the folder made.
+    """Returns the path of a file in the user's cache folder, after creating the folder.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be created.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "googlenet-dali" / kind
     folder.mkdir(parents=True, exist_ok=True)

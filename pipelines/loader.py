@@ -1,14 +1,15 @@
-"""What every loader is: the old prefetcher's interface, iteration, and a position that can be saved."""
+"""The interface of all loaders: the old prefetcher's methods, iteration, and a position that can be saved."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a tool's --help needs none of it
+if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from torch import Tensor
 
-# Mean and standard deviation of ImageNet's RGB channels, values in [0, 1]; what published weights were trained with.
+    from pipelines.shards.deal import Deal
+
+# Mean and standard deviation of ImageNet's RGB channels, in [0, 1]. Published weights were trained with these values.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -27,52 +28,66 @@ class Batch(TypedDict):
 class Loader(ABC):
     """Batches of one split, epoch after epoch, for one rank.
 
-    Either `next()` until it gives None, then `reset()`; or `for batch in loader`, one epoch each time. `len()` is the
-    number of batches in this rank's epoch. A batch stays valid as long as it is referenced.
+    Either call `next()` until it returns None, then `reset()`; or use `for batch in loader`, which runs one epoch. `len()` is
+    the number of batches in this rank's epoch. A batch stays valid as long as it is referenced.
 
-    What an epoch gives is a function of the seed, the epoch's number, the rank and the number of ranks: of nothing that
-    happened before. In training the samples of a global batch, which all ranks have together, do not depend on how many ranks
-    share it.
+    The batches of an epoch depend only on the seed, the epoch, the rank and the world size. In training, the samples of a
+    global batch (the batches of all ranks together) do not depend on the world size.
+
+    Args:
+        deal: This rank's share of the samples.
+        settings: Settings that the batches depend on. Saved with each position, and compared when one is loaded.
     """
+
+    def __init__(self, deal: "Deal", settings: dict[str, int | str]) -> None:
+        self._deal, self._settings = deal, settings
+        self._epoch = self._batch = self._offset = 0
+        self._is_fresh = True  # no batch has been delivered since the epoch began or a position was loaded
 
     @property
     def num_bad_samples(self) -> int:
-        """Samples that are left out because they cannot be used."""
+        """Number of samples left out because they cannot be used."""
         return 0
+
+    def __len__(self) -> int:
+        return self._deal.num_batches(self._offset)
 
     @abstractmethod
     def next(self) -> Batch | None:
-        """The next batch, or None at the end of the epoch and until `reset()`."""
+        """Returns the next batch, or None from the end of the epoch until `reset()`."""
 
-    @abstractmethod
     def reset(self) -> None:
-        """Begins the next epoch; nothing happens where one has just begun, or where a position has just been loaded."""
+        """Begins the next epoch. Does nothing if an epoch has just begun or a position has just been loaded."""
+        if not self._is_fresh:
+            self._go_to(self._deal.following_epoch(self._epoch), 0, 0)
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch given: numbers and texts, some hundred bytes.
+        """Returns the position after the last delivered batch: numbers and texts, some hundred bytes.
 
-        After the last batch of an epoch it is the beginning of the next.
+        After the last batch of an epoch this is the beginning of the next epoch.
         """
+        return {"settings": self._settings, **self._deal.state(self._epoch, self._batch, self._offset)}
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; what follows is bit for bit what followed it there.
+        """Goes to a saved position. The batches that follow equal, bit for bit, those that followed when it was saved.
 
-        A state of training can be loaded by any number of ranks with any batch size, and that of any rank will do: each
-        sample that is left comes once. If the global batch size is the same, the global batches are, too. In the middle of an
-        epoch of validation the number of ranks and the batch size have to be the same, and the state that of the same rank.
+        A training position can be loaded with another world size and batch size, and any rank's position will do. Each
+        remaining sample then comes exactly once. If the global batch size stays the same, the global batches do too. A
+        position within a validation epoch needs the same rank, world size and batch size.
 
         Raises:
-            ValueError: The state is of other data, another seed or other settings; names them, old and new.
+            ValueError: The position belongs to other data, another seed or other settings. Names the old and the new value.
         """
+        check_state(state, self._settings, is_elastic=self._deal.train)
+        self._go_to(*self._deal.position(state["epoch"], state["place"]))
 
     @abstractmethod
     def close(self) -> None:
         """Releases threads, files and memory. The loader cannot be used afterwards."""
+
+    def _go_to(self, epoch: int, batch: int, offset: int) -> None:
+        """Moves to a position; `offset` as for `Deal.num_batches`."""
+        self._epoch, self._batch, self._offset, self._is_fresh = epoch, batch, offset, True
 
     def __iter__(self) -> Iterator[Batch]:
         self.reset()
@@ -82,54 +97,53 @@ class Loader(ABC):
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
-# What has to be the same only where a state is loaded in the middle of an epoch of validation.
+# Settings that may differ, unless a position lies within a validation epoch.
 ELASTIC = ("number of ranks", "rank", "batch size")
 
 
 def check_state(state: Mapping[str, Any], settings: Mapping[str, int | str], *, is_elastic: bool) -> None:
-    """Compares the settings under which a loader's state was saved with those of the loader that is to load it.
+    """Compares the settings of a saved position with those of the loader that loads it.
 
     Args:
-        state: What was saved.
-        settings: Of the loader.
-        is_elastic: Whether another number of ranks, with other batch sizes, may go on from any position.
+        state: The saved position.
+        settings: Settings of the loader.
+        is_elastic: Whether world size and batch size may differ at any position.
 
     Raises:
-        ValueError: They differ in something that the following batches depend on.
+        ValueError: A setting that the batches depend on differs.
     """
     if not {"settings", "epoch", "batch", "place"} <= set(state):
         raise ValueError("not the state of a loader: it lacks one of settings, epoch, batch and place")
-    saved, middle = state["settings"], state["batch"] > 0
+    saved, is_mid_epoch = state["settings"], state["batch"] > 0
     for name, value in settings.items():
-        if saved.get(name) == value or (name in ELASTIC and (is_elastic or not middle)):
+        if saved.get(name) == value or (name in ELASTIC and (is_elastic or not is_mid_epoch)):
             continue
-        hint = "; only a state at the beginning of an epoch can be loaded then" if name in ELASTIC else ""
+        hint = "; only a state at the beginning of an epoch allows that" if name in ELASTIC else ""
         place = f"epoch {state['epoch']}, batch {state['batch']}"
-        raise ValueError(f"the loader's state ({place}) is of another {name}: {saved.get(name)}, now {value}{hint}")
+        raise ValueError(f"the loader's state ({place}) has another {name}: {saved.get(name)}, now {value}{hint}")
 
 
 def state_for_others(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state that each of another number of ranks loads, from the states that all ranks saved at one step.
+    """Merges the states that all ranks saved at one step into a state that any world size can load.
 
-    Their positions are the same; each knows the bad samples that it has met.
+    The positions are equal; each rank knows only the bad samples that it has met.
     """
-    joined = dict(states[0])
-    if "bad_samples" in joined:
-        bad = [state["bad_samples"] for state in states]
+    merged = dict(states[0])
+    if "bad_samples" in merged:
         reasons = {
-            tuple(row): reason for of_rank in bad for row, reason in zip(of_rank["rows"], of_rank["reasons"], strict=True)
+            tuple(row): reason
+            for state in states
+            for row, reason in zip(state["bad_samples"]["rows"], state["bad_samples"]["reasons"], strict=True)
         }
-        joined["bad_samples"] = {
-            "rows": [list(row) for row in sorted(reasons)],
-            "reasons": [reasons[row] for row in sorted(reasons)],
-        }
-    return joined
+        rows = sorted(reasons)
+        merged["bad_samples"] = {"rows": [list(row) for row in rows], "reasons": [reasons[row] for row in rows]}
+    return merged
 
 
 def resize_shorter_for(image_size: int) -> int:
-    """To what the shorter side is resized before the centre crop of `image_size`: 256 for 224, in proportion for others."""
+    """Returns the length of the shorter side before the center crop, in pixels: 256 for 224, in proportion for others."""
     return round(image_size * 256 / 224)

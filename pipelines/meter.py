@@ -1,4 +1,4 @@
-"""Throughput, how long the device waited for data, and which of the two, model or data, sets the pace."""
+"""Measures throughput and data wait, and tells whether the model or the data limits the pace."""
 
 import math
 import time
@@ -11,12 +11,13 @@ from torch.profiler import record_function
 
 from pipelines.loader import Batch, Loader
 
-# Of each pass over the data: a pipeline fills its queues then, and in a run's first pass memory is found, kernels are chosen.
+# A pipeline fills its queues during the first batches of each epoch. In a run's first epoch, memory is allocated and kernels
+# are selected then, too.
 WARM_UP_BATCHES = 3
-# From here on waiting is worth mending.
+# Data wait from which a run counts as data-bound.
 DATA_BOUND_PERCENT = 5.0
-# Steps by which the host is ahead of a GPU when it reads a loss. A GPU that sets the pace has one and more queued by then; one
-# that has less waited for the host while the steps since the last such time were launched.
+# How far the host is ahead of a GPU when it reads a loss, in steps. If the GPU limits the pace, at least one step is queued. If
+# the lead is below this value, the GPU has waited for the host to launch the steps.
 LAUNCH_BOUND_LEAD = 0.25
 
 Mark = Any  # an instant: seconds on the host's clock, or an event in the GPU's stream
@@ -24,13 +25,13 @@ Mark = Any  # an instant: seconds on the host's clock, or an event in the GPU's 
 
 @dataclass
 class Rates:
-    """Sums over a stretch of training.
+    """Totals over a stretch of training.
 
     Attributes:
-        images: Images that were trained on.
-        seconds: The time that this took.
-        wait_seconds: The part of it in which the device had no batch.
-        launch_bound_images: Those of `images` in whose steps a GPU waited for the CPU to launch its work.
+        images: Training images.
+        seconds: Elapsed time.
+        wait_seconds: Time in which the device had no batch.
+        launch_bound_images: Images in whose steps a GPU waited for the CPU to launch its work.
     """
 
     images: int = 0
@@ -64,15 +65,14 @@ def verdict(
     cause: str = "",
     launch_bound_percent: float = 0.0,
 ) -> str:
-    """What sets the pace, in one line.
+    """Returns one line that says what limits the pace.
 
     Args:
         device_type: "cuda" or "cpu".
-        wait_percent: Part of the time in which the device waits for data.
-        own_rate_percent: The rate, of that which the model has without waiting and without loading. Where it has not been
-            measured, it is what waiting leaves.
-        cause: What to say about data that is waited for, where more is known than for how long.
-        launch_bound_percent: Part of the steps in which the GPU waited for the CPU to launch its work.
+        wait_percent: Share of the time in which the device waits for data.
+        own_rate_percent: The rate relative to the model's rate without data loading. If None, 100 minus `wait_percent`.
+        cause: Text about the data wait that replaces its share, if the caller knows more.
+        launch_bound_percent: Share of the steps in which the GPU waited for the CPU to launch its work.
     """
     if wait_percent >= DATA_BOUND_PERCENT:
         return f"data-bound{cause or f': waits {wait_percent:.0f} % of the time for data'}"
@@ -86,23 +86,23 @@ def verdict(
 
 
 class _CPUClock:
-    """On a CPU a step is done when it returns: the host's clock will do."""
+    """The host's clock: on a CPU a step is done when it returns."""
 
     def mark(self) -> Mark:
         return time.perf_counter()
 
     def wait(self, mark: Mark) -> float:
-        return math.inf  # nothing is launched ahead, and nothing waits for it
+        return math.inf  # a CPU step is never launched ahead, so the CPU is never launch-bound
 
     def seconds(self, start: Mark, end: Mark) -> float:
         return float(end - start)
 
 
 class _CUDAClock:
-    """On a GPU work is queued: the host's clock says little, and waiting for the device at each step would cost throughput.
+    """Events in the GPU's stream: work is queued, and waiting for the device at each step would cost throughput.
 
-    An event is put into the stream instead, and read when the caller takes the rates, as it does to log a loss. Between one
-    after a step's work and one when the next batch is there the device had nothing to do.
+    The events are read when the caller takes the rates, as it does to log a loss. The device was idle between the event after a
+    step's work and the event at the arrival of the next batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class _CUDAClock:
         return event
 
     def wait(self, mark: Mark) -> float:
-        """Waits until the device gets there; the seconds by which the host was ahead of it."""
+        """Waits until the device reaches the mark, and returns the seconds by which the host was ahead."""
         start = time.perf_counter()
         mark.synchronize()
         return time.perf_counter() - start
@@ -125,7 +125,7 @@ class _CUDAClock:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A batch: when it was asked for, when it was there, how many images it has."""
+    """A batch: when it was requested, when it arrived, and its number of images."""
 
     asked: Mark
     arrived: Mark
@@ -133,24 +133,23 @@ class _Taken:
 
 
 class Meter:
-    """Counts images and time while training runs over `batches()`, and only then.
+    """Counts images and time while training iterates over `batches()`.
 
     Attributes:
-        total: Since the beginning, up to the last `take()`.
-        warm_up: Of the first `WARM_UP_BATCHES` batches of the last pass over `batches()` and their steps: what the start of a
-            pipeline, and in a run's first pass of everything else, costs.
-        steady: Of the batches after those.
+        total: Totals from the beginning to the last `take()`.
+        warm_up: Totals of the first `WARM_UP_BATCHES` batches of the last epoch, with their steps.
+        steady: Totals of the batches after those.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._clock: _CUDAClock | _CPUClock = _CUDAClock(device) if device.type == "cuda" else _CPUClock()
         self._taken: list[_Taken] = []
         self._since = self._clock.mark()
-        self._num_counted = 0  # batches of this pass that are in its rates
+        self._num_counted = 0  # batches of this epoch that are in its totals
         self.total, self.warm_up, self.steady = Rates(), Rates(), Rates()
 
     def batches(self, loader: Loader) -> Iterator[Batch]:
-        """One epoch of the loader, or what is left of it, measured. A pause between two (validation, say) does not count."""
+        """Yields the remaining batches of the loader's epoch. Time between two epochs, for validation say, does not count."""
         loader.reset()
         self._taken.clear()
         self._num_counted = 0
@@ -166,7 +165,7 @@ class Meter:
             yield batch
 
     def take(self) -> Rates:
-        """The rates since the last call, or since the epoch began; on a GPU this waits for the work queued so far."""
+        """Returns the totals since the last call or the beginning of the epoch. On a GPU it waits for all queued work."""
         end = self._clock.mark()
         lead_seconds = self._clock.wait(end)
         waits = [self._clock.seconds(batch.asked, batch.arrived) for batch in self._taken]

@@ -1,21 +1,23 @@
-"""MixUp and CutMix: a training batch mixed with itself in reverse order, images and labels alike."""
+"""MixUp and CutMix: mixes a training batch, images and labels, with itself in reverse order."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # imported where it is used: torch takes seconds, and a tool's --help needs none of it
+if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     import numpy as np
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How training batches are mixed; with both alphas above 0, each batch by one of the two at random."""
+    """Mixing of training batches. If both alphas are above 0, one of the two is drawn for each batch."""
 
     mixup_alpha: float = 0.0
-    """MixUp: the share of an image is drawn from Beta(alpha, alpha); 0.2 is usual, 0 is none."""
+    """MixUp: draws the weight of an image against its partner, once per batch, from Beta(alpha, alpha). 0.2 is common; 0
+    turns it off."""
     cutmix_alpha: float = 0.0
-    """CutMix: the same for the area that an image keeps; 1 is usual, 0 is none."""
+    """CutMix: draws the fraction of its area that an image keeps, once per batch, from Beta(alpha, alpha). 1 is common; 0
+    turns it off."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -27,21 +29,21 @@ class MixConfig:
 def mix(
     config: MixConfig, image: "Tensor", target: "Tensor", *, num_classes: int, step: int, seed: int
 ) -> tuple["Tensor", "Tensor"]:
-    """The batch mixed; where the configuration asks for nothing, as it came.
+    """Mixes a batch, or returns it unchanged if both alphas are 0.
 
-    What is drawn depends on `seed` and `step` alone, so a run that goes on where another stopped draws what that would have. It
-    is drawn on the CPU, and the device is not waited for.
+    The draws depend only on `seed` and `step`, so a resumed run repeats them. They happen on the CPU, without waiting for the
+    device.
 
     Args:
-        config: Which of the two, and how strongly.
-        image: `(N, 3, H, W)`, of any floating dtype and memory format; not changed.
+        config: Alphas of MixUp and CutMix.
+        image: `(N, 3, H, W)`, of any floating dtype and memory format; not modified.
         target: `(N,)` int64 class numbers.
-        num_classes: Above all of them.
-        step: Number of the batch in the run.
-        seed: Of the run.
+        num_classes: Number of classes.
+        step: Index of the batch in the run.
+        seed: Seed of the run.
 
     Returns:
-        The images, in the same dtype and memory format, and the probabilities of the classes, `(N, num_classes)` float32.
+        The images, in the same dtype and memory format, and the class probabilities, `(N, num_classes)` float32.
     """
     import numpy as np
     from torch.nn.functional import one_hot
@@ -50,7 +52,7 @@ def mix(
         return image, target
     rng = np.random.default_rng([seed, step])
     use_cutmix = rng.random() < 0.5 if config.mixup_alpha and config.cutmix_alpha else bool(config.cutmix_alpha)
-    # Reversed, because that, unlike rolled or permuted, needs no index and keeps channels_last.
+    # Reversed, because that needs no index and keeps channels_last, unlike rolling or permuting.
     partner = image.flip(0)
     if use_cutmix:
         image, share = _cutmix(rng, config.cutmix_alpha, image, partner)
@@ -62,16 +64,16 @@ def mix(
 
 
 def _cutmix(rng: "np.random.Generator", alpha: float, image: "Tensor", partner: "Tensor") -> tuple["Tensor", float]:
-    """A rectangle from the partner, and the share that the image has kept: "CutMix", arXiv 1905.04899, equations 1 and 2.
+    """Pastes a rectangle from the partner, and returns the share that the image kept: arXiv 1905.04899, equations 1 and 2.
 
-    The rectangle's centre lies anywhere, so it may reach over the edge: the share is that of the pixels in the end.
+    The rectangle may extend beyond the image, so the share is computed from the pixels that were replaced.
     """
     height, width = image.shape[2:]
     part = (1 - rng.beta(alpha, alpha)) ** 0.5  # of the sides
     spans = []
     for length in (height, width):
-        centre, half = rng.integers(length), int(length * part) // 2
-        spans.append((max(0, int(centre) - half), min(length, int(centre) + half)))
+        center, half = int(rng.integers(length)), int(length * part) // 2
+        spans.append((max(0, center - half), min(length, center + half)))
     (top, bottom), (left, right) = spans
     mixed = image.clone()
     mixed[:, :, top:bottom, left:right] = partner[:, :, top:bottom, left:right]

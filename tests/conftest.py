@@ -1,4 +1,4 @@
-"""Small data sets that the tests share, made as a user makes them: images in class folders, converted with the real command."""
+"""Small data sets that the tests share. They are made as a user makes them: class folders, converted with the real command."""
 
 import logging
 import socket
@@ -11,14 +11,34 @@ import torch
 from PIL import Image
 
 from tests.helpers.faults import FaultyProxy
+from tests.helpers.runs import train_command
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
 CLASSES = ("ant", "bee", "cat")
+# Groups of tests that take long. They start first, so that the workers of pytest-xdist finish at about the same time.
+LONG = (
+    *("demo", "serial", "test_distributed", "test_preemption", "whole", "finished"),
+    *("test_gpu_proof", "test_throughput_loader", "test_throughput_train", "test_throughput_compare"),
+    *("test_step", "test_step_without_gpu", "test_googlenet", "test_demo"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Makes a group of each file, because its tests share fixtures; tests that name a group stay in it."""
+    order = {}
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        group = str(mark.args[0]) if mark else item.path.stem
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+        order[item] = LONG.index(group) if group in LONG else len(LONG)
+    items.sort(key=order.__getitem__)
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (90, 70), **options: object) -> None:
-    """An image with structure at every scale, `size` being (width, height); the format follows the name."""
+    """Writes an image with structure at every scale. `size` is (width, height), and the name decides the format."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((size[1], size[0], 3), np.float32)
     for cells in (2, 5, 13, 40):
@@ -29,7 +49,7 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (90, 70), **optio
 
 
 def write_tree(folder: Path, num_images: int, seed: int = 0) -> Path:
-    """A folder of class folders with `num_images` JPEGs of many sizes."""
+    """Writes class folders with `num_images` JPEGs of many sizes, and returns their folder."""
     for i in range(num_images):
         size = (64 + 7 * i % 90, 64 + 11 * i % 70)
         write_image(folder / CLASSES[i % 3] / f"{i:03d}.jpg", seed * 1000 + i, size, quality=90)
@@ -52,8 +72,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
 
 
 @pytest.fixture(scope="session")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of 2 epochs of 7 steps on these shards: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train_command(
+        *("--data.train", f"{shards}/train-{{000000..000003}}.tar", "--data.valid", f"{shards}/valid-*.tar"),
+        *("--epochs", 2, "--batch-size", 8, "--image-size", 32, "--log-every", 3, "--device", "cpu", "--seed", 3),
+        *("--run-dir", folder / "run"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no warnings, and no progress bar where there is no terminal
+    return folder / "run", done.stdout
+
+
+@pytest.fixture(scope="session")
 def _s3_server() -> Iterator[FaultyProxy]:
-    """An S3 server of this process, which processes that a test starts see as well, and the way to it."""
+    """An S3 server in this process, behind a proxy. The environment leads to it, also in processes that a test starts."""
     moto_server = pytest.importorskip("moto.server")
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
@@ -77,13 +112,13 @@ def _s3_server() -> Iterator[FaultyProxy]:
 
 @pytest.fixture(scope="session")
 def s3_bucket(_s3_server: FaultyProxy) -> str:
-    """The URL of a bucket, at first empty."""
+    """The URL of a bucket, which is empty at first."""
     return "s3://shards"
 
 
 @pytest.fixture
 def faulty(_s3_server: FaultyProxy) -> Iterator[FaultyProxy]:
-    """What stands before the S3 server: its log is empty, and each answer takes 30 ms."""
+    """The proxy of the S3 server, with an empty log. Each answer takes 30 ms."""
     _s3_server.reset(latency=0.03)
     yield _s3_server
     _s3_server.reset(latency=0)
@@ -91,7 +126,7 @@ def faulty(_s3_server: FaultyProxy) -> Iterator[FaultyProxy]:
 
 @pytest.fixture(scope="session")
 def gcs_bucket() -> Iterator[str]:
-    """The URL of an empty bucket on a server with Google's interface; otherwise as `s3_bucket`."""
+    """The URL of a bucket on a server with Google's interface, otherwise as `s3_bucket`."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")
     with socket.socket() as free:
@@ -105,5 +140,5 @@ def gcs_bucket() -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_torch_thread() -> None:
-    # The tests' tensors are small, and torch's threads would only wait for each other and for DALI's.
+    # The tensors of the tests are small. More threads would only wait for each other and for DALI's.
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""Samples that cannot be used: how they are found, left out and written down."""
+"""Samples that cannot be used: how they are detected, left out and recorded."""

@@ -1,4 +1,4 @@
-"""Bad samples: which there are, how many are too many, and the file that later runs and `shards verify` read."""
+"""The known bad samples of a split, and the file that later runs and `shards verify` read."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ LINES_OF_TABLE = 20
 
 
 class RowId(NamedTuple):
-    """A sample: the number of its shard in the set, and of its row in the shard's index."""
+    """A sample: the index of its shard in the set, and of its row in that shard's index file."""
 
     shard: int
     row: int
@@ -36,7 +36,7 @@ class BadSample:
 
     Attributes:
         tar: Absolute path or URL of its shard.
-        offset: Where its image's bytes begin in the tar; those of its first member, where it has no image.
+        offset: Offset of its image in the tar, in bytes; of its first member if it has no image.
         member: Name of that member.
         reason: What is wrong with it.
     """
@@ -51,15 +51,18 @@ class BadSample:
 
 
 def location(tar: str) -> str:
-    """A shard as the file names it: a URL as it is, a path made absolute."""
+    """Returns the name of a shard in the file: a URL as it is, or an absolute path."""
     return tar if is_url(tar) else os.path.abspath(tar)
 
 
 def read_quarantine(path: Path) -> list[BadSample]:
-    """The samples that a `quarantine.jsonl` lists; of a run's folder, the one in it, or none where the run had no bad sample.
+    """Reads the samples that a `quarantine.jsonl` lists.
+
+    Args:
+        path: The file, or the folder of a run, which has no such file unless the run met a bad sample.
 
     Raises:
-        ValueError: There is no such file or folder, or a line of it is not of that form.
+        ValueError: The file or folder does not exist, or a line is malformed.
     """
     if path.is_dir():
         path /= FILE_NAME
@@ -77,7 +80,7 @@ def read_quarantine(path: Path) -> list[BadSample]:
         except json.JSONDecodeError as error:
             if line.endswith("}"):
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            continue  # its run was killed while it wrote it
+            continue  # the run was killed while it wrote this line
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: an object with "tar", "offset" and "member" is needed ({error})'
@@ -86,81 +89,87 @@ def read_quarantine(path: Path) -> list[BadSample]:
 
 
 class Quarantine:
-    """Knows the bad samples of a split, warns of each once, writes them down, and stops the run when they are too many.
+    """Records the bad samples of a split, warns of each once, and stops the run when there are too many.
 
     Args:
-        shards: Of the split.
-        config: What to do about bad samples, and files that list known ones.
-        path: The file to add new ones to, if any.
+        shards: Shards of the split.
+        config: Says what to do about bad samples, and names files that list known ones.
+        path: File to which new bad samples are added, or None.
+
+    Raises:
+        ValueError: A file of known samples cannot be read, or lists too many.
     """
 
     def __init__(self, shards: ShardSet, config: "DataConfig", path: Path | None = None) -> None:
-        self._shards, self._config, self._path = shards, config, path
-        self._by_shard: dict[int, dict[int, str]] = defaultdict(dict)  # shard, row: what is wrong
-        self._take_known()
+        self.shards, self._config, self._path = shards, config, path
+        self._reasons = self._known()
         self._check()
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_shard.values()))
+        return len(self._reasons)
 
     def __contains__(self, row: RowId) -> bool:
-        return row.row in self._by_shard.get(row.shard, {})
+        return row in self._reasons
 
     def add(self, found: Mapping[RowId, str], place: str) -> None:
-        """Takes samples that were just found bad, and why; `place` says where in training.
+        """Records samples that were just found to be bad.
+
+        Args:
+            found: The samples, and what is wrong with each.
+            place: Position in training, for messages.
 
         Raises:
-            ValueError: Bad samples are not to be skipped, or there are too many by now.
+            ValueError: Bad samples must not be skipped, or there are too many.
         """
-        for (shard, row), reason in found.items():
-            sample = self._describe(RowId(shard, row), reason)
+        for row, reason in found.items():
+            sample = self._describe(row, reason)
             if self._config.on_error == "stop":
-                raise ValueError(f"{sample} ({place}); --data.on-error skip goes on without such samples")
-            self._by_shard[shard][row] = reason
+                raise ValueError(f"{sample} ({place}); --data.on-error skip leaves such samples out")
+            self._reasons[row] = reason
             log.warning("left out a bad sample (%s): %s", place, sample)
             self._write(sample, place)
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        rows = [RowId(shard, row) for shard, bad in sorted(self._by_shard.items()) for row in sorted(bad)]
-        return {"rows": [list(row) for row in rows], "reasons": [self._by_shard[shard][row] for shard, row in rows]}
+        rows = sorted(self._reasons)
+        return {"rows": [list(row) for row in rows], "reasons": [self._reasons[row] for row in rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._by_shard.clear()
-        self._take_known()
-        for (shard, row), reason in zip(state["rows"], state["reasons"], strict=True):
-            self._by_shard[shard][row] = reason
+        """Restores the bad samples of a saved state, and adds those that `DataConfig.quarantine` lists."""
+        saved = {RowId(*row): reason for row, reason in zip(state["rows"], state["reasons"], strict=True)}
+        self._reasons = self._known() | saved
 
-    def _take_known(self) -> None:
-        """Takes those samples of earlier runs that are in these shards."""
-        shards = {location(tar): number for number, tar in enumerate(self._shards.tars)}
-        reasons: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+    def _known(self) -> dict[RowId, str]:
+        """Returns the samples of earlier runs that are in these shards."""
+        numbers = {location(tar): number for number, tar in enumerate(self.shards.tars)}
+        listed: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)  # shard; offset and name of a member: reason
         for file in self._config.quarantine:
             for sample in read_quarantine(Path(file)):
-                if sample.tar in shards:
-                    reasons[shards[sample.tar]][sample.offset, sample.member] = sample.reason
-        for shard, known in reasons.items():
-            for row, members in enumerate(read_index(self._shards.indices[shard])):
+                if sample.tar in numbers:
+                    listed[numbers[sample.tar]][sample.offset, sample.member] = sample.reason
+        found = {}
+        for shard, reasons in listed.items():
+            for row, members in enumerate(read_index(self.shards.indices[shard])):
                 named = image_or_first(members)
-                if (named.offset, named.name) in known:
-                    self._by_shard[shard][row] = known[named.offset, named.name]
+                if (named.offset, named.name) in reasons:
+                    found[RowId(shard, row)] = reasons[named.offset, named.name]
+        return found
 
     def _describe(self, row: RowId, reason: str) -> BadSample:
-        component = image_or_first(read_sample(self._shards.indices[row.shard], row.row))
-        return BadSample(location(self._shards.tars[row.shard]), component.offset, component.name, reason)
+        component = image_or_first(read_sample(self.shards.indices[row.shard], row.row))
+        return BadSample(location(self.shards.tars[row.shard]), component.offset, component.name, reason)
 
     def _check(self) -> None:
-        """Raises ValueError, with a table, where there are too many; one is never too many, unless none is allowed."""
-        allowed = math.ceil(round(self._config.max_bad_fraction * self._shards.num_samples, 6))
+        """Raises ValueError, with a table, if there are too many. One bad sample is allowed, unless the limit is 0."""
+        allowed = math.ceil(round(self._config.max_bad_fraction * self.shards.num_samples, 6))
         if len(self) <= allowed:
             return
-        rows = [RowId(shard, row) for shard, bad in self._by_shard.items() for row in bad]
-        lines = [f"  {self._describe(row, self._by_shard[row.shard][row.row])}" for row in rows[:LINES_OF_TABLE]]
-        if len(rows) > LINES_OF_TABLE:
-            lines.append(f"  ... and {len(rows) - LINES_OF_TABLE:,} more")
+        lines = [f"  {self._describe(row, reason)}" for row, reason in list(self._reasons.items())[:LINES_OF_TABLE]]
+        if len(self) > LINES_OF_TABLE:
+            lines.append(f"  ... and {len(self) - LINES_OF_TABLE:,} more")
         raise ValueError(
-            f"{len(rows):,} bad samples of {self._shards.num_samples:,}, and --data.max-bad-fraction "
-            f"{self._config.max_bad_fraction:g} allows {allowed:,}. `shards verify` finds all there are, and with --quarantine "
+            f"{len(self):,} bad samples of {self.shards.num_samples:,}, and --data.max-bad-fraction "
+            f"{self._config.max_bad_fraction:g} allows {allowed:,}. `shards verify` finds all of them, and with --quarantine "
             "writes index files without them.\n" + "\n".join(lines)
         )
 
@@ -171,7 +180,7 @@ class Quarantine:
             listed = ((other.tar, other.offset) for other in read_quarantine(self._path))
             if (sample.tar, sample.offset) in listed:  # by another rank, or before the run was resumed
                 return
-        with open(self._path, "a+b") as file:  # one write of one line: other loaders and ranks may have the file open
+        with open(self._path, "a+b") as file:  # one write per line: other loaders and ranks may have the file open
             file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * torn + json.dumps({**asdict(sample), "found": place}).encode() + b"\n")
+            is_torn = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * is_torn + json.dumps({**asdict(sample), "found": place}).encode() + b"\n")

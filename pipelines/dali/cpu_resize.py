@@ -1,7 +1,7 @@
-"""Resizing on the CPU, by torch: the antialiased bilinear filter that Pillow has, several times faster than DALI's.
+"""Resizes on the CPU with torch: the same antialiased bilinear filter as Pillow's, several times faster than DALI's.
 
-torch has one for pixels of 8 bits with vector instructions (`interpolate`), which works in one thread. It is called
-from a graph with a batch of images as DLPack capsules; torch lets go of Python's lock while it computes.
+torch's `interpolate` is vectorized for 8-bit pixels but runs in one thread. A graph calls this module with a batch of images
+as DLPack capsules, and torch releases the GIL while it computes.
 """
 
 import functools
@@ -15,29 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-# DALI runs the CPU operators of a graph one after the other: threads that decode wait while these resize, so there are as many.
-# An image holds Python's lock for an eighth of its time, so that more than these would wait for it.
+# DALI runs the CPU operators of a graph one after the other. While the workers resize, the decoding threads are idle, so there
+# may be as many workers as decoding threads. Resizing holds the GIL for an eighth of the time, so a ninth worker would wait.
 MOST_WORKERS = 8
 
-# Resizing a part of an image gives what resizing all of it gives, where the part begins on whole pixels of both; this near, in
-# pixels of the original, is as good as whole, and further than that before the crop nobody looks for such a place.
+# Resizing a part of an image gives the same pixels as resizing all of it if the part begins at a pixel boundary of both the
+# original and the resized image. A distance of WHOLE from a boundary, in pixels of the original, is near enough. The search for
+# such a place ends FURTHEST pixels before the crop.
 WHOLE, FURTHEST = 0.002, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchResize(ABC):
-    """Images uint8 `(H, W, 3)` of any sizes to such images `size` x `size`, as DLPack capsules on both sides.
+    """Resizes uint8 images `(H, W, 3)` of any size to `size` x `size`. Takes and returns DLPack capsules.
 
     Attributes:
-        size: Side of the images that it gives, pixels.
-        num_threads: Of the pipeline.
+        size: Side of the resized images, in pixels.
+        num_threads: Threads of the pipeline.
     """
 
     size: int
     num_threads: int
 
     def __call__(self, *inputs: Sequence[Any]) -> list[Any]:
-        """For each image what is made of it, `inputs` having one sequence for each argument of `resized`."""
+        """Resizes a batch. `inputs` has one sequence for each argument of `resized`."""
         samples = [*zip(*inputs, strict=True)]
         num_workers = min(self.num_threads, MOST_WORKERS)
         if num_workers == 1:
@@ -51,11 +52,11 @@ class BatchResize(ABC):
 
     @abstractmethod
     def resized(self, *inputs: Tensor) -> Tensor:
-        """One image."""
+        """Resizes one image."""
 
 
 class WholeResize(BatchResize):
-    """All of the image, in whatever proportions it has."""
+    """Resizes the whole image, whatever its proportions."""
 
     def resized(self, *inputs: Tensor) -> Tensor:
         [image] = inputs
@@ -64,21 +65,23 @@ class WholeResize(BatchResize):
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCropResize(BatchResize):
-    """Torchvision's `Resize(resize_shorter)` and `CenterCrop(size)`, with their rounding, of the part that the crop needs.
+    """Resizes and crops like torchvision's `Resize(resize_shorter)` and `CenterCrop(size)`, with the same rounding.
+
+    Only the part of an image that the crop needs is decoded and resized.
 
     Attributes:
-        resize_shorter: To what the shorter side is resized before the crop, pixels; at least `size`.
+        resize_shorter: Length of the shorter side before the crop, in pixels; at least `size`.
     """
 
     resize_shorter: int
 
     def regions(self, shapes: Sequence[Any]) -> list[Any]:
-        """Of images of these shapes `(H, W, C)` the part that is needed: int32 top, left, bottom and right."""
+        """Returns the part of each image that is needed, as int32 top, left, bottom and right. `shapes` are `(H, W, C)`."""
         sides = [self._sides(from_dlpack(shape)) for shape in shapes]
         return [to_dlpack(torch.tensor([y.start, x.start, y.stop, x.stop], dtype=torch.int32)) for y, x in sides]
 
     def resized(self, *inputs: Tensor) -> Tensor:
-        """Of that part of an image, and the shape that the whole image has."""
+        """Resizes the part that `regions` returned, given the shape of the whole image."""
         region, shape = inputs
         y, x = self._sides(shape)
         resized = _resized(region, (y.margin + self.size, x.margin + self.size), (1 / y.scale, 1 / x.scale))
@@ -91,12 +94,12 @@ class CenterCropResize(BatchResize):
 
 
 class _Side(NamedTuple):
-    """What a crop needs of one side of an image.
+    """The part of one side of an image that a crop needs.
 
     Attributes:
         start: First pixel of the original.
-        stop: After the last one.
-        scale: Pixels of the original in one of the resized image.
+        stop: Pixel after the last one.
+        scale: Pixels of the original per pixel of the resized image.
         margin: Pixels of the resized image between `start` and the crop.
     """
 
@@ -106,17 +109,19 @@ class _Side(NamedTuple):
     margin: int
 
 
-@functools.lru_cache(1 << 16)  # most of a data set's images have one of a few sizes
+@functools.lru_cache(1 << 16)  # most images of a data set have one of a few sizes
 def _side(length: int, shorter: int, size: int, resize_shorter: int) -> _Side:
     resized = length * resize_shorter // shorter
     scale, corner = length / resized, round((resized - size) / 2)
-    support = max(1.0, scale)  # of the filter on each side of a pixel's centre, which is at a half
+    support = max(1.0, scale)  # reach of the filter on each side of a pixel's center; centers lie at 0.5
 
     def distance(position: int) -> float:
         return abs(position * scale - round(position * scale))
 
     first = int(max(0.0, (corner + 0.5) * scale - support))
-    furthest = max(0, corner - resize_shorter - FURTHEST)  # the filter reaches back `resize_shorter` where it spreads one pixel
+    furthest = max(
+        0, corner - resize_shorter - FURTHEST
+    )  # one pixel may become `resize_shorter` ones, all in the filter's reach
     positions = [i for i in range(corner, furthest - 1, -1) if round(i * scale) <= first]
     begin = next((i for i in positions if distance(i) < WHOLE), None)
     if begin is None:
@@ -131,8 +136,8 @@ def _pool(num_workers: int) -> ThreadPoolExecutor:
 
 
 def _resized(image: Tensor, height_width: tuple[int, int], factors: tuple[float, float] | None) -> Tensor:
-    """Resized by these factors, by default those of the sizes."""
-    # What `interpolate` calls, which takes sizes or factors. The strides are those of channels_last: torch's fast way.
+    """Resizes by the given factors, or by those that follow from the sizes."""
+    # `interpolate` calls this operator, but takes either sizes or factors. channels_last strides select torch's fast path.
     batch = image[None].permute(0, 3, 1, 2)
     resized: Tensor = torch.ops.aten._upsample_bilinear2d_aa(batch, height_width, False, *(factors or (None, None)))
     return resized[0].permute(1, 2, 0)

@@ -1,10 +1,9 @@
-"""What DALI draws at random, made a function of seed, epoch and place: of nothing that a pipeline did before.
+"""Makes DALI's random draws a function of seed, epoch and place, independent of what a pipeline did before.
 
-DALI's random operators have an argument, `_random_state`, that sets the state of their Philox generator for a batch. DALI's
-dynamic mode uses it; the documentation leaves it out. The sample at position `i` of a batch draws from the subsequence
-`i * 65537` after that state (`GetSampleRNG` in DALI's `operators/random/rng_base.h`). So a batch whose state begins
-`place * 65537` subsequences in gives each sample the draws of its place, whatever the batch size and the rank, and no state
-has to be saved.
+DALI's random operators have an undocumented argument, `_random_state`, that sets the state of their Philox generator for a
+batch; DALI's dynamic mode uses it. The sample at position `i` of a batch draws from the subsequence `i * 65537` after that
+state (`GetSampleRNG` in DALI's `operators/random/rng_base.h`). If a batch starts `place * 65537` subsequences in, each sample
+gets the draws of its place, for any batch size and rank, and no state has to be saved.
 """
 
 import contextlib
@@ -25,37 +24,44 @@ DRAWING = ((fn.random, "uniform"), (fn.random, "coin_flip"), (fn.decoders, "imag
 
 
 class Draws:
-    """The random operators of a graph, which are fed the states of their generators by these names."""
+    """The random operators of a graph, by the names of the inputs that set the states of their generators."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def state(self) -> DataNode:
-        """The state for one more operator."""
+        """Returns the input for one more operator."""
         self.names.append(f"random_state_{len(self.names)}")
         return fn.external_source(name=self.names[-1], dtype=types.UINT32, ndim=1)
 
     def check(self, pipeline: Pipeline) -> None:
-        """Makes sure that no operator of the graph draws by itself, as what it draws could not be had again.
+        """Checks that no operator of the graph draws by itself, since its draws could not be reproduced.
 
         Raises:
-            ValueError: An augmentation uses one that does.
+            ValueError: An augmentation uses such an operator.
         """
         drawing = [operator for operator in pipeline._ops if operator._op.schema.HasRandomStateArg()]
         if len(drawing) > len(self.names):
             names = ", ".join(sorted({operator._op.schema.Name().replace("__", ".") for operator in drawing}))
-            allowed = ", ".join(f"{name}" for _, name in DRAWING)
-            raise ValueError(
-                f"of the random operators of the augmentations ({names}) only {allowed} can be used; draw with those"
-            )
+            allowed = ", ".join(name for _, name in DRAWING)
+            raise ValueError(f"the augmentations use the random operators {names}, of which only {allowed} are supported")
+
+    def feed(self, pipeline: Pipeline, num_samples: int, seed: int, epoch: int, place: int) -> None:
+        """Feeds the states for a batch whose first sample has this place in the order of the epoch."""
+        for number, name in enumerate(self.names):
+            # A 64-bit key; then the counter, 64 bits within a subsequence and 64 bits for its number; then padding.
+            words = np.zeros((1, 3), np.uint64)
+            words[0, 0], words[0, 2] = random_key(seed, epoch, number)[0], place * SUBSEQUENCES_A_SAMPLE % 2**64
+            state = np.concatenate([words.view(np.uint32), np.zeros((1, 1), np.uint32)], axis=1)
+            pipeline.feed_input(name, np.repeat(state, num_samples, axis=0))
 
 
 @contextlib.contextmanager
 def draws_from_outside() -> Iterator[Draws]:
-    """While a graph is built in this block, each random operator gets a generator whose state is fed.
+    """Context in which the random operators of a new graph get generators whose state is fed as an input.
 
-    DALI's automatic augmentations call `fn.random.uniform` themselves and hand nothing on to it, so the functions are replaced
-    for that time. Only one thread may be inside.
+    DALI's automatic augmentations call `fn.random.uniform` themselves without such an argument, so the context replaces the
+    functions. Only one thread may be inside.
     """
     draws = Draws()
     originals = [getattr(module, name) for module, name in DRAWING]
@@ -74,22 +80,3 @@ def _fed(operator: Callable[..., DataNode], draws: Draws) -> Callable[..., DataN
         return operator(*inputs, **arguments, _random_state=draws.state())
 
     return with_state
-
-
-def feed_draws(pipeline: Pipeline, draws: Draws, num_samples: int, seed: int, epoch: int, place: int) -> None:
-    """Feeds the states for a batch.
-
-    Args:
-        pipeline: With the graph that was built.
-        draws: Its random operators.
-        num_samples: In the batch.
-        seed: Of the run.
-        epoch: From 0.
-        place: Of the batch's first sample in the epoch's order.
-    """
-    for number, name in enumerate(draws.names):
-        # A 64-bit key, and a counter: 64 bits within a subsequence, and 64 that number the subsequences; then padding.
-        words = np.zeros((1, 3), np.uint64)
-        words[0, 0], words[0, 2] = random_key(seed, epoch, number)[0], place * SUBSEQUENCES_A_SAMPLE % 2**64
-        state = np.concatenate([words.view(np.uint32), np.zeros((1, 1), np.uint32)], axis=1)
-        pipeline.feed_input(name, np.repeat(state, num_samples, axis=0))

@@ -1,4 +1,4 @@
-"""Encoded images from anywhere, made ready for the network by the graph that validation has."""
+"""Decodes images from anywhere with the graph that validation uses."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import Color
-from pipelines.bad_samples.decoder_check import decoders_silenced
-from pipelines.bad_samples.diagnosis import undecodable
+from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable
 from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
 from pipelines.dali.graph import decoding_pipeline, describe
+from pipelines.dali.operators import Color
 from pipelines.dali.to_torch import HandOver
 
 
 class ValidationDecoder:
-    """Decodes, resizes, crops to the centre and normalizes batches of images, and tells those that cannot be decoded.
+    """Decodes, resizes, center-crops and normalizes batches of images, and names those that it cannot decode.
 
     Args:
-        batch_size: Images that it is given at a time, at the most.
-        image_size: Side of the images that it gives, pixels.
-        resize_shorter: To what the shorter side is resized before the crop, pixels.
-        mean: Of red, green and blue in [0, 1], subtracted.
-        std: The same, divided by.
-        device: Where the images are to lie; "cpu", or a CUDA device with its index.
+        batch_size: Largest number of images per call.
+        image_size: Image side, in pixels.
+        resize_shorter: Length of the shorter side before the crop, in pixels.
+        mean: Subtracted from red, green and blue in [0, 1].
+        std: Divides them.
+        device: Device of the images: "cpu", or a CUDA device with its index.
         num_threads: CPU threads.
     """
 
@@ -53,21 +52,24 @@ class ValidationDecoder:
         self._empty = torch.empty(0, 3, image_size, image_size, device=device)
 
     def __call__(self, images: Sequence[bytes]) -> tuple[Tensor, dict[int, str]]:
-        """The images, given as the bytes of their files, but for those that cannot be decoded.
+        """Decodes images.
+
+        Args:
+            images: Contents of the files.
 
         Returns:
-            `(N, 3, image_size, image_size)` float32 with channels_last strides, in order; and by their places among `images`
-            those that are not in it, with what is wrong with each.
+            The images in order, without the bad ones: `(N, 3, image_size, image_size)` float32 with channels_last strides. And
+            the indices of the bad ones, with what is wrong with each.
 
         Raises:
-            OSError: DALI stopped, and not because of an image.
+            OSError: DALI stopped for another reason than an image.
         """
         bad = {i: CUT_SHORT for i, image in enumerate(images) if is_cut_short(image)}
         while good := {i: image for i, image in enumerate(images) if i not in bad}:
             try:
                 return self._run(list(good.values())), bad
             except RuntimeError as error:
-                self._pipeline = self._make()  # what has stopped is of no use any more
+                self._pipeline = self._make()  # a pipeline that stopped cannot be used again
                 found = self._undecodable(list(good.values()))
                 if not found:
                     raise OSError(describe(error)) from error
@@ -75,7 +77,7 @@ class ValidationDecoder:
         return self._empty, bad
 
     def _undecodable(self, images: Sequence[bytes]) -> dict[int, str]:
-        return undecodable(images, lambda i: self._stops_alone(images[i]))
+        return undecodable(images, lambda i: self._stops_at(images[i]))
 
     def _run(self, images: Sequence[bytes]) -> Tensor:
         with decoders_silenced():
@@ -83,7 +85,7 @@ class ValidationDecoder:
         # NHWC seen as NCHW is channels_last.
         return self._hand_over(batch.as_tensor()).permute(0, 3, 1, 2)
 
-    def _stops_alone(self, image: bytes) -> bool:
+    def _stops_at(self, image: bytes) -> bool:
         try:
             self._run([image])
         except RuntimeError:

@@ -1,1 +1,1 @@
-"""Shards in an object store, and the copies of them on this machine."""
+"""Shards in an object store, and their local copies."""

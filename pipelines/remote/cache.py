@@ -1,6 +1,6 @@
 """Local copies of remote shards, made ahead of the reader.
 
-A request for each sample would wait for each; whole shards come as fast as the network can carry them.
+A request per sample would wait for each one. Whole shards arrive as fast as the network allows.
 """
 
 import concurrent.futures
@@ -17,17 +17,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipelines.remote.cache_folder import Busy, CacheFolder, Full, object_key
-from pipelines.remote.object_store import RemoteFile, Stopped, stat, warn_once
+from pipelines.remote.object_store import RemoteFile, stat
+from pipelines.remote.retrying import Stopped, warn_once
 from pipelines.remote.transfer import Changed, Transfer
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS, FULL_SECONDS = 0.2, 0.5  # until it is tried again
+BUSY_SECONDS, FULL_SECONDS = 0.2, 0.5  # until the next attempt
 
 
 @dataclass(eq=False)
 class _Task:
-    """One shard to be copied, for someone who waits (`held`) or in advance."""
+    """One shard to copy: for a caller that waits (`held`), or ahead of time."""
 
     url: str
     size: int
@@ -39,18 +40,18 @@ class _Task:
 
 
 class ShardCache:
-    """Copies of remote shards in a folder, which stay there for later and for other processes.
+    """Copies of remote shards in a folder, which later runs and other processes can reuse.
 
-    Each shard is copied once, whichever processes ask for it. Copies not in use are deleted when room is needed, those first
-    that were not used for longest. One cache serves one reader; several may work on one folder.
+    Each shard is copied once, even if several processes ask for it. If room is needed, the least recently used copies are
+    deleted first. One cache serves one reader; several caches may share a folder.
 
     Args:
-        folder: For the copies; made where it is not there.
-        max_bytes: Of all copies in the folder, parts of copies included.
-        num_threads: Shards that are copied at the same time.
+        folder: Folder for the copies; created if missing.
+        max_bytes: Limit for all copies in the folder, including partial ones.
+        num_threads: Shards to copy at the same time.
 
     Raises:
-        ValueError: The folder cannot be written to.
+        ValueError: The folder is not writable.
     """
 
     def __init__(self, folder: Path, max_bytes: int, num_threads: int = 8) -> None:
@@ -59,20 +60,17 @@ class ShardCache:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._files: dict[str, RemoteFile] = {}
-        # What follows is changed under the condition alone.
+        # The condition protects everything below.
         self._condition = threading.Condition()
-        self._tasks: dict[str, _Task] = {}  # neither done nor failed, in the order in which they are to be begun
-        self._ahead: set[str] = set()  # keys of what is copied in advance, which must not give way to more of it
+        self._tasks: dict[str, _Task] = {}  # unfinished tasks, in the order in which to start them
+        self._ahead: set[str] = set()  # keys of objects copied ahead; copying further ahead must not evict them
         self._ahead_not_before = 0.0
 
     def prefetch(self, shards: Iterable[tuple[str, int]]) -> None:
-        """Begins to copy in the background, in this order, as far as there is room; does not wait.
+        """Starts to copy shards in the background, in this order, as far as there is room. Does not wait.
 
-        What an earlier call asked for and has not begun is left, unless this one asks for it too, and what it copied may give
-        way to this one's; so first `hold` what is to be read now. Errors are no matter here: `hold` tries again.
-
-        Args:
-            shards: URLs and their sizes in bytes.
+        It cancels what an earlier call requested but has not started, and may evict that call's copies, so `hold` the shards
+        to read now first. Errors are ignored here, because `hold` tries again. For the arguments see `hold`.
         """
         shards = list(shards)
         with self._condition:
@@ -83,20 +81,17 @@ class ShardCache:
 
     @contextlib.contextmanager
     def hold(self, shards: Iterable[tuple[str, int]]) -> Iterator[list[Path]]:
-        """Waits until all of these shards are here, and keeps them here until the block ends.
+        """Waits until all shards are copied, and keeps the copies until the context ends.
 
-        Where others read so much that there is no room it waits for that, too. A holder should not wait for a second set of
-        shards while it holds the first: two such would wait for each other.
+        If other readers use all the room, it waits for them as well. Do not hold a second set of shards while holding the
+        first: two such readers could deadlock.
 
         Args:
-            shards: URLs and their sizes in bytes.
-
-        Yields:
-            The copies, in the order of the shards.
+            shards: URLs and their sizes in bytes. The context yields their copies in the same order.
 
         Raises:
-            ValueError: They are too large for the cache, or are not what they were when their sizes were looked up.
-            OSError: A shard cannot be copied; names it.
+            ValueError: The shards do not fit into the cache, or have changed size.
+            OSError: A shard cannot be copied; the message names it.
         """
         shards = list(shards)
         try:
@@ -109,7 +104,7 @@ class ShardCache:
                 self._condition.notify_all()
 
     def close(self) -> None:
-        """Ends what goes on in the background. Parts of copies stay, and are completed when they are needed again."""
+        """Ends the background work. Partial copies stay, and are completed when they are needed again."""
         self._stop.set()
         with self._condition:
             self._condition.notify_all()
@@ -151,14 +146,14 @@ class ShardCache:
         finally:
             with self._condition:
                 for task in tasks:
-                    task.held = False  # after an error the others go on in advance
+                    task.held = False  # after an error the other shards continue ahead of time
         return [task.result.result() for task in tasks]
 
     def _add(self, url: str, size: int, held: bool) -> _Task:
-        """The task for a shard, with the condition held; one that is there already is taken over."""
+        """Returns a new or the existing task of a shard. The caller holds the condition."""
         assert not self._stop.is_set(), "the cache is closed"
         if not self._threads:
-            # Daemons, lest a cache that nobody closes keep the process from ending.
+            # Daemon threads, so that a cache that nobody closes cannot block the end of the process.
             self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
             for thread in self._threads:
                 thread.start()
@@ -175,14 +170,12 @@ class ShardCache:
                 path = self._copy(task)
             except Changed:
                 self._files.pop(task.url, None)
-            except Busy:
-                task.not_before = time.monotonic() + BUSY_SECONDS
-            except Full:
-                if task.held:
+            except (Busy, Full) as raised:
+                if task.held or isinstance(raised, Busy):
                     task.not_before = time.monotonic() + BUSY_SECONDS
                 else:
                     self._ahead_not_before = time.monotonic() + FULL_SECONDS
-            except Exception as raised:  # it is raised where the shard is waited for
+            except Exception as raised:  # whoever waits for the shard raises it
                 error = raised
             with self._condition:
                 task.running, task.transfer = False, None
@@ -195,33 +188,28 @@ class ShardCache:
                 task.result.set_exception(error)
 
     def _next_task(self) -> _Task | None:
-        """The next one to work on, waiting for it; what someone waits for comes first. None when the cache is closed."""
+        """Waits for the next task to work on; held tasks come first. Returns `None` when the cache is closed."""
         with self._condition:
             while not self._stop.is_set():
                 now = time.monotonic()
-                ready = (task for task in self._tasks.values() if not task.running and task.not_before <= now)
-                first_ahead = None
-                for task in ready:
-                    if task.held:
-                        task.running = True
-                        return task
-                    first_ahead = first_ahead or task
-                # One after the other, lest a later one get the room that an earlier one waits for.
-                beginning = any(task.running and not task.held and not task.transfer for task in self._tasks.values())
-                if first_ahead and not beginning and self._ahead_not_before <= now:
-                    first_ahead.running = True
-                    return first_ahead
+                ready = [task for task in self._tasks.values() if not task.running and task.not_before <= now]
+                task = next((task for task in ready if task.held), None)
+                # Copies ahead start one after the other, so that a later one cannot take the room an earlier one waits for.
+                starting = any(task.running and not task.held and not task.transfer for task in self._tasks.values())
+                if task is None and ready and not starting and self._ahead_not_before <= now:
+                    task = ready[0]
+                if task is not None:
+                    task.running = True
+                    return task
                 self._condition.wait(BUSY_SECONDS if self._tasks else None)
             return None
 
     def _copy(self, task: _Task) -> Path:
-        """The whole copy of a shard, which is made where it is not there."""
+        """Returns the complete copy of a shard, after making it if necessary."""
         on_fault = warn_once(task.url)
         file = self._files.get(task.url) or stat(task.url, stop=self._stop, on_fault=on_fault)
         if file.size != task.size:
-            raise ValueError(
-                f"{task.url}: had {task.size:,} bytes when it was looked up and has {file.size:,} now; begin again"
-            )
+            raise ValueError(f"{task.url}: had {task.size:,} bytes when the run began and has {file.size:,} now; start again")
         self._files[task.url] = file
         path = self._folder.find(file)
         if path:
@@ -246,7 +234,7 @@ class ShardCache:
 
 @contextlib.contextmanager
 def open_cache(cache_dir: str, gigabytes: float) -> Iterator[ShardCache]:
-    """A cache in a folder, or in a temporary one that is deleted at the end where none is named."""
+    """Opens a cache in `cache_dir`; if it is empty, in a temporary folder that is deleted at the end."""
     with contextlib.ExitStack() as stack:
         folder = cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="googlenet-dali-"))
         yield stack.enter_context(contextlib.closing(ShardCache(Path(folder), int(gigabytes * 1e9))))

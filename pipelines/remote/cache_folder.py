@@ -1,8 +1,8 @@
-"""A folder of copies that processes share: who may write which, what may be deleted, and how many bytes there are at most.
+"""A folder of copies that processes share: who may write and delete which file, within a limit of bytes.
 
-`NAME.OBJECT-VERSION.SIZE.tar` is a copy, whole; with `.part` behind it, what has come so far, locked by whoever writes it. A
-`.lease` lists the objects that a process reads, and is locked as long as it does. Files appear, are renamed and are deleted
-under the lock of `.lock` only. The locks are flocks: they fall with their process, however it ends.
+`NAME.OBJECT-VERSION.SIZE.tar` is a complete copy. The suffix `.part` marks a partial one, which its writer locks. A `.lease`
+file lists the objects that a process reads, and stays locked while it does. Files are created, renamed and deleted only under
+the lock of `.lock`. The locks are flocks, so they end with their process, however it ends.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from pipelines.remote.object_store import RemoteFile
 _NAME = re.compile(r".*\.(?P<key>[0-9a-f]{16})-[0-9a-f]{8}\.(?P<size>\d+)\.tar(?P<part>\.part)?")
 
 
-class Busy(Exception):  # noqa: N818  (nothing went wrong)
-    """Someone else writes it just now."""
+class Busy(Exception):  # noqa: N818  (not an error)
+    """Another process or thread is writing the copy."""
 
 
-class Full(Exception):  # noqa: N818
-    """There is no room just now."""
+class Full(Exception):  # noqa: N818  (not an error)
+    """There is no room at the moment."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A copy or a part of one; `size` is that of the whole copy."""
+    """A copy, complete or partial; `size` is the size of the complete copy."""
 
     path: Path
     key: str
@@ -41,14 +41,14 @@ class _Entry:
 
 
 class CacheFolder:
-    """See the module.
+    """The folder; see the module's docstring.
 
     Args:
-        path: Made where it is not there.
-        max_bytes: Of all copies, parts being counted as if they were whole.
+        path: Path of the folder; created if missing.
+        max_bytes: Limit for all copies. A partial copy counts as if it were complete.
 
     Raises:
-        ValueError: The folder cannot be written to.
+        ValueError: The folder is not writable.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -65,11 +65,11 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def lease(self, shards: Iterable[tuple[str, int]]) -> Iterator[None]:
-        """Keeps copies from being deleted by any process, also those that are to come; URLs and sizes.
+        """Protects present and future copies of shards, given by URL and size, from deletion by any process.
 
         Raises:
-            ValueError: They do not fit.
-            Full: They would, but for what others read just now; says so.
+            ValueError: The shards do not fit.
+            Full: The shards do not fit beside those that other processes read at the moment.
         """
         wanted = {object_key(url): size for url, size in shards}
         with self._locked():
@@ -92,7 +92,7 @@ class CacheFolder:
                 _close_locked(file)
 
     def find(self, file: RemoteFile) -> Path | None:
-        """The copy of an object, if it is whole; it counts as used now."""
+        """Returns the copy of an object if it is complete, and marks it as used now."""
         path = self._copy_path(file)
         try:
             if path.stat().st_size != file.size:
@@ -104,17 +104,17 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def begin(self, file: RemoteFile, *, leased: bool, keep: set[str]) -> Iterator[FileIO]:
-        """What there is of an object's copy, to be filled by the caller alone.
+        """Opens the partial copy of an object, which the caller alone may fill.
 
         Args:
             file: The object.
-            leased: Whether the caller has a lease on it: then anything without one gives way.
-            keep: Keys of objects that do not give way to one without a lease, and last to one with.
+            leased: Whether the caller has a lease on it. Then any copy without a lease may be deleted.
+            keep: Keys of objects to delete last if `leased`, and otherwise not at all.
 
         Raises:
-            Busy: Someone else is at it, or has just ended.
+            Busy: Another process or thread is writing the copy, or has just finished.
             Full: There is no room yet.
-            ValueError: There is no room, and there will be none.
+            ValueError: There is no room, and waiting does not help.
         """
         with self._locked():
             part_path = self._part_path(file)
@@ -132,12 +132,12 @@ class CacheFolder:
             _close_locked(part)
 
     def publish(self, file: RemoteFile) -> Path:
-        """Makes the part, which the caller has filled, the copy."""
+        """Turns the partial copy, which the caller has filled, into the copy."""
         with self._locked():
             return self._part_path(file).rename(self._copy_path(file))
 
     def discard(self, file: RemoteFile) -> None:
-        """Deletes the part that the caller was to fill."""
+        """Deletes the partial copy that the caller has opened."""
         with self._locked():
             self._part_path(file).unlink()
 
@@ -150,7 +150,7 @@ class CacheFolder:
         return copy.with_name(f"{copy.name}.part")
 
     def _delete_useless(self, file: RemoteFile) -> None:
-        """Deletes the object's copy if someone has damaged it, and those of its other versions that no one else reads."""
+        """Deletes the object's copy if it is damaged, and copies of other versions that no other process reads."""
         copy, key = self._copy_path(file), object_key(file.url)
         if copy.exists() and copy.stat().st_size != file.size:
             copy.unlink()
@@ -160,9 +160,9 @@ class CacheFolder:
                     self._delete(entry)
 
     def _make_room(self, size: int, leased: bool, keep: set[str]) -> None:
-        """Deletes what was not used for longest, as far as need be; raises as `begin` where more would have to go than may."""
+        """Deletes the least recently used copies, as far as necessary. Raises like `begin` if that is not enough."""
         entries, leases = self._entries(), self._leased()
-        # What someone has a lease on and has not begun to copy will need its room.
+        # Leased objects that are not being copied yet will need their room.
         promised = sum(size for key, size in leases.items() if key not in {entry.key for entry in entries})
         excess = sum(entry.size for entry in entries) + size + (0 if leased else promised) - self._max_bytes
         being_written = False
@@ -182,6 +182,7 @@ class CacheFolder:
         raise Full
 
     def _delete(self, entry: _Entry) -> bool:
+        """Deletes a copy, unless it is being written; returns whether it did."""
         if entry.is_part:
             file = _open_locked(entry.path)
             if file is None:
@@ -200,7 +201,7 @@ class CacheFolder:
         return found
 
     def _leased(self, of_others: bool = False) -> dict[str, int]:
-        """Size by key of all that processes have a lease on; leases of those that have ended are deleted."""
+        """Returns the sizes of all leased objects by key. Deletes the leases of processes that have ended."""
         leased: dict[str, int] = {}
         for path in self._path.glob("*.lease"):
             if of_others and path in self._own_leases:
@@ -228,17 +229,17 @@ class CacheFolder:
         others = f", {_gigabytes(by_others)} of them for other loaders," if by_others else ""
         return (
             f"{self._path}: the shards that are read at once take {_gigabytes(needed)}{others} and --data.cache-gigabytes "
-            f"allows {_gigabytes(self._max_bytes)}; raise it, or take smaller blocks (--data.order blocks, --data.block-shards)"
+            f"allows {_gigabytes(self._max_bytes)}; raise it, or use smaller blocks (--data.order blocks, --data.block-shards)"
         )
 
 
 def object_key(url: str) -> str:
-    """What stands for an object in names of files."""
+    """Returns the part of file names that identifies an object."""
     return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def _open_locked(path: Path) -> FileIO | None:
-    """The file, made if need be, locked until `_close_locked`; None where another has it locked."""
+    """Opens a file, created if missing, and locks it until `_close_locked`; returns `None` if another owner has the lock."""
     file = open(path, "a+b", buffering=0)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,7 +250,7 @@ def _open_locked(path: Path) -> FileIO | None:
 
 
 def _close_locked(file: FileIO) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not do: a process that was forked has it open too
+    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a forked process keeps the file open
     file.close()
 
 

@@ -1,4 +1,4 @@
-"""Object stores through fsspec: what is there, and bytes of it; with retries, so that a fault of some seconds stops nothing."""
+"""Lists and reads object stores through fsspec, with retries."""
 
 import asyncio
 import base64
@@ -9,38 +9,25 @@ import functools
 import io
 import logging
 import os
-import random
 import re
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+from pipelines.remote.retrying import Stopped, retrying
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-CONNECT_SECONDS, READ_SECONDS = 10, 20  # without a connection, and without a byte; then it is a fault like others
-PATIENCE_SECONDS = 180.0  # how long faults may follow each other without a byte in between
-LONGEST_PAUSE_SECONDS = 5.0
-THREADS = 16  # they wait for answers nearly all of the time
-# Of a remote tar only headers are asked for: this many bytes a request. It holds the headers of all small members of a sample
-# and of the image that follows, so that a sample costs one request; its images, mostly larger, are passed over.
+CONNECT_SECONDS, READ_SECONDS = 10, 20  # until a connection, and between bytes; after that the request has failed
+THREADS = 16  # they spend nearly all of their time waiting
+# Bytes per request for the headers of a remote tar. One request covers the headers of a sample's small members and of the image
+# that follows. The reader skips the images, which are mostly larger, so a sample costs one request.
 READ_AHEAD = 16 * 1024
-
-LISTED_FROM = 32  # objects of one folder that are looked up with a list rather than one by one
+LISTED_FROM = 32  # from this many objects of one folder on, listing replaces a request per object
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
-
-class Interruption(Exception):  # noqa: N818  (nothing went wrong)
-    """Ends `retrying`, and is passed on as it is."""
-
-
-class Stopped(Interruption):
-    """The caller's event ended the waiting."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +35,12 @@ class RemoteFile:
     """One object.
 
     Attributes:
-        url: Where it is.
-        size: Bytes.
-        version: A text that changes whenever the content does.
-        md5: Of the content, hexadecimal; empty where the store does not give it.
-        crc32c: Of the content, base64; empty where the store does not give it.
-        etag: Of S3: the MD5 of an object that was uploaded in one part and is not encrypted with a key of its own.
+        url: URL.
+        size: Size, in bytes.
+        version: Text that changes whenever the content does.
+        md5: MD5 of the content, hexadecimal; empty if the store does not state it.
+        crc32c: CRC32C of the content, base64; empty if the store does not state it.
+        etag: S3 ETag: the MD5 of an object that was uploaded in one part and is not encrypted with a customer's key.
     """
 
     url: str
@@ -68,150 +55,35 @@ class RemoteFile:
 
 
 def is_url(location: str) -> bool:
-    """Whether it is a URL, as `s3://bucket/prefix` is."""
+    """Returns whether a location is a URL such as `s3://bucket/prefix`, not a path."""
     return re.match(r"[a-z0-9]+://", location) is not None
-
-
-@contextlib.contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Errors of the libraries for remote storage, of which each has its own kinds, as ours."""
-    try:
-        yield
-    except (Interruption, ValueError):
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url}: no such object, folder or bucket") from error
-    except ImportError as error:
-        raise ValueError(f"{url}: a package is missing ({error}); pip install 'googlenet-dali[remote]'") from error
-    except Exception as error:
-        kind = PermissionError if _is_forbidden(error) else OSError
-        raise kind(f"{url}: {describe(error)}") from error
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: after broken connections, timeouts, and answers that say so."""
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes up to Python 3.10
-        return True
-    never = FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, AttributeError, AssertionError, LookupError
-    # The names are botocore's, which is not there for other stores.
-    if (
-        isinstance(error, never)
-        or (isinstance(error, RuntimeError) and not isinstance(error, OSError))
-        or _is_forbidden(error)
-        or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
-    ):
-        return False
-    status = _http_status(error)
-    return status is None or status < 400 or status in (408, 425, 429) or status >= 500
-
-
-def warn_once(url: str) -> Callable[[BaseException], None]:
-    """Something to tell of faults, which tells the log of the first one."""
-    told = threading.Event()
-
-    def on_fault(error: BaseException) -> None:
-        if not told.is_set():
-            told.set()
-            log.warning("%s: trying again after %s", url, describe(error))
-
-    return on_fault
-
-
-def retrying(
-    url: str,
-    call: Callable[[], T],
-    *,
-    stop: threading.Event | None = None,
-    on_fault: Callable[[BaseException], None] | None = None,
-) -> T:
-    """What `call` gives, called again after faults that may pass, with pauses that grow up to five seconds.
-
-    Args:
-        url: What to call it in messages.
-        call: Asks the store.
-        stop: Ends the waiting early.
-        on_fault: Is told of each fault after which it is tried again; without it the log is, of the first.
-
-    Raises:
-        FileNotFoundError: There is no such object.
-        PermissionError: Access is denied.
-        ValueError: A package is missing, or something else is wrong that the user can mend.
-        OSError: Any other lasting error; or nothing but faults for three minutes; names the last one.
-        Stopped: By `stop`.
-    """
-    stop, on_fault = stop or threading.Event(), on_fault or warn_once(url)
-    give_up, pause = time.monotonic() + PATIENCE_SECONDS, 0.2
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if isinstance(error, Interruption) or not is_transient(error):
-                with storage_errors(url):
-                    raise
-            if time.monotonic() > give_up:
-                raise OSError(
-                    f"{url}: nothing but faults for {PATIENCE_SECONDS:.0f} s, the last one {describe(error)}"
-                ) from error
-            on_fault(error)
-        # Drawn at random, lest those that failed together come back together.
-        if stop.wait(pause * random.uniform(0.5, 1)):
-            raise Stopped
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def stat(
     url: str, *, stop: threading.Event | None = None, on_fault: Callable[[BaseException], None] | None = None
 ) -> RemoteFile:
-    """Size and checksums of an object.
+    """Returns size and checksums of an object.
 
     Raises:
-        FileNotFoundError: There is none.
-        OSError: As `retrying`.
+        FileNotFoundError: The object does not exist.
+        OSError: See `retrying`.
     """
     return retrying(url, lambda: stat_once(url, stop), stop=stop, on_fault=on_fault)
 
 
 def stat_once(url: str, stop: threading.Event | None = None) -> RemoteFile:
-    """Size and checksums of an object, asked for once; raises whatever the store's library raises."""
+    """Returns size and checksums of an object without retrying. Raises whatever the store's library raises."""
     entry = _call(url, "info", stop)
     if entry["type"] != "file":
         raise FileNotFoundError(url)
     return _remote_file(url, entry)
 
 
-def stat_existing(urls: Iterable[str]) -> list[RemoteFile | None]:
-    """Size and checksums of objects; None for those that are not there.
+def stat_existing(urls: list[str]) -> list[RemoteFile | None]:
+    """Returns size and checksums of objects; `None` for missing ones.
 
-    Many in one folder are listed, a thousand with each answer; one by one is asked for what is in no list.
+    Many objects of one folder are listed, a thousand per request. The others take a request each.
     """
-    urls = list(urls)
-    listed = _listed(urls)
-    asked = [url for url in urls if url not in listed]
-    found = {**listed, **dict(zip(asked, _ask_for_each(asked), strict=True))}
-    return [found[url] for url in urls]
-
-
-def _listed(urls: list[str]) -> dict[str, RemoteFile]:
-    """Those of the objects that could be found in lists; of a few in a folder nothing is listed."""
-    folders = collections.defaultdict(list)
-    for url in urls:
-        folders[url.rpartition("/")[0]].append(url)
-    listed = dict[str, RemoteFile]()
-    for folder, within in folders.items():
-        # A web server has no lists, and a store may deny them.
-        if len(within) >= LISTED_FROM and not folder.startswith(("http://", "https://")):
-            with contextlib.suppress(PermissionError):
-                prefix = os.path.commonprefix(within)  # noqa: RUF071  (a store lists by characters)
-                listed.update((file.url, file) for file in glob_files(f"{prefix}*"))
-    return {url: listed[url] for url in urls if url in listed}
-
-
-def _ask_for_each(urls: list[str]) -> list[RemoteFile | None]:
 
     def ask(url: str) -> RemoteFile | None:
         try:
@@ -219,59 +91,82 @@ def _ask_for_each(urls: list[str]) -> list[RemoteFile | None]:
         except FileNotFoundError:
             return None
 
-    return list(in_threads(ask, urls))
+    found: dict[str, RemoteFile | None] = {**_listed(urls)}
+    missing = [url for url in urls if url not in found]
+    found.update(zip(missing, in_threads(ask, missing), strict=True))
+    return [found[url] for url in urls]
+
+
+def _listed(urls: list[str]) -> dict[str, RemoteFile]:
+    """Lists the folders of many objects; returns the objects found."""
+    folders = collections.defaultdict(list)
+    for url in urls:
+        folders[url.rpartition("/")[0]].append(url)
+    listed = dict[str, RemoteFile]()
+    for folder, within in folders.items():
+        # Web servers have no listings, and a store may deny them.
+        if len(within) >= LISTED_FROM and not folder.startswith(("http://", "https://")):
+            with contextlib.suppress(PermissionError):
+                prefix = os.path.commonprefix(within)  # noqa: RUF071  (stores list by characters)
+                listed.update((file.url, file) for file in glob_files(f"{prefix}*"))
+    return {url: listed[url] for url in urls if url in listed}
 
 
 def list_folder(url: str) -> list[RemoteFile]:
-    """The objects right below a prefix, by name; none where there is no such prefix or bucket."""
-    try:
-        entries = retrying(url, lambda: _call(url, "ls", None, detail=True))
-    except FileNotFoundError:
-        return []
-    return _remote_files(url, entries)
+    """Returns the objects directly below a prefix, by name; none if the prefix or the bucket does not exist."""
+    return _list(url, "ls")
 
 
 def glob_files(pattern: str) -> list[RemoteFile]:
-    """The objects that a pattern with `*`, `?` or `[...]` matches, by name."""
+    """Returns the objects that match a pattern with `*`, `?` or `[...]`, by name."""
+    return _list(pattern, "glob")
+
+
+def _list(url: str, method: str) -> list[RemoteFile]:
     try:
-        entries = retrying(pattern, lambda: _call(pattern, "glob", None, detail=True))
-    except FileNotFoundError:  # of the bucket
+        found = retrying(url, lambda: _call(url, method, None, detail=True))
+    except FileNotFoundError:  # the prefix or the bucket
         return []
-    return _remote_files(pattern, entries.values())
+    entries = found.values() if isinstance(found, dict) else found
+    to_url = filesystem(url).unstrip_protocol
+    files = [_remote_file(to_url(entry["name"]), entry) for entry in entries if entry["type"] == "file"]
+    return sorted(files, key=lambda file: file.url)
 
 
-def read_text(url: str) -> str:
-    """The text of a small object.
+def read_text(url: str) -> str | None:
+    """Reads the text of a small object; returns `None` if it does not exist.
 
     Raises:
-        FileNotFoundError: There is none.
-        OSError: As `retrying`.
+        OSError: See `retrying`.
     """
-    data: bytes = retrying(url, lambda: _call(url, "cat_file", None))
+    try:
+        data: bytes = retrying(url, lambda: _call(url, "cat_file", None))
+    except (FileNotFoundError, PermissionError):  # without permission to list, S3 denies access to missing objects
+        return None
     return data.decode("utf-8", "backslashreplace")
 
 
 def read_range(url: str, start: int, end: int, stop: threading.Event | None = None) -> bytes:
-    """The bytes from `start` up to `end`, asked for once.
+    """Reads the bytes from `start` up to `end` without retrying.
 
     Raises:
-        OSError: Other than that many came.
+        OSError: The answer has a different length.
         Exception: Whatever the store's library raises; see `retrying`.
     """
     data: bytes = _call(url, "cat_file", stop, start=start, end=end)
     if len(data) != end - start:
-        raise OSError(f"{len(data):,} bytes came where {end - start:,} were asked for, from byte {start:,} on")
+        raise OSError(f"received {len(data):,} bytes instead of {end - start:,}, from byte {start:,} on")
     return data
 
 
 def open_remote(url: str, size: int | None = None) -> BinaryIO:
-    """An object to be read here and there, a little at a time, with retries; `size` saves a request."""
+    """Opens an object for small reads at arbitrary offsets, with retries. Passing `size` saves a request."""
     raw = _Ranges(url, stat(url).size if size is None else size)
     return cast(BinaryIO, io.BufferedReader(raw, READ_AHEAD))
 
 
 class _Ranges(io.RawIOBase):
-    """Reads whatever is asked for, and no more, by range requests; counts the bytes in `requested`."""
+    """Turns each read into one range request; `requested` counts the bytes."""
 
     def __init__(self, url: str, size: int) -> None:
         self.requested = 0
@@ -298,12 +193,12 @@ class _Ranges(io.RawIOBase):
 
 
 def in_threads(function: Callable[[Any], T], tasks: list[Any]) -> Iterator[T]:
-    """`map` over tasks that wait for a store, in order; an error ends it without waiting for the rest.
+    """Maps a function that waits for a store over tasks, in order. An error ends the iteration at once.
 
-    Nor does the process wait for them when it ends, as it would for the threads of a pool.
+    The threads are daemons: unlike those of a pool, they never delay the end of the process.
     """
     results: list[concurrent.futures.Future[T]] = [concurrent.futures.Future() for _ in tasks]
-    waiting = iter(list(zip(tasks, results, strict=True)))  # the threads share it: to take the next one is atomic
+    waiting = iter(list(zip(tasks, results, strict=True)))  # shared by the threads; taking the next entry is atomic
     stop = threading.Event()
 
     def work() -> None:
@@ -325,7 +220,7 @@ def in_threads(function: Callable[[Any], T], tasks: list[Any]) -> Iterator[T]:
 
 
 def _call(url: str, method: str, stop: threading.Event | None, **options: Any) -> Any:
-    """Calls a method of the file system for the URL's path; `stop` ends it at once where the library is asynchronous."""
+    """Calls a method of the URL's file system. With asynchronous libraries `stop` interrupts the call."""
     files = filesystem(url)
     path = files._strip_protocol(url)
     if not files.async_impl:
@@ -339,7 +234,7 @@ def _call(url: str, method: str, stop: threading.Event | None, **options: Any) -
 
 
 def filesystem(url: str) -> "AbstractFileSystem":
-    """The file system for a URL, one for all threads, with timeouts, and with as few retries of its own as it can be set to."""
+    """Returns the file system of a URL, shared by all threads, with timeouts and as few retries of its own as possible."""
     root = re.match(r"[a-z0-9]+://[^/]*", url)
     assert root, url
     return _filesystem(root.group(), os.getpid())  # it does not work in a forked process
@@ -350,11 +245,11 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
-    # Listings are cached by default, and others write to the store.
+    # By default fsspec caches listings, but others write to the store.
     common = {"use_listings_cache": False, "skip_instance_cache": True}
     protocol = root.partition(":")[0]
     if protocol in ("s3", "s3a"):
-        # What the user's configuration of fsspec says comes last; it holds addressing styles, proxies and the like.
+        # The user's fsspec configuration takes precedence: it holds addressing styles, proxies and the like.
         config = {
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": READ_SECONDS,
@@ -363,15 +258,15 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
             **conf.get("s3", {}).get("config_kwargs", {}),
         }
         for name in ("botocore", "aiobotocore"):
-            _quieten(name, logging.WARNING)  # they say where they found credentials
+            _quieten(name, logging.WARNING)  # they log where they found credentials
         files, _ = url_to_fs(root, config_kwargs=config, **common)
         files.retries = 1
         return files
     if protocol in ("gs", "gcs"):
         from aiohttp import ClientTimeout
 
-        # Not `gcsfs.GCSFileSystem`: it asks another service, over gRPC, of which kind a bucket is, before each read if that
-        # service denies access, and for a minute where there is none, as with an emulator.
+        # Not `gcsfs.GCSFileSystem`: it asks another service for the kind of the bucket, over gRPC. It does so before each read
+        # if that service denies access, and waits a minute if there is no such service, as with an emulator.
         from gcsfs.core import GCSFileSystem
 
         _quieten("gcsfs", logging.CRITICAL)  # it logs each error that it raises, with a traceback
@@ -381,44 +276,21 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
 
 
 def _quieten(name: str, level: int) -> None:
-    """Sets the level of a library's log where nobody has."""
+    """Sets the level of a library's logger, unless the user has set one."""
     library_log = logging.getLogger(name)
     if library_log.level == logging.NOTSET:
         library_log.setLevel(level)
 
 
-def _remote_files(url: str, entries: Iterable[dict[str, Any]]) -> list[RemoteFile]:
-    files = filesystem(url)
-    found = [_remote_file(files.unstrip_protocol(entry["name"]), entry) for entry in entries if entry["type"] == "file"]
-    return sorted(found, key=lambda file: file.url)
-
-
 def _remote_file(url: str, entry: dict[str, Any]) -> RemoteFile:
-    """From what a file system says of an object, each in its own words."""
-    # md5Hash, generation and crc32c are Google's; others have an ETag, or a time of some name.
-    etag = str(entry.get("ETag", "")).strip('"')
+    """Builds a `RemoteFile` from an fsspec entry, whose keys depend on the store."""
+    # Google has md5Hash, generation and crc32c. Others have an ETag, or a time under one of these names.
     names = "generation", "ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "created"
-    version = next((str(entry[name]) for name in names if entry.get(name)), "")
     return RemoteFile(
         url,
         size=int(entry["size"]),
-        version=version,
+        version=next((str(entry[name]) for name in names if entry.get(name)), ""),
         md5=base64.b64decode(entry.get("md5Hash", "")).hex(),
         crc32c=entry.get("crc32c", ""),
-        etag=etag,
+        etag=str(entry.get("ETag", "")).strip('"'),
     )
-
-
-def _is_forbidden(error: BaseException) -> bool:
-    return isinstance(error, PermissionError) or str(error).startswith("Forbidden:")  # gcsfs has an OSError that says so
-
-
-def _http_status(error: BaseException) -> int | None:
-    """The status of the answer behind an error of s3fs, gcsfs or aiohttp."""
-    response = getattr(error.__cause__, "response", None)  # botocore's, of which s3fs makes others
-    if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):
-        return int(response["ResponseMetadata"]["HTTPStatusCode"])
-    # By name, for others have a code too: a broken connection is 400 for aiohttp.
-    attribute = {"HttpError": "code", "ClientResponseError": "status"}.get(type(error).__name__, "")
-    status = str(getattr(error, attribute, "")) if attribute else ""
-    return int(status) if status.isdigit() else None

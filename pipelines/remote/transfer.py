@@ -1,4 +1,4 @@
-"""One object into one local file: by range requests, resumed where an earlier attempt ended, checked at the end."""
+"""Copies an object to a local file with range requests, resumes earlier attempts, and verifies the checksum."""
 
 import base64
 import hashlib
@@ -11,25 +11,29 @@ from collections.abc import Callable
 from io import FileIO
 from typing import Any
 
-from pipelines.remote.object_store import Interruption, RemoteFile, read_range, retrying, stat, stat_once
+from pipelines.remote.object_store import RemoteFile, read_range, stat, stat_once
+from pipelines.remote.retrying import Interruption, retrying
 
-CHUNK_BYTES = 8_000_000  # what a fault costs at most
-ATTEMPTS = 3  # at content that fits its checksum
+CHUNK_BYTES = 8_000_000  # the most that a failed request loses
+ATTEMPTS = 3  # copies to make before giving up, if the checksum does not match
 
 log = logging.getLogger(__name__)
 
 
 class Changed(Interruption):
-    """The object is not the one any more that it was."""
+    """The object was replaced."""
 
 
 class Transfer:
-    """Copies one object; `num_bytes` of it are here.
+    """Copies one object.
 
     Args:
-        file: What to copy.
-        stop: Ends it early; what has come stays in the file.
-        on_fault: Is told of each fault after which it is tried again.
+        file: Object to copy.
+        stop: Ends the copy early; what has arrived stays in the file.
+        on_fault: Receives each transient error.
+
+    Attributes:
+        num_bytes: Bytes copied so far.
     """
 
     def __init__(self, file: RemoteFile, stop: threading.Event, on_fault: Callable[[BaseException], None]) -> None:
@@ -37,13 +41,13 @@ class Transfer:
         self._file, self._stop, self._on_fault = file, stop, on_fault
 
     def run(self, part: FileIO) -> None:
-        """Fills a file, opened for reading and appending, going on from what it holds.
+        """Completes a file that is open for reading and appending.
 
         Raises:
-            Changed: The object was replaced; what the file holds is of no use.
-            OSError: The store fails for long, or denies access; or the content does not fit its checksum, time and again.
-            FileNotFoundError: The object has gone.
-            Stopped: By `stop`.
+            Changed: The object was replaced, so the content of the file is useless.
+            OSError: The store fails for long or denies access, or the content repeatedly mismatches its checksum.
+            FileNotFoundError: The object is gone.
+            Stopped: `stop` was set.
         """
         digests: list[bytes] = []
         expected = b""
@@ -53,18 +57,18 @@ class Transfer:
             if digest == expected:
                 return
             if digest in digests and not (self._file.md5 or self._file.crc32c):
-                # Encrypted with a key of its own, an object has an ETag that looks like an MD5 and is none.
-                log.warning("%s: two copies are the same and do not fit its ETag, which then is no MD5", self._file)
+                # The ETag of an object that is encrypted with a customer's key looks like an MD5, but is not.
+                log.warning("%s: two copies agree but do not match the ETag, which therefore is not an MD5", self._file)
                 return
             digests.append(digest)
             part.truncate(0)
         raise OSError(
-            f"{self._file}: the checksums of {ATTEMPTS} copies, {', '.join(digest.hex() for digest in digests)}, are not the "
-            f"{expected.hex()} that the store gives; is the network damaging data?"
+            f"{self._file}: the checksums of {ATTEMPTS} copies, {', '.join(digest.hex() for digest in digests)}, differ from "
+            f"{expected.hex()}, which the store states; the network may be corrupting data"
         )
 
     def _fill(self, part: FileIO) -> tuple[bytes, bytes]:
-        """Reads what the file lacks; gives the digest of all of it and the one it should have."""
+        """Reads the missing part of the file; returns the digest of the whole content, and the expected one."""
         file = self._file
         digest, expected = _checksum(file)
         if part.seek(0, os.SEEK_END) > file.size:
@@ -75,7 +79,7 @@ class Transfer:
         self.num_bytes = part.seek(0, os.SEEK_END)
         while self.num_bytes < file.size:
             data = self._read(self.num_bytes, min(self.num_bytes + CHUNK_BYTES, file.size))
-            if expected:  # otherwise there is nothing to compare it with, and it would take as long as the copy
+            if expected:  # a digest takes as long as the copy itself
                 digest.update(data)
             rest = memoryview(data)
             while rest:
@@ -84,12 +88,12 @@ class Transfer:
         return digest.digest() if expected else b"", expected
 
     def _read(self, start: int, end: int) -> bytes:
-        faults = 0
+        attempts = 0
 
         def ask() -> bytes:
-            nonlocal faults
-            faults += 1
-            if faults > 1:  # an object that has become shorter would look like a fault for ever
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:  # an object that has become shorter would fail forever
                 self._check_unchanged(stat_once(self._file.url, self._stop))
             return read_range(self._file.url, start, end, self._stop)
 
@@ -101,10 +105,10 @@ class Transfer:
 
 
 def _checksum(file: RemoteFile) -> tuple[Any, bytes]:
-    """Something to feed the content to, and what its `digest` should be; nothing where the store gives no checksum."""
+    """Returns a hash object and the digest it should give; an empty digest if the store states no checksum."""
     if file.md5:
         return hashlib.md5(usedforsecurity=False), bytes.fromhex(file.md5)
     if file.crc32c:
         return importlib.import_module("google_crc32c").Checksum(), base64.b64decode(file.crc32c)
-    is_md5 = re.fullmatch("[0-9a-f]{32}", file.etag) is not None  # that of an upload in parts ends with their number
+    is_md5 = re.fullmatch("[0-9a-f]{32}", file.etag) is not None  # after an upload in parts, the ETag ends with their number
     return hashlib.md5(usedforsecurity=False), bytes.fromhex(file.etag) if is_md5 else b""

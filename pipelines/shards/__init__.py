@@ -1,1 +1,1 @@
-"""Where samples lie and in which order they come: shards, indices, labels, the threads that read."""
+"""The shards of a split: where its samples and labels lie, their order, and the threads that read them."""

@@ -1,4 +1,4 @@
-"""Where the image and the label of each sample lie in the tars, from index files that are read when they are needed."""
+"""Where the image and the label of each sample lie in the tars. Index files are read when they are needed."""
 
 import io
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.index import parse_line, read_sample
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, first_of
 
-EXTENSION_BYTES = 12  # of an extension are looked at; longer ones are read the slow way
+EXTENSION_BYTES = 12  # compared per extension; longer extensions take the slow path
 MOST_BYTES = 2**31 - 1  # of an image
-BYTES_A_TIME = 1 << 22
+CHUNK_BYTES = 1 << 22
 
 
 class Table(NamedTuple):
-    """The extents of the samples of a shard, a row each: those of the image, then those of the label.
+    """Extents of samples, one row each: the image in column 0, the label in column 1.
 
     Attributes:
-        offsets: `(N, 2)` int64, bytes from the beginning of the tar.
-        sizes: `(N, 2)` int32, bytes; -1 in rows of samples that lack the image or the label.
+        offsets: `(N, 2)` int64, in bytes from the beginning of the tar.
+        sizes: `(N, 2)` int32, in bytes; -1 in the rows of samples without an image or a label.
     """
 
     offsets: NDArray[np.int64]
@@ -30,12 +30,9 @@ class Table(NamedTuple):
 
 
 class Extents:
-    """Finds samples, which are numbered through all shards of a split. Threads may share it.
+    """Finds samples by their number, which runs through all shards of a split. Threads may share it.
 
-    Each shard's table is kept once it was needed, at 24 bytes a sample.
-
-    Args:
-        shards: Those of the split.
+    It keeps the table of each shard after the first use, at 24 bytes per sample.
     """
 
     def __init__(self, shards: ShardSet) -> None:
@@ -46,12 +43,12 @@ class Extents:
         self._tables: dict[int, Table] = {}
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        """The shard of each sample, and its row in that shard's index."""
+        """Returns the shard of each sample, and its row in that shard's index."""
         shards = np.searchsorted(self._ends, samples, "right")
         return shards.tolist(), (samples - self._starts[shards]).tolist()
 
     def of(self, shards: Sequence[int], rows: Sequence[int]) -> Table:
-        """The extents of these samples.
+        """Returns the extents of samples, given by shard and row.
 
         Raises:
             ValueError: An index is damaged.
@@ -62,23 +59,22 @@ class Extents:
         return Table(np.array(offsets, np.int64).reshape(-1, 2), np.array(sizes, np.int32).reshape(-1, 2))
 
     def lacks(self, shard: int, row: int) -> str:
-        """What a sample without an image or a label lacks, for people."""
+        """Says what a sample without an image or a label lacks."""
         return _lacks(self._shards.indices[shard], row, self._label_extension)
 
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)
-        if table is None:  # two threads may both read it, and find the same
-            table = self._tables[shard] = read_table(self._shards.indices[shard], self._label_extension)
-            if len(table.sizes) != self._shards.lengths[shard]:
-                raise ValueError(
-                    f"{self._shards.indices[shard]}: damaged index; {self._shards.lengths[shard]} samples announced, "
-                    f"{len(table.sizes)} listed"
-                )
+        if table is None:  # two threads may read the same table
+            index, announced = self._shards.indices[shard], self._shards.lengths[shard]
+            table = read_table(index, self._label_extension)
+            if len(table.sizes) != announced:
+                raise ValueError(f"{index}: damaged index; {announced} samples announced, {len(table.sizes)} listed")
+            self._tables[shard] = table
         return table
 
 
 def read_table(index: Path, label_extension: str) -> Table:
-    """The extents that an index file lists.
+    """Reads the extents that an index file lists.
 
     Raises:
         ValueError: The file is damaged.
@@ -86,14 +82,14 @@ def read_table(index: Path, label_extension: str) -> Table:
     parts = []
     with open(index, "rb") as file:
         next(file)  # the header, which `open_shards` has read
-        while lines := file.readlines(BYTES_A_TIME):
-            parts.append(_read_alike(lines, label_extension) or _read_each(index, lines, label_extension))
+        while lines := file.readlines(CHUNK_BYTES):
+            parts.append(_read_uniform(lines, label_extension) or _read_each(index, lines, label_extension))
     offsets, sizes = zip(*parts, strict=True) if parts else ([], [])
     return Table(np.concatenate([np.empty((0, 2), np.int64), *offsets]), np.concatenate([np.empty((0, 2), np.int32), *sizes]))
 
 
-def _read_alike(lines: list[bytes], label_extension: str) -> Table | None:
-    """The extents of samples that all have the same members in the same order, as most data sets do; None for others.
+def _read_uniform(lines: list[bytes], label_extension: str) -> Table | None:
+    """Reads samples that all have the same members in the same order, as in most data sets; returns `None` for others.
 
     numpy's reader takes a third of the time of Python's `split` and `int`.
     """
@@ -127,11 +123,10 @@ def _read_each(index: Path, lines: list[bytes], label_extension: str) -> Table:
     offsets, sizes = np.zeros((len(lines), 2), np.int64), np.full((len(lines), 2), -1, np.int32)
     for row, line in enumerate(lines):
         sample = list(parse_line(index, line.decode(errors="replace")))
-        image = next((member for member in sample if member.extension.lower() in IMAGE_EXTENSIONS), None)
-        label = next((member for member in sample if member.extension.lower() == label_extension), None)
+        image, label = first_of(sample, IMAGE_EXTENSIONS), first_of(sample, (label_extension,))
         if image is not None and label is not None:
             if max(image.size, label.size) > MOST_BYTES or max(image.offset, label.offset) > 2**62:
-                raise ValueError(f"{index}: damaged index; no sample can be where it has {image.name}: {line.decode()[:120]!r}")
+                raise ValueError(f"{index}: damaged index; impossible offset or size of {image.name}: {line.decode()[:120]!r}")
             offsets[row] = image.offset, label.offset
             sizes[row] = image.size, label.size
     return Table(offsets, sizes)
@@ -139,7 +134,6 @@ def _read_each(index: Path, lines: list[bytes], label_extension: str) -> Table:
 
 @lru_cache(maxsize=4096)  # asked again in each epoch
 def _lacks(index: Path, row: int, label_extension: str) -> str:
-    """What a sample lacks; upper and lower case are one."""
     extensions = [component.extension for component in read_sample(index, row)]
     present = {extension.lower() for extension in extensions}
     lacking = []

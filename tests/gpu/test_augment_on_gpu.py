@@ -1,4 +1,4 @@
-"""Each augmentation on a GPU, and mixing without waiting for it."""
+"""Augmentation and mixing on a GPU."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.augment import Augmentation
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig, mix
 from tests.pipelines.test_augment import EVERY
@@ -21,7 +21,7 @@ def test_augmentation(shards: Path, augmentations: tuple[Augmentation, ...], dty
     def first_batch(augment: tuple[Augmentation, ...]) -> torch.Tensor:
         config = DataConfig(train=str(shards), augment=augment)
         options = {"batch_size": 16, "image_size": 64, "device": torch.device("cuda", 0), "dtype": dtype}
-        with build_loader(config, "train", **options) as loader:  # type: ignore[arg-type]
+        with build_loader(config, LoaderSpec(split="train", **options)) as loader:  # type: ignore[arg-type]
             batch = loader.next()
         assert batch is not None
         return batch["image"]

@@ -1,4 +1,4 @@
-"""The loaders on a GPU, and their pixels against the CPU's."""
+"""The loaders on a GPU."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class TestOnGPU(ShardLoaderContract):
     def dtype(self, kind: tuple[str, torch.dtype]) -> torch.dtype:
         return kind[1]
 
-    def test_valid_pixels_are_the_cpus(self, make: Make, shards: Path) -> None:
-        """Within what another JPEG decoder (nvJPEG), DALI's resizing and half precision leave."""
+    def test_valid_pixels_match_the_cpu(self, make: Make, shards: Path) -> None:
+        """The JPEG decoder (nvJPEG), DALI's resizing and half precision cause small differences."""
         with make("valid") as gpu, make_loader(shards, "dali", "valid", torch.device("cpu")) as cpu:
             for ours, reference in zip(gpu, cpu, strict=True):
                 assert torch.equal(ours["target"].cpu(), reference["target"])

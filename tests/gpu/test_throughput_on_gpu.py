@@ -1,4 +1,4 @@
-"""`throughput` on a GPU: every command that takes `--device cuda` runs to its end and has figures for everything."""
+"""`throughput` and `tools.bench.step` on a GPU: they run to their ends and have figures for everything."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SMALL = ("--device", "cuda", "--batch-size", 8, "--image-size", 64)
 
 
-def results(path: Path, *options: object) -> list[dict[str, object]]:
-    command = [sys.executable, "-m", "tools.throughput", *options, "--json", path]
+def results(path: Path, *options: object, module: str = "tools.throughput") -> list[dict[str, object]]:
+    command = [sys.executable, "-m", module, *options, "--json", path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(path.read_text())
@@ -48,4 +48,4 @@ def test_train(shards: Path, tmp_path: Path) -> None:
 
 
 def test_step(tmp_path: Path) -> None:
-    results(tmp_path / "r.json", "step", *SMALL, "--steps", 2, "--rounds", 2)
+    results(tmp_path / "r.json", *SMALL, "--steps", 2, "--rounds", 2, module="tools.bench.step")

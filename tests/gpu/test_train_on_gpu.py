@@ -1,4 +1,4 @@
-"""`python train.py` on a GPU, in each precision, and a step that makes the host wait for nothing."""
+"""Training and prediction on a GPU."""
 
 import json
 import math
@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
 from model.distributed import alone
-from model.job import build_job, train_step
+from model.job import build_job
 from tests.helpers import checkpoints
-from tests.runs.test_train import metrics, train_command
-from tools.run.config import Config, ModelConfig
+from tests.helpers.runs import train_command
+from tests.runs.test_train import metrics
+from tools.run.config import Config
 from tools.run.preemption import EXIT_CODE
+from train import train_step
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -37,7 +40,7 @@ def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_a_run_that_is_stopped_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_stopped_run_resumes(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "train.py", "--data.train", shards, "--data.valid", shards, "--device", "cuda"]
     command += ["--epochs", 40, "--batch-size", 8, "--image-size", 64, "--log-every", 1, "--run-dir", run, "--resume", "auto"]
@@ -62,33 +65,24 @@ def test_a_run_that_is_stopped_goes_on(shards: Path, tmp_path: Path) -> None:
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_compiled_training_learns_the_same(shards: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_compiled_training_matches_eager(shards: Path, tmp_path: Path, flags: list[str]) -> None:
     losses = []
     for name, more in (("compiled", flags), ("eager", [flag for flag in flags if flag not in ("--compile", flags[1])])):
         done = train_command(
             *("--data.train", shards, "--data.valid", shards, "--device", "cuda", "--epochs", 2, "--batch-size", 8),
-            *(
-                "--image-size",
-                64,
-                "--log-every",
-                1,
-                "--model.dropout",
-                0,
-                "--model.no-aux-logits",
-                "--run-dir",
-                tmp_path / name,
-            ),
+            *("--image-size", 64, "--log-every", 1, "--model.dropout", 0, "--model.no-aux-logits"),
+            *("--run-dir", tmp_path / name),
             *more,
             cwd=tmp_path,
             warnings=("error", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's own
         )
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in metrics(tmp_path / name) if line["split"] == "train"])
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.05)  # later rounding has grown
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.05)  # rounding errors grow in later steps
     assert all(map(math.isfinite, losses[0]))
 
 
-def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
+def test_predictions_match_the_cpu(shards: Path, tmp_path: Path) -> None:
     checkpoint = checkpoints.write(tmp_path / "best.pt")
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     outputs = []
@@ -116,7 +110,7 @@ def test_predictions_are_the_cpus(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
+def test_step_does_not_wait_for_the_device(dtype: torch.dtype | None) -> None:
     device = torch.device("cuda", 0)
     world = alone(device)
     config = Config(epochs=2, batch_size=4, grad_clip=1.0, model=ModelConfig(transform_input=True))

@@ -1,4 +1,4 @@
-"""Checkpoints as training leaves them, without the training."""
+"""Checkpoints as train.py writes them, without training."""
 
 import functools
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from model.checkpoint import save_checkpoint
 from model.ema import EMA
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
 from tests.conftest import CLASSES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -16,11 +16,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @functools.cache
 def _weights() -> dict[str, Any]:
-    """Of three classes, averaged and raw ones being different."""
+    """Returns state dicts for three classes. The averaged weights differ from the raw ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = googlenet(num_classes=len(CLASSES))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as training has it
+        model = GoogLeNet(num_classes=len(CLASSES))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
     average = EMA(model, decay=0.9)
     average.update_parameters(model)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def _weights() -> dict[str, Any]:
 
 
 def state(image_size: int = 32, **changes: Any) -> dict[str, Any]:
-    """What a checkpoint of three classes holds; `changes` replace parts of it."""
+    """Returns the content of a checkpoint of three classes. `changes` replace parts of it."""
     return {
         **_weights(),
         "classes": CLASSES,
@@ -44,6 +44,6 @@ def state(image_size: int = 32, **changes: Any) -> dict[str, Any]:
 
 
 def write(path: Path, **changes: Any) -> Path:
-    """A checkpoint with the `state` of these arguments."""
+    """Writes a checkpoint with the `state` of these arguments, and returns its path."""
     save_checkpoint(path, state(**changes))
     return path

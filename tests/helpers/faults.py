@@ -1,4 +1,4 @@
-"""An HTTP proxy that does to the answers of an object store what networks and stores do."""
+"""An HTTP proxy that damages, delays, or refuses the answers of an object store."""
 
 import http.client
 import socket
@@ -23,7 +23,7 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request that came; `start` is where its range begins, or -1, and `sent` how many bytes of a body went out."""
+    """A request that arrived. `start` is the start of its range, or -1; `sent` counts the bytes of the body that were sent."""
 
     method: str
     path: str
@@ -33,10 +33,10 @@ class Request:
 
 
 class FaultyProxy:
-    """Forwards to `target`; `fault(method, path, start)` says what goes wrong with an answer.
+    """Forwards requests to `target`. `fault(method, path, start)` returns what goes wrong with an answer.
 
-    reset: half of the body, then the connection is reset. cut: half, then it is closed. short: half, and a length that fits.
-    flip: a wrong byte. hang: nothing, until `released` is set. etag: the ETag is another one. Numbers: that status.
+    reset: half of the body, then a reset of the connection. cut: half of the body, then its end. short: half of the body, with
+    a matching length. flip: a wrong byte. hang: no answer until `released` is set. etag: another ETag. Numbers: that status.
     """
 
     fault: Callable[[str, str, int], Fault | None]
@@ -49,7 +49,7 @@ class FaultyProxy:
         self._start()
 
     def reset(self, latency: float) -> None:
-        """No faults, an empty log, and so many seconds to each answer."""
+        """Removes faults, empties the log, and sets the seconds before each answer."""
         self.released.set()
         self.latency, self.released = latency, threading.Event()
         self.fault = lambda method, path, start: None
@@ -60,11 +60,11 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self.port}"
 
     def bytes_of(self, name: str) -> list[tuple[int, int]]:
-        """Start and length of each range of an object that went out undisturbed."""
+        """Returns start and length of each range of an object that was sent without a fault."""
         return [(r.start, r.sent) for r in self.requests if r.method == "GET" and r.path.endswith(name) and not r.fault]
 
     def go_away(self) -> None:
-        """Until `come_back` there is no server at the address, and connections are closed at the next request."""
+        """Stops listening until `come_back`. Open connections are closed at their next request."""
         self._server.proxy = None
         self._server.shutdown()
         self._server.server_close()

@@ -1,4 +1,4 @@
-"""What every loader has to do, on whatever device: a base class, to be given the fixtures `backend`, `device` and `dtype`."""
+"""Tests for every loader on any device: base classes that need the fixtures `backend`, `device` and `dtype`."""
 
 import gc
 import io
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Batch, Loader
 from pipelines.shards.shard_set import open_shards
@@ -18,7 +18,7 @@ NUM_TRAIN, NUM_VALID, BATCH_SIZE, IMAGE_SIZE = 61, 25, 8, 48
 
 
 class Make(Protocol):
-    """Makes a loader of the tests' shards; options as for `build_loader`, `data` being fields of DataConfig."""
+    """Builds a loader of the test shards. Options are those of `LoaderSpec`, and `data` with fields of `DataConfig`."""
 
     def __call__(self, split: str, **options: Any) -> Loader: ...
 
@@ -28,11 +28,11 @@ def make_loader(
 ) -> Loader:
     config = DataConfig(**{"train": str(shards), "valid": str(shards), "backend": backend, **options.pop("data", {})})
     settings = {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "num_threads": 2 if backend == "dali" else 0, **options}
-    return build_loader(config, split, device=device, dtype=dtype, **settings)  # type: ignore[arg-type]
+    return build_loader(config, LoaderSpec(split=split, device=device, dtype=dtype, **settings))  # type: ignore[arg-type]
 
 
 def take(loader: Loader, count: int) -> list[Batch]:
-    """The next batches, from as many epochs as it takes."""
+    """Returns the next batches, across epochs."""
     batches: list[Batch] = []
     while len(batches) < count:
         batch = loader.next()
@@ -51,7 +51,7 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """A loader's state, written and read as a checkpoint is."""
+    """Writes and reads a loader's state like a checkpoint."""
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < 16 * 1024
@@ -61,12 +61,12 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_threads() -> int:
-    """Of this process, native ones too."""
+    """Returns the number of threads of this process, native ones included."""
     return len(os.listdir("/proc/self/task"))
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds."""
+    """Returns the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -79,7 +79,7 @@ class LoaderContract:
         return make
 
     def test_batches(self, make: Make, device: torch.device, dtype: torch.dtype) -> None:
-        """Keys, shapes, dtypes, strides, device, and that images are normalized pixels."""
+        """Keys, shapes, dtypes, strides and device are right, and images are normalized."""
         with make("train") as loader:
             for batch in loader:
                 assert set(batch) == {"image", "target"}
@@ -95,7 +95,7 @@ class LoaderContract:
                 assert batch["image"].float().std().item() > 0.2
 
     def test_epochs(self, make: Make) -> None:
-        """Length, the end of an epoch, reset, leaving early and beginning again."""
+        """Length, end of an epoch, reset, and leaving an epoch early."""
         with make("train") as loader:
             assert len(loader) == NUM_TRAIN // BATCH_SIZE
             for _ in range(3):
@@ -116,7 +116,7 @@ class LoaderContract:
             assert [batch["target"].tolist() for batch in loader] == whole
 
     def test_ancestors_loop(self, make: Make) -> None:
-        """The training loop of the notebook's ancestor, not a line of it changed, over two epochs."""
+        """The unchanged training loop of the notebook's ancestor works over two epochs."""
         train_prefetcher = make("train")
         for _ in range(2):
             batch_index = 0
@@ -132,7 +132,7 @@ class LoaderContract:
         train_prefetcher.close()
 
     def test_batches_stay(self, make: Make) -> None:
-        """A batch that the caller keeps is not overwritten by later ones."""
+        """Later batches do not overwrite a batch that the caller keeps."""
         with make("valid") as loader:
             kept: list[Batch] = list(loader)
             copies = [batch["image"].clone() for batch in kept]
@@ -143,7 +143,7 @@ class LoaderContract:
     @pytest.mark.parametrize("split", ["train", "valid"])
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_resumed_at_every_position(self, make: Make, split: str, world_size: int) -> None:
-        """Bit for bit the batches of the run that went on, over the end of an epoch and its smaller last batch too."""
+        """A resumed loader gives the same batches bit for bit, also across epochs with a smaller last batch."""
         for rank in range(world_size):
             with make(split, rank=rank, world_size=world_size) as loader:
                 count = 2 * len(loader) + 1
@@ -157,7 +157,7 @@ class LoaderContract:
                     assert same(take(resumed, 2), batches[position : position + 2]), (rank, position)
 
     def test_resumed_loop(self, make: Make) -> None:
-        """`for batch in loader` goes on where the position is, then with whole epochs; a loader in use can go back, too."""
+        """`for batch in loader` continues from the position, then with whole epochs. A loader in use can go back, too."""
         with make("train") as loader:
             first = list(loader)
             second = take(loader, 3)
@@ -173,7 +173,7 @@ class LoaderContract:
             assert same(list(resumed), third)
 
     def test_epochs_do_not_depend_on_what_was_before(self, make: Make) -> None:
-        """One that is left early does not change the next."""
+        """Leaving an epoch early does not change the next one."""
         with make("train") as loader:
             whole = [list(loader) for _ in range(3)]
         with make("train") as loader:
@@ -194,7 +194,7 @@ class LoaderContract:
                 assert same(list(resumed), list(fresh))
 
     def test_less_than_a_batch_is_left(self, make: Make) -> None:
-        """For a larger global batch than that of the ranks that were stopped: the next epoch begins."""
+        """If less than one of the new, larger global batches is left, the next epoch begins."""
         with make("train") as loader:
             take(loader, 6)
             state = saved(loader.state_dict())
@@ -205,7 +205,7 @@ class LoaderContract:
             assert len(list(loader)) == 3
 
     def test_two_at_once(self, make: Make) -> None:
-        """Training and validation loaders do not disturb each other, and closing them ends their threads."""
+        """Training and validation loaders do not affect each other, and closing them ends their threads."""
         with make("valid") as alone:
             expected = [batch["target"].tolist() for batch in alone]
         gc.collect()
@@ -229,7 +229,7 @@ class LoaderContract:
             make("train", batch_size=62)
 
     def test_nothing_leaks(self, make: Make, device: torch.device) -> None:
-        """Memory, threads and open files stay as they are over 200 epochs."""
+        """Memory, threads and open files do not grow over 200 epochs."""
         with make("train", batch_size=20, image_size=32) as train, make("valid", image_size=32) as valid:
             used = []
             for epoch in range(200):
@@ -239,17 +239,17 @@ class LoaderContract:
                     gc.collect()
                     used.append((count_threads(), len(os.listdir("/proc/self/fd")), resident_bytes()))
         threads, files, memory = zip(*used, strict=True)
-        # The next epoch's pipeline may be there already, or not: 3 threads, and on a GPU those of its decoder.
+        # The next epoch's pipeline may exist already: 3 threads, and on a GPU those of its decoder.
         assert max(threads) <= min(threads) + (6 if device.type == "cpu" else 20), threads
         assert max(files) <= min(files) + 8, files
         assert memory[-1] - memory[0] < 20 * 2**20, memory
 
 
 class ShardLoaderContract(LoaderContract):
-    """For those that read shards."""
+    """Tests for loaders that read shards."""
 
     def test_reproducible(self, make: Make) -> None:
-        """One seed gives the same batches again, another gives others, and epochs differ."""
+        """The seed determines the batches, and epochs differ."""
 
         def first_epochs(seed: int) -> list[torch.Tensor]:
             with make("train", seed=seed) as loader:
@@ -291,7 +291,7 @@ class ShardLoaderContract(LoaderContract):
                 loader.load_state_dict(state)
 
     def test_other_numbers_of_ranks_go_on_with_the_same_global_batches(self, make: Make) -> None:
-        """In the middle of an epoch and over its end: two ranks, then three, then one, against one that was not stopped."""
+        """Loaders of 2, 3, 1, 3 and 2 ranks resume each other, within and across epochs, and match an uninterrupted one."""
         with make("train", batch_size=12) as undisturbed:
             expected = take(undisturbed, 12)
         found, state = list[Batch](), None
@@ -303,14 +303,14 @@ class ShardLoaderContract(LoaderContract):
                         loader.load_state_dict(state)
                     of_ranks.append(take(loader, count))
                     states.append(saved(loader.state_dict()))
-            state = states[-1]  # that of any rank will do
+            state = states[-1]  # any rank's state will do
             for parts in zip(*of_ranks, strict=True):
                 image, target = (torch.cat([part[name] for part in parts]) for name in ("image", "target"))  # type: ignore[literal-required]
                 found.append({"image": image, "target": target})
         assert same(found, expected)
 
     def test_every_valid_sample_exactly_once(self, make: Make, shards: Path) -> None:
-        """Over all ranks validation gives each sample once an epoch, in order, at any batch size; no batch is empty."""
+        """Over all ranks, validation gives each sample once per epoch, in order, at any batch size, without empty batches."""
         targets = open_shards(str(shards), "valid").labels()
         for world_size in (1, 2, 3, 7, 30):
             for batch_size in (4, 25):

@@ -1,4 +1,4 @@
-"""Training runs for tests: processes started as a user starts them, killed or signalled on the way, and compared afterwards."""
+"""Training runs for tests: starts them as a user does, waits for steps, and compares the results."""
 
 import json
 import os
@@ -16,10 +16,12 @@ from model.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = ("images_per_second", "data_wait_percent")
+# For each process: the threads of several processes would wait for each other's cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def arguments(shards: Path, run: Path, *more: object) -> list[str]:
-    """Those of a small run on the tests' shards; later ones override."""
+    """Returns the arguments of a small run on the tests' shards. `more` override them."""
     words = (
         *("--data.train", shards, "--data.valid", shards, "--image-size", 32, "--model.no-aux-logits", "--torch-threads", 1),
         *("--device", "cpu", "--epochs", 2, "--batch-size", 8, "--log-every", 1, "--resume", "auto", "--run-dir", run, *more),
@@ -27,38 +29,49 @@ def arguments(shards: Path, run: Path, *more: object) -> list[str]:
     return [str(word) for word in words]
 
 
+def train_command(*arguments: object, cwd: Path, warnings: Sequence[str] = ("error",)) -> subprocess.CompletedProcess[str]:
+    """Runs train.py to its end in a folder, with one torch thread unless the arguments say otherwise."""
+    filters = [word for entry in warnings for word in ("-W", entry)]
+    command = [sys.executable, *filters, str(ROOT / "train.py"), "--torch-threads", "1", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | ONE_THREAD)
+
+
 def alone(script: str | None = None) -> list[str]:
-    """The command for one process: train.py, or a script that meddles with it before it calls `train.main()`."""
+    """Returns the command for one process: train.py, or a script that patches it before it calls `train.main()`."""
     return [sys.executable, "-W", "error", *(["-c", script] if script else [str(ROOT / "train.py")])]
 
 
 def torchrun(num_ranks: int, *options: str) -> list[str]:
-    """The command for several."""
+    """Returns the command for several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *options]
     return [*launcher, "--no-python", sys.executable, "-W", "error", str(ROOT / "train.py")]
 
 
 def environment(folder: Path = ROOT) -> dict[str, str]:
-    """This process's, with the modules in a folder before all others."""
+    """Returns the environment of this process, with a folder in front of Python's path."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def start(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
-    """Starts a command in a folder; its output comes together on its stdout."""
-    # Each run has but one thread: otherwise those of two ranks wait for each other's cores.
-    one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+    """Starts a command in a folder. Its stdout receives stderr, too."""
     return subprocess.Popen(
-        command, cwd=folder, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        command,
+        cwd=folder,
+        env=environment() | ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
     )
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    """Waits for the end, generously; gives what was printed."""
+    """Waits until a process has ended with this exit code, and returns its output. The timeout is generous."""
     try:
         output, _ = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
-            for pid in (*workers(process).values(), process.pid):  # of torchrun; they would go on without it
+            for pid in (*workers(process).values(), process.pid):  # torchrun's workers would survive it
                 os.kill(pid, signal.SIGKILL)
             process.wait()
     assert process.returncode == code, output
@@ -66,7 +79,7 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 
 def wait_until(is_so: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    """Waits for something that a running process does."""
+    """Waits until a running process has done something."""
     deadline = time.monotonic() + 120
     while not is_so():
         assert process.poll() is None, process.communicate()[0]
@@ -75,12 +88,12 @@ def wait_until(is_so: Callable[[], bool], process: "subprocess.Popen[str]") -> N
 
 
 def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
-    """Waits until a run has written down a step."""
+    """Waits until a run has written the metrics of a step."""
     wait_until(lambda: (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text(), process)
 
 
 def workers(torchrun: "subprocess.Popen[str]") -> dict[int, int]:
-    """Process numbers of torchrun's processes by rank."""
+    """Returns the process IDs of torchrun's workers by rank."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
@@ -90,13 +103,13 @@ def workers(torchrun: "subprocess.Popen[str]") -> dict[int, int]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what the clock has put there."""
+    """Returns the lines of metrics.jsonl, without values that depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
 
 
 def is_equal(one: Any, other: Any) -> bool:
-    """Whether two states are the same, bit for bit."""
+    """Returns whether two states are bit for bit the same."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(is_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
@@ -105,7 +118,7 @@ def is_equal(one: Any, other: Any) -> bool:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Both runs have the same metrics, and the same weights, of which the best are the same, too."""
+    """Asserts that two runs have the same metrics, and the same last and best weights."""
     assert metrics(run) == metrics(other)
     for name in ("last.pt", "best.pt"):
         one, two = load_checkpoint(run / name), load_checkpoint(other / name)

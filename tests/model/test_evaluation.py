@@ -1,13 +1,11 @@
-"""Scores of a network: counted anew by hand, of a checkpoint through `train.py --evaluate`, and over two processes."""
+"""Scores of a network: compared with a count by hand, with those of a run, and over several processes."""
 
 import json
-import logging
 import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,17 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-import train
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.distributed import World, alone, join_world
 from model.evaluation import MOST_MISTAKES, Evaluation, evaluate
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
 from tests.conftest import CLASSES
-from tests.runs.test_train import TRAIN, metrics, train_command
+from tests.helpers.command import run_main
+from tests.helpers.runs import ONE_THREAD, environment, metrics
+from tools.evaluate import cli
 from tools.evaluate.evaluate import describe_evaluation
+
+pytestmark = pytest.mark.xdist_group("finished")
 
 ALONE = alone(torch.device("cpu"))
 BATCH_SIZE = 8
@@ -42,7 +43,7 @@ class ReadsItsLogits(nn.Module):
 
 
 def score(images: Tensor, targets: Tensor, num_classes: int, world: World = ALONE, **options: Any) -> Evaluation | None:
-    """Of channel 0 as the raw weights' logits and channel 1 as the averaged weights'; the last batch is smaller."""
+    """Scores channel 0 as the logits of the raw weights and channel 1 as those of the averaged ones, in batches."""
     loader: Any = [
         {"image": image, "target": target}
         for image, target in zip(images.split(BATCH_SIZE), targets.split(BATCH_SIZE), strict=True)
@@ -61,7 +62,7 @@ def score(images: Tensor, targets: Tensor, num_classes: int, world: World = ALON
 def make_samples(count: int, num_classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     images = 2 * torch.randn(count, 3, num_classes, num_classes, generator=generator)
-    targets = torch.randint(num_classes - 1, (count,), generator=generator)  # of the last class there is no sample
+    targets = torch.randint(num_classes - 1, (count,), generator=generator)  # the last class has no sample
     return images, targets
 
 
@@ -132,7 +133,7 @@ def test_what_is_right_is_no_mistake_and_many_classes_have_no_confusion() -> Non
 
 def test_nothing_to_score_and_nobody_to_wait() -> None:
     images, targets = make_samples(20, 7)
-    with pytest.raises(ValueError, match="not one validation sample can be used; `shards verify` says why"):
+    with pytest.raises(ValueError, match="no validation sample can be used; `shards verify` says why"):
         score(images[:0].view(0, 3, 7, 7), targets[:0], 7)
     assert score(images, targets, 7, is_interrupted=lambda: True) is None
 
@@ -142,13 +143,13 @@ def test_a_network_that_has_failed_is_scored() -> None:
     evaluation = score(images * math.nan, targets, 7)
     assert evaluation is not None
     assert math.isnan(evaluation.loss)
-    assert evaluation.mistakes is None  # a loss that is no number is not worse than another
+    assert evaluation.mistakes is None  # a loss of NaN cannot be ranked
     printed = json.loads(describe_evaluation(evaluation, None, as_json=True), parse_constant=pytest.fail)
     assert printed["loss"] is None
 
 
 def score_a_share(rank: int, port: int, folder: Path) -> None:
-    """The first rank has most of the samples, the last none at all."""
+    """Scores the share of one rank. The first rank has most of the samples, and the last has none."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     images, targets = make_samples(50, 7)
@@ -172,47 +173,33 @@ def test_the_worst_are_those_of_all_ranks(tmp_path: Path) -> None:
         assert torch.equal(getattr(together, name), getattr(alone.mistakes, name))
 
 
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    done = train_command(
-        *("--data.train", shards, "--data.valid", shards, "--epochs", 1, "--batch-size", BATCH_SIZE, "--image-size", 32),
-        *("--torch-threads", 1, "--device", "cpu", "--run-dir", folder / "run"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
-
-
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[str, str]]]:
-    """train.py in this process, which is quicker: gives what it printed, and the message with which it ended."""
-    handlers, threads = logging.root.handlers[:], torch.get_num_threads()
-
-    def call(*arguments: object) -> tuple[str, str]:
-        status: object = ""
-        try:
-            train.main([*map(str, arguments)])
-        except SystemExit as end:
-            status = end.code
-        printed = capfd.readouterr()
-        return printed.out, printed.err if isinstance(status, int) else str(status)
-
-    yield call
-    logging.root.handlers[:] = handlers
-    torch.set_num_threads(threads)
+def run(finished: tuple[Path, str]) -> Path:
+    return finished[0]
 
 
-def options(shards: Path) -> tuple[object, ...]:
-    return ("--data.valid", shards, "--batch-size", BATCH_SIZE, "--torch-threads", 1, "--device", "cpu")
+def command(checkpoint: Path, shards: object, *more: object) -> list[str]:
+    options = ("--batch-size", BATCH_SIZE, "--torch-threads", 1, "--device", "cpu", *more)
+    return [str(word) for word in (checkpoint, shards, *options)]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a separate process, whose modules are those of the repository."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=environment() | ONE_THREAD,
+    )
 
 
 def test_a_checkpoint_has_the_scores_of_its_run(run: Path, shards: Path, tmp_path: Path) -> None:
-    done = train_command("--evaluate", run / "last.pt", "--json", *options(shards), cwd=tmp_path)
+    done = start("-W", "error", "-m", "tools.evaluate", *command(run / "last.pt", shards, "--json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert [*tmp_path.iterdir()] == []  # nothing but what it prints
+    assert [*tmp_path.iterdir()] == []  # it writes no file
     scores = json.loads(done.stdout)
     logged = metrics(run)[-1]
     assert logged["split"] == "valid"
@@ -227,17 +214,15 @@ def test_a_checkpoint_has_the_scores_of_its_run(run: Path, shards: Path, tmp_pat
         assert sum(row[name] * row["samples"] for row in classes) == pytest.approx(25 * scores[name])
 
 
-def test_raw_and_averaged_weights_are_told_apart(
-    run: Path, shards: Path, tmp_path: Path, command: Callable[..., tuple[str, str]]
-) -> None:
+def test_raw_and_averaged_weights_are_told_apart(run: Path, shards: Path, tmp_path: Path) -> None:
     state = load_checkpoint(run / "last.pt")
-    for part, prefix, always in (("model", "", "bee"), ("ema", "module.", "ant")):  # whatever they see
+    for part, prefix, always in (("model", "", "bee"), ("ema", "module.", "ant")):  # constant predictions
         state[part][f"{prefix}fc.weight"].zero_()
         state[part][f"{prefix}fc.bias"] = torch.tensor([float(name == always) for name in CLASSES])
     save_checkpoint(tmp_path / "told.pt", state)
-    table, message = command("--evaluate", tmp_path / "told.pt", *options(shards))
-    assert message == ""
-    assert [line.replace("%", "").split() for line in table.splitlines()] == [
+    done = run_main(cli.main, *command(tmp_path / "told.pt", shards))
+    assert (done.status, done.stderr) == (0, "")
+    assert [line.replace("%", "").split() for line in done.stdout.splitlines()] == [
         ["class", "samples", "top-1", "EMA", "top-5", "EMA"],
         ["ant", "9", "0.0", "100.0", "100.0", "100.0"],
         ["bee", "8", "100.0", "0.0", "100.0", "100.0"],
@@ -246,25 +231,9 @@ def test_raw_and_averaged_weights_are_told_apart(
     ]
 
 
-def test_an_image_size_that_does_not_count_is_said(run: Path, shards: Path, command: Callable[..., tuple[str, str]]) -> None:
-    said = "scored at 32 pixels, as the checkpoint says, and not at --image-size\n"
-    for size in ((), ("--image-size", 32), ("--image-size", 64)):
-        table, message = command("--evaluate", run / "last.pt", *size, *options(shards))
-        assert message == ""
-        assert table.startswith(said if 64 in size else "class ")
-
-
 def test_two_processes_score_as_one(run: Path, shards: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TRAIN),
-            *("--evaluate", run / "last.pt", "--json", *map(str, options(shards))),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tools.evaluate")
+    done = start(*launcher, *command(run / "last.pt", shards, "--json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores, logged = json.loads(done.stdout), metrics(run)[-1]  # printed once
     for name in ("top1", "top5", "ema_top1", "ema_top5", "loss"):
@@ -272,28 +241,28 @@ def test_two_processes_score_as_one(run: Path, shards: Path, tmp_path: Path) -> 
     assert [row["samples"] for row in scores["classes"]] == [9, 8, 8]
 
 
-def test_what_cannot_be_scored_is_said_in_a_line(
-    run: Path, shards: Path, tmp_path: Path, command: Callable[..., tuple[str, str]]
-) -> None:
+def test_what_cannot_be_scored_is_said_in_a_line(run: Path, shards: Path, tmp_path: Path) -> None:
     text, weights, other = tmp_path / "notes.txt", tmp_path / "weights.pth", tmp_path / "other.pt"
     text.write_text("best\n")
-    torch.save(googlenet(3).state_dict(), weights)
+    torch.save(GoogLeNet(3).state_dict(), weights)
     save_checkpoint(other, load_checkpoint(run / "last.pt") | {"classes": ("ant", "bee", "dog")})
     for arguments, message in [
-        (("--evaluate", tmp_path / "none.pt", *options(shards)), f"error: {tmp_path / 'none.pt'}: no such file"),
-        (("--evaluate", text, *options(shards)), f"error: {text} is damaged, or not a checkpoint"),
-        (
-            ("--evaluate", weights, *options(shards)),
-            f"error: {weights}: not a checkpoint of this version of train.py, it lacks",
-        ),
-        (("--evaluate", other, *options(shards)), f"error: {other} and the shards have different classes: cat, dog"),
-        (("--evaluate", run / "last.pt"), "error: --evaluate needs --data.valid, the shards to score the checkpoint on"),
-        (("--evaluate", run / "last.pt", "--data.valid", "x-*.tar"), "error: no such shard: 'x-*.tar'"),
-        (("--evaluate", run / "last.pt", "--precision", "fp16", *options(shards)), "error: --precision fp16 needs a GPU"),
-        (("--json",), "--json needs --evaluate"),
+        (command(tmp_path / "none.pt", shards), f"error: {tmp_path / 'none.pt'}: no such file"),
+        (command(text, shards), f"error: {text} is damaged, or not a checkpoint"),
+        (command(weights, shards), f"error: {weights}: not a checkpoint of this version of train.py, it lacks"),
+        (command(other, shards), f"error: {other} and the shards have different classes: cat, dog"),
+        (command(run / "last.pt", "x-*.tar"), "error: no such shard: 'x-*.tar'"),
+        (command(run / "last.pt", shards, "--precision", "fp16"), "error: --precision fp16 needs a GPU"),
+        (command(run / "last.pt", shards, "--torch-threads", 0), "error: --torch-threads 0: at least 1 is needed"),
     ]:
-        printed, said = command(*arguments)
-        assert message in said
-        assert printed == ""
-        assert "Traceback" not in said
-        assert "\n" not in said or message.startswith("--json")  # which the parser of the command line puts into a box
+        done = run_main(cli.main, *arguments)
+        assert done.status == 2
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+
+def test_a_checkpoint_without_shards_is_refused(run: Path) -> None:
+    done = run_main(cli.main, run / "last.pt")
+    assert (done.status, done.stdout) == (2, "")
+    assert "SHARDS" in done.stderr

@@ -1,4 +1,4 @@
-"""Training that begins with weights of a file: what is taken, what begins anew, what is refused."""
+"""`--init-from`: which weights are loaded, which are reset, and which files are refused."""
 
 import json
 import logging
@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import train
 from model.checkpoint import load_checkpoint, save_checkpoint
+from model.config import ModelConfig, StepConfig
 from model.distributed import alone
 from model.ema import averaged_weights
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
 from model.init_from import read_initial_weights
-from model.job import Job, build_job, train_step
-from tests.runs.test_train import train_command
-from tools.run.config import Config, ModelConfig
+from model.job import Job, build_job
+from tests.helpers.command import run_main
+from tests.helpers.runs import train_command
 
 ALONE = alone(torch.device("cpu"))
 
@@ -27,7 +29,7 @@ State = dict[str, Tensor]
 
 def make_state(num_classes: int = 1000, *, aux_logits: bool = True, seed: int = 5) -> State:
     torch.manual_seed(seed)
-    return googlenet(num_classes, aux_logits).state_dict()
+    return GoogLeNet(num_classes, aux_logits).state_dict()
 
 
 def make_job(
@@ -39,7 +41,7 @@ def make_job(
     **model: Any,
 ) -> Job:
     return build_job(
-        Config(epochs=2, batch_size=4, image_size=32, model=ModelConfig(**model)),
+        StepConfig(epochs=2, batch_size=4, image_size=32, model=ModelConfig(**model)),
         ALONE,
         num_classes=num_classes,
         classes=classes,
@@ -50,14 +52,14 @@ def make_job(
 
 
 def taken_from(state: State, job: Job) -> set[str]:
-    """Names of the model's tensors that are those of the state."""
+    """Returns the names of the model's tensors that equal those of the state."""
     model = job.model.state_dict()
     return {name for name, value in model.items() if name in state and torch.equal(value, state[name])}
 
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], dict[str, str]]:
-    """The lines of the log since the last call by level."""
+    """A function that returns the log lines since its last call, by level."""
     caplog.set_level(logging.INFO, "train")
 
     def take() -> dict[str, str]:
@@ -72,11 +74,11 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As train.py writes it, of a job whose average is not its weights."""
+    """A checkpoint whose averaged weights differ from the raw ones."""
     job = make_job(transform_input=True)
     job.model.train()
     for _ in range(3):
-        train_step(job, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 2]))
+        train.train_step(job, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 2]))
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     save_checkpoint(path, job.state_dict())
     return path
@@ -92,15 +94,15 @@ def test_a_checkpoint_gives_its_average_and_how_its_input_is_scaled(
     average = {name.removeprefix("module."): value for name, value in saved["ema"].items()}
     assert taken_from(average, job) == {*job.model.state_dict()}
     assert not torch.equal(average["fc.weight"], saved["model"]["fc.weight"])
-    for name, value in job.ema.module.state_dict().items():  # the average begins there as well
+    for name, value in job.ema.module.state_dict().items():  # the average starts there as well
         assert torch.equal(value, average[name])
-    assert said() == {"INFO": f"{len(average) - 1} of {len(average) - 1} tensors are from {checkpoint}\n"}
-    assert not make_job(path=checkpoint, transform_input=False).model.transform_input  # what is set outweighs the file
+    assert said() == {"INFO": f"loaded {len(average) - 1} of {len(average) - 1} tensors from {checkpoint}\n"}
+    assert not make_job(path=checkpoint, transform_input=False).model.transform_input  # the setting overrides the file
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_state_dict_as_torchvision_publishes_it(tmp_path: Path, said: Callable[[], dict[str, str]], *, is_zip: bool) -> None:
-    """A thousand classes, in the format of torch today and in that of 2018, in which the published file is."""
+    """It has 1000 classes, in torch's present format or in the one of 2018, which the published file has."""
     state, path = make_state(), tmp_path / "googlenet-1378be20.pth"
     torch.save(state, path, _use_new_zipfile_serialization=is_zip)
     assert zipfile.is_zipfile(path) == is_zip
@@ -109,14 +111,14 @@ def test_a_state_dict_as_torchvision_publishes_it(tmp_path: Path, said: Callable
     anew = {f"{layer}.{kind}" for layer in ("fc", "aux1.fc2", "aux2.fc2") for kind in ("weight", "bias")}
     assert {*state} - taken_from(state, job) <= anew
     assert job.model.fc.weight.shape == (3, 1024)
-    assert job.model.fc.weight.std().item() == pytest.approx(0.88 * 0.01, rel=0.1)  # as fresh ones are
+    assert job.model.fc.weight.std().item() == pytest.approx(0.88 * 0.01, rel=0.1)  # like fresh weights
     assert said()["INFO"] == (
-        f"{len(state) - len(anew)} of {len(state)} tensors are from {path}\n"
-        "it has 1000 classes and these data 3: the last layers begin anew (fc, aux1.fc2, aux2.fc2)\n"
+        f"loaded {len(state) - len(anew)} of {len(state)} tensors from {path}\n"
+        "the file has 1000 classes, and the data 3: the last layers are reset: fc, aux1.fc2, aux2.fc2\n"
     )
     whole = make_job(1000, path=path)
     assert taken_from(state, whole) == {*state}
-    assert said() == {"INFO": f"{len(state)} of {len(state)} tensors are from {path}\n"}
+    assert said() == {"INFO": f"loaded {len(state)} of {len(state)} tensors from {path}\n"}
 
 
 def test_auxiliary_heads_on_one_side_only(tmp_path: Path, said: Callable[[], dict[str, str]]) -> None:
@@ -124,24 +126,28 @@ def test_auxiliary_heads_on_one_side_only(tmp_path: Path, said: Callable[[], dic
     bare, full = make_state(3, aux_logits=False), make_state(3)
     torch.save(bare, path)
     assert taken_from(bare, make_job(path=path)) >= {*bare}
-    assert "auxiliary heads that it has not begin anew: aux1, aux2\n" in said()["INFO"]
+    assert "the file lacks auxiliary heads; they are reset: aux1, aux2\n" in said()["INFO"]
     torch.save(full, path)
     assert taken_from(full, make_job(path=path, aux_logits=False)) == {*bare}
-    assert said() == {"INFO": f"{len(bare)} of {len(bare)} tensors are from {path}\n"}
+    assert said() == {"INFO": f"loaded {len(bare)} of {len(bare)} tensors from {path}\n"}
     torch.save(make_state(7, aux_logits=False), path)
     make_job(path=path, aux_logits=False)
-    assert "it has 7 classes and these data 3: the last layers begin anew (fc)\n" in said()["INFO"]
+    assert "the file has 7 classes, and the data 3: the last layers are reset: fc\n" in said()["INFO"]
 
 
 def test_classes_of_other_names(tmp_path: Path, said: Callable[[], dict[str, str]]) -> None:
-    """As many as before, and yet what the last layers have learnt is about others."""
+    """There are as many classes as before, but the last layers have learned others."""
     path, animals = tmp_path / "last.pt", ("ant", "bee", "cat")
-    save_checkpoint(path, make_job(classes=animals, init="torch").state_dict())
-    state = averaged_weights(load_checkpoint(path)["ema"])
     last = {f"{layer}.{kind}" for layer in ("fc", "aux1.fc2", "aux2.fc2") for kind in ("weight", "bias")}
+    job = make_job(classes=animals)
+    with torch.no_grad():
+        for name in last:  # as if learned: all jobs draw the same initial weights
+            job.ema.module.get_parameter(name).add_(1)
+    save_checkpoint(path, job.state_dict())
+    state = averaged_weights(load_checkpoint(path)["ema"])
     for classes, anew in ((animals, set[str]()), (None, set[str]()), (("axe", "bow", "car"), last)):
         assert {*state} - taken_from(state, make_job(path=path, classes=classes)) == anew
-        assert ("its classes are not those of these data: the last layers begin anew" in said()["INFO"]) == bool(anew)
+        assert ("the classes have other names: the last layers are reset" in said()["INFO"]) == bool(anew)
 
 
 def without(state: State, *names: str) -> State:
@@ -164,11 +170,11 @@ CONV, HEAD, AUX = "conv1.conv.weight", "fc.weight", "aux1.fc1.weight"
             [f"{CONV} is missing", "stem.weight is not one of the network's"],
             -1,
         ),
-        (lambda state: state | {CONV: torch.zeros(64, 3, 3, 3)}, [f"{CONV} is 64x3x3x3 in place of 64x3x7x7"], -1),
+        (lambda state: state | {CONV: torch.zeros(64, 3, 3, 3)}, [f"{CONV} is 64x3x3x3 instead of 64x3x7x7"], -1),
         (lambda state: without(state, HEAD), [f"{HEAD} is missing"], -1),
-        (lambda state: state | {HEAD: torch.zeros(3, 512)}, [f"{HEAD} is 3x512 in place of 3x1024"], -1),
+        (lambda state: state | {HEAD: torch.zeros(3, 512)}, [f"{HEAD} is 3x512 instead of 3x1024"], -1),
         (lambda state: without(state, AUX), [f"{AUX} is missing"], -1),
-        (lambda state: state | {AUX: torch.zeros(1024, 512)}, [f"{AUX} is 1024x512 in place of 1024x2048"], -1),
+        (lambda state: state | {AUX: torch.zeros(1024, 512)}, [f"{AUX} is 1024x512 instead of 1024x2048"], -1),
         (
             lambda state: {name: value for name, value in state.items() if "5b" not in name},
             ["inception5b.branch1.conv.weight is missing", "and 28 more"],
@@ -185,14 +191,14 @@ def test_what_does_not_fit_is_refused_or_left(
 ) -> None:
     path, state = tmp_path / "state.pth", make_state(3)
     torch.save(spoil(state), path)
-    with pytest.raises(ValueError, match=r"^--init-from \S+ does not fit: .*; --init-from-partial takes what does$") as refused:
+    with pytest.raises(ValueError, match=r"^--init-from \S+ does not fit: .*; --init-from-partial loads what fits$") as refused:
         make_job(path=path)
     job = make_job(path=path, is_partial=True)
     lines = said()
     for text in (str(refused.value), lines["WARNING"]):
         assert [complaint for complaint in complaints if complaint not in text] == []
-    assert lines["INFO"] == f"{len(state) + num_taken} of {len(state)} tensors are from {path}\n"
-    assert lines["WARNING"].startswith(f"not taken from {path}: ")
+    assert lines["INFO"] == f"loaded {len(state) + num_taken} of {len(state)} tensors from {path}\n"
+    assert lines["WARNING"].startswith(f"not loaded from {path}: ")
     assert len(taken_from(state, job)) >= len(state) + num_taken
 
 
@@ -217,10 +223,10 @@ def save_cut(path: Path) -> None:
         (Path.mkdir, "no such file"),
         (Path.touch, "cannot be read"),
         (save_text, "cannot be read"),
-        (save_zip, "is not a checkpoint: torch finds other things"),
+        (save_zip, "is not a checkpoint: it contains more than tensors and plain values"),
         (save_cut, "damaged, or not a checkpoint"),
         (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
-        (lambda path: torch.save([1], path, _use_new_zipfile_serialization=False), "holds a list in place of a state dict"),
+        (lambda path: torch.save([1], path, _use_new_zipfile_serialization=False), "holds a list instead of a state dict"),
         (lambda path: torch.save({"state_dict": make_state(3)}, path), "neither a checkpoint of train.py nor a state dict"),
         (lambda path: torch.save({1: torch.zeros(3)}, path), "neither a checkpoint of train.py nor a state dict"),
         (lambda path: torch.save({"weight": torch.zeros(3)}, path), "nothing in it fits the network"),
@@ -236,21 +242,21 @@ def test_what_holds_no_weights_is_refused(write: Callable[[Path], object], messa
 
 
 def test_fine_tuning_from_beginning_to_end(shards: Path, tmp_path: Path) -> None:
-    """A file of torchvision's kind; refused as it is, then partly taken; ended, and gone on with when the file is no more."""
+    """An incomplete file of torchvision is refused, then loaded in part. The run resumes without the file."""
     path, run = tmp_path / "googlenet.pth", tmp_path / "run"
     torch.save(without(make_state(), CONV), path)
     command = (
         *("--data.train", shards, "--data.valid", shards, "--epochs", 2, "--batch-size", 20, "--image-size", 32),
-        *("--torch-threads", 1, "--device", "cpu", "--init-from", path, "--run-dir", run, "--resume", "auto"),
+        *("--device", "cpu", "--init-from", path, "--run-dir", run, "--resume", "auto"),
     )
-    done = train_command(*command, cwd=tmp_path)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line == (f"error: --init-from {path} does not fit: {CONV} is missing; --init-from-partial takes what does")
+    refused = run_main(train.main, *command)
+    assert refused.status == 2
+    (line,) = refused.stderr.splitlines()
+    assert line == (f"error: --init-from {path} does not fit: {CONV} is missing; --init-from-partial loads what fits")
     done = train_command(*command, "--init-from-partial", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "it has 1000 classes and these data 3: the last layers begin anew (fc, aux1.fc2, aux2.fc2)\n" in done.stdout
-    assert f"not taken from {path}: {CONV} is missing\n" in done.stdout
+    assert "the file has 1000 classes, and the data 3: the last layers are reset: fc, aux1.fc2, aux2.fc2\n" in done.stdout
+    assert f"not loaded from {path}: {CONV} is missing\n" in done.stdout
     first, last = sorted((run / "checkpoints").iterdir())
     whole = load_checkpoint(last)
     assert whole["architecture"]["transform_input"]

@@ -1,5 +1,6 @@
-"""The training step against the same written by hand in plain torch, and what it does where that would fail."""
+"""The training step against a loop in plain torch, and with gradients that are not finite."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,14 +15,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.checkpoint import load_checkpoint
+from model.config import ModelConfig, OptimConfig
 from model.distributed import World, alone
 from model.evaluation import evaluate
-from model.googlenet import GoogLeNet, googlenet
-from model.job import HEADS, Job, build_job, train_step
-from model.optim import OptimConfig
-from tests.runs.test_train import train_command
-from tools.run.config import Config, ModelConfig, choose_autocast_dtype
-from train import describe_steps
+from model.googlenet import GoogLeNet
+from model.job import HEADS, Job, build_job
+from tests.helpers.runs import train_command
+from tools.run.config import Config
+from tools.run.log import describe_steps
+from tools.run.resources import choose_autocast_dtype
+from train import train_step
 
 NUM_CLASSES, BATCH_SIZE, SIZE = 3, 4, 32
 ALONE = alone(torch.device("cpu"))
@@ -54,7 +57,7 @@ def make_batches(count: int) -> Batches:
 
 
 def heads_losses(model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Total, main, aux2, aux1, as in the paper, with label smoothing 0.1."""
+    """Returns the total, main, aux2, and aux1 losses of the paper, with label smoothing 0.1."""
     main, aux2, aux1 = (cross_entropy(logits, target, label_smoothing=0.1) for logits in model(image))
     return main + 0.3 * (aux1 + aux2), main, aux2, aux1
 
@@ -62,9 +65,9 @@ def heads_losses(model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tenso
 def train_by_hand(
     config: Config, batches: Batches, lrs: Sequence[float], ema_decay: float
 ) -> tuple[GoogLeNet, dict[str, Tensor], Tensor]:
-    """Step by step with what a textbook has: the network, its average, the sums of losses and of the gradients' norm."""
+    """Trains with a textbook loop. Returns the network, its average, and sums of the losses and of the gradient norm."""
     torch.manual_seed(config.seed)
-    model = googlenet(NUM_CLASSES, dropout=config.model.dropout).to(memory_format=torch.channels_last).train()
+    model = GoogLeNet(NUM_CLASSES, dropout=config.model.dropout).to(memory_format=torch.channels_last).train()
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     spared = [p for p in model.parameters() if not any(p is other for other in decayed)]
     groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -92,8 +95,8 @@ def train_by_hand(
 def test_steps_are_those_of_a_loop_written_by_hand(accumulate_steps: int) -> None:
     config = make_config(
         accumulate_steps=accumulate_steps,
-        optim=OptimConfig(lr=0.01, reference_batch_size=BATCH_SIZE, weight_decay=0.5, min_lr=0.001),  # a decay that is seen
-        model=ModelConfig(ema_decay=0.25),  # reached after three steps, so that the warm-up ends in between
+        optim=OptimConfig(lr=0.01, reference_batch_size=BATCH_SIZE, weight_decay=0.5, min_lr=0.001),  # large enough to show
+        model=ModelConfig(ema_decay=0.25),  # the warm-up of the average ends after three steps
     )
     batches = make_batches(5 * accumulate_steps)
     job = make_job(config)  # of 8 steps, 4 of them warm-up
@@ -118,7 +121,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(accumulate_steps: int) -> Non
 
 
 def everything(job: Job) -> dict[str, Tensor]:
-    """Copies of all that a skipped step has to leave as it is."""
+    """Returns copies of everything that a skipped step must not change."""
     state = {f"model.{name}": value for name, value in job.model.state_dict().items()}
     momenta = [job.optimizer.state[parameter]["momentum_buffer"] for parameter in job.parameters]
     state |= {f"momentum.{i}": value for i, value in enumerate(momenta)}
@@ -142,7 +145,7 @@ def test_a_step_that_is_not_finite_changes_nothing(accumulate_steps: int, value:
         return all(torch.equal(now[name], before[name]) for name in before)
 
     before = everything(job)
-    take_step(bad)  # the very first: the average has no step yet, the momentum is not there
+    take_step(bad)  # the very first step: there is neither an average nor momentum
     assert is_unchanged(before)
     for _ in range(3):
         take_step(image)
@@ -151,7 +154,7 @@ def test_a_step_that_is_not_finite_changes_nothing(accumulate_steps: int, value:
     take_step(bad)
     take_step(bad)
     assert is_unchanged(before)
-    for name, value in job.ema.module.state_dict().items():  # goes on towards weights and statistics that are good
+    for name, value in job.ema.module.state_dict().items():  # it moves towards finite weights and statistics
         if name in average:
             low, high = (pick(average[name], before[f"model.{name}"]) for pick in (torch.minimum, torch.maximum))
             assert ((low - 1e-6 <= value) & (value <= high + 1e-6)).all()
@@ -176,16 +179,16 @@ def test_a_run_that_diverges_ends_with_one_line(shards: Path, tmp_path: Path) ->
     done = train_command(
         *("--data.train", shards, "--data.valid", shards, "--epochs", 3, "--batch-size", 8, "--image-size", SIZE),
         *("--optim.lr", "1e30", "--optim.reference-batch-size", 0, "--optim.warmup-epochs", 0, "--max-nonfinite-steps", 9),
-        *("--device", "cpu", "--torch-threads", 1, "--run-dir", run),
+        *("--device", "cpu", "--run-dir", run),
         cwd=tmp_path,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (message,) = done.stderr.splitlines()
     for part in ("error: 13 steps in a row", "up to step 14 at learning rate 3.17329e+29", str(run / "last.pt"), "--init-from"):
         assert part in message
     lines = [json.loads(line, parse_constant=refuse_constant) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"], line["loss"] is None) for line in lines] == [
-        ("train", 7, False),  # of the first step, the one that has broken the weights
+        ("train", 7, False),  # the loss of the first step, which breaks the weights
         ("valid", 7, True),
         ("train", 14, True),
     ]
@@ -204,14 +207,14 @@ def test_gradients_are_clipped_and_their_own_norm_is_told() -> None:
     before = [parameter.detach().clone() for parameter in job.parameters]
     train_step(job, image, target)
     update = torch.cat([(now - then).flatten() for now, then in zip(job.parameters, before, strict=True)])
-    assert update.norm().item() == pytest.approx(lr * clip, rel=1e-2)  # differences of float32
+    assert update.norm().item() == pytest.approx(lr * clip, rel=1e-2)  # the difference is computed in float32
     _, _, sums = train_by_hand(config, [(image, target)], [lr], 0.999)
     assert sums[-1] > 100 * clip
     assert job.sums[-2].item() == pytest.approx(sums[-1].item(), rel=1e-4)
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of the operations that are made."""
+    """Records the names of operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,19 +225,19 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-# A number, a choice or a shape taken out of a tensor; a tensor made of a list, which a GPU would have to wait for.
+# They read a value or a shape from a tensor, or make a tensor from a list. The host would wait for a GPU.
 WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::lift_fresh"}
 
 
 def test_a_step_takes_nothing_out_of_a_tensor() -> None:
     with Operations() as seen:
         assert torch.tensor([1.0]).item() == 1
-    assert seen.names & WAITING == {"aten::_local_scalar_dense", "aten::lift_fresh"}  # they would be noticed
+    assert seen.names & WAITING == {"aten::_local_scalar_dense", "aten::lift_fresh"}  # such operations are recorded
     config = make_config(accumulate_steps=2, grad_clip=1.0, model=ModelConfig(transform_input=True))
     job = make_job(config)
     (image, target), *_ = make_batches(1)
     with Operations() as seen:
-        for labels in (target, target, *[torch.eye(NUM_CLASSES)[target]] * 2):  # numbers, and probabilities as of a mix
+        for labels in (target, target, *[torch.eye(NUM_CLASSES)[target]] * 2):  # class numbers, and the probabilities of a mix
             train_step(job, image, labels)
     assert job.step == 2
     assert "aten::_fused_sgd_" in seen.names
@@ -243,7 +246,7 @@ def test_a_step_takes_nothing_out_of_a_tensor() -> None:
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's front end and its autograd; generating code for the network takes minutes on a CPU."""
+    """Compiles without code generation, which takes minutes on a CPU."""
     compile_model = torch.compile
 
     def compile_quickly(model: nn.Module, *, mode: str, **options: Any) -> Callable[..., Any]:
@@ -256,7 +259,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_steps_with_bad_samples_left_out_are_the_same(quick_compiler: None) -> None:
-    """Their batches are smaller. The network is compiled for whole ones only, and once, however many sizes there are."""
+    """Such batches are smaller. The network is compiled once, for whole batches, however many sizes there are."""
     plain, compiled = (make_job(make_config(compile=mode, batch_size=12), 30) for mode in ("no", "default"))
     generator = torch.Generator().manual_seed(5)
     for size in (12, 11, 12, 10, 9, 8, 7, 6, 5, 12, 4, 3, 2, 12):
@@ -280,7 +283,7 @@ def test_a_compiled_step_is_the_same(quick_compiler: None) -> None:
         train_step(job, image, target)
         evaluation = evaluate(
             job.model, job.ema, loader, num_classes=NUM_CLASSES, world=ALONE, autocast=job.autocast
-        )  # between two epochs; the compiled step has to survive the change of mode
+        )  # as between two epochs: the compiled step must survive the change of mode
         assert evaluation is not None
         job.scores = evaluation.scores()
         job.model.train()
@@ -288,12 +291,12 @@ def test_a_compiled_step_is_the_same(quick_compiler: None) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(compiled.sums, plain.sums, rtol=1e-4, atol=1e-4)
     assert compiled.scores["loss"] == pytest.approx(plain.scores["loss"], rel=1e-4)
-    assert [*compiled.state_dict()["model"]] == [*googlenet(NUM_CLASSES).state_dict()]
-    googlenet(NUM_CLASSES).load_state_dict(compiled.state_dict()["model"])
+    assert [*compiled.state_dict()["model"]] == [*GoogLeNet(NUM_CLASSES).state_dict()]
+    GoogLeNet(NUM_CLASSES).load_state_dict(compiled.state_dict()["model"])
 
 
 def test_gradient_scaling_skips_by_the_same_rule() -> None:
-    """As with float16 on a GPU: too large a scale is halved until the gradients are finite, and changes nothing else."""
+    """As with float16 on a GPU, too large a scale is halved until the gradients are finite, and nothing else changes."""
     plain, scaled = make_job(make_config()), make_job(make_config())
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
     ((image, target),) = make_batches(1)
@@ -309,11 +312,12 @@ def test_gradient_scaling_skips_by_the_same_rule() -> None:
             assert all(torch.equal(value, before[name]) for name, value in everything(scaled).items())
     assert num_skipped > 0
     for _ in range(num_skipped):
-        train_step(plain, image * torch.inf, target)  # skipped as well: the schedule and the average are as far
+        train_step(plain, image * torch.inf, target)  # skipped as well, so the schedule and the average make the same progress
     torch.manual_seed(1)
     train_step(plain, image, target)
+    after = everything(scaled)
     for name, value in everything(plain).items():
-        torch.testing.assert_close(everything(scaled)[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_trains_on_a_cpu() -> None:
@@ -322,7 +326,7 @@ def test_bfloat16_trains_on_a_cpu() -> None:
     assert dtype == torch.bfloat16
     job = make_job(config, steps_per_epoch=100, autocast_dtype=dtype)
     ((image, target),) = make_batches(1)
-    image = image + target[:, None, None, None]  # something that can be learned
+    image = image + target[:, None, None, None]  # makes the classes learnable
     losses = []
     for _ in range(12):
         job.sums.zero_()
@@ -353,11 +357,11 @@ def test_the_learning_rate_grows_with_the_step() -> None:
         job.optimizer.step()
         job.scheduler.step()
     assert lrs == pytest.approx([0.03 + 0.27 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
-    assert describe_steps(job.config, ALONE).endswith("learning rate 0.1 x 24 / 8 = 0.3")
+    assert describe_steps(job).endswith("learning rate 0.1 x 24 / 8 = 0.3")
     two = World(rank=0, size=2, local_rank=0, local_size=2, device=ALONE.device)
-    assert describe_steps(job.config, two) == (
+    assert describe_steps(dataclasses.replace(job, world=two)) == (
         "global batch size 48 (4 images x 6 batches x 2 processes); learning rate 0.1 x 48 / 8 = 0.6"
     )
     fixed = OptimConfig(lr=0.1, min_lr=0.01, reference_batch_size=0)
     assert fixed.scaled(0.1, 4096) == 0.1
-    assert describe_steps(make_config(optim=fixed), two).endswith("learning rate 0.1, not scaled")
+    assert describe_steps(make_job(make_config(optim=fixed))).endswith("learning rate 0.1, not scaled")

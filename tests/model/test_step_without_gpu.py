@@ -1,4 +1,4 @@
-"""The training step and the validation loop on a fake GPU: where the host would wait, and how many kernels it would launch."""
+"""Training step and validation loop on a fake GPU: where the host would wait, and how many kernels it would launch."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from tests.helpers.fake_cuda.build import build_guard, find_compiler
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("bf16", "fp16", "fp32", "mixup", "cutmix", "two batches", "deterministic")
-# Operations that torch 2.11 refuses on a GPU when all are to be deterministic: their code in `libtorch_cuda.so` calls
-# `alertNotDeterministic`. Others are far from what is done here.
+# Operations that torch 2.11 refuses on a GPU if deterministic ones are required: their code in `libtorch_cuda.so` calls
+# `alertNotDeterministic`. Other such operations are unlikely here.
 NOT_DETERMINISTIC = {"_adaptive_avg_pool2d_backward", "upsample_bilinear2d_backward", "bincount", "median"}
 MOST_LAUNCHES = 700
 
@@ -24,7 +24,7 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What `tests/helpers/fake_cuda/checks.py` has found, in a process of its own, as it changes torch for good."""
+    """The report of `tests/helpers/fake_cuda`, which patches torch and so needs a separate process."""
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("needs a C++ compiler, for the device guard that a build of torch without CUDA lacks")
@@ -59,7 +59,7 @@ def test_the_host_waits_for_nothing_in_a_step(report: Report) -> None:
 
 def test_the_host_waits_for_nothing_in_the_validation_loop(report: Report) -> None:
     assert report["evaluation"]["waits"] == []
-    assert report["evaluation"]["is_over"]  # all batches were taken
+    assert report["evaluation"]["is_over"]  # the loop has taken all batches
 
 
 def test_a_gradient_in_another_memory_format_is_noticed(report: Report) -> None:
@@ -69,7 +69,7 @@ def test_a_gradient_in_another_memory_format_is_noticed(report: Report) -> None:
 
 
 def test_what_is_updated_together_has_the_same_layout(report: Report) -> None:
-    """Weights, gradients, momentum and averages: the fused optimizer refuses others, and other updates would be slow."""
+    """Weights, gradients, momentum, and averages. Otherwise, the fused optimizer fails, and other updates are slow."""
     for kind in KINDS:
         step = report["steps"][kind]
         assert step["launches"]["_fused_sgd_"] == 2  # with weight decay, and without
@@ -77,10 +77,9 @@ def test_what_is_updated_together_has_the_same_layout(report: Report) -> None:
 
 
 def test_a_step_launches_few_kernels(report: Report, record_property: Callable[[str, object], None]) -> None:
-    """With small batches a step takes as long as the host needs to launch its kernels, for the GPU computes faster than that.
+    """With small batches, a step takes as long as the host needs to launch its kernels.
 
-    So a change that takes the number over the bound has to be worth it. Operations are counted, and some of them launch more
-    than one kernel.
+    So a change that exceeds the bound must be worth it. This counts operations, and some launch more than one kernel.
     """
     launches = report["steps"]["bf16"]["launches"]
     table = "\n".join(f"{count:5} {name}" for name, count in launches.items())

@@ -1,4 +1,4 @@
-"""What each augmentation does to pixels; that its draws can be resumed and are each sample's own; how it is written."""
+"""Effects of the augmentations on pixels, and their notation on the command line."""
 
 import dataclasses
 import json
@@ -9,18 +9,16 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import tyro
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline, pipeline_def
 from PIL import Image
 
 from pipelines.augment import (
+    AUGMENTATIONS,
     GRAY,
     Augmentation,
     AutoAugment,
@@ -32,12 +30,11 @@ from pipelines.augment import (
     Rotate,
     TrivialAugmentWide,
     VerticalFlip,
-    training_images,
 )
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD
-from pipelines.notation import augmentation_classes, parse_augmentation, write_augmentation
+from pipelines.notation import parse_augmentation, write_augmentation
 from tests.conftest import write_image
 from tests.helpers.runs import environment
 from tools.shards.convert import convert
@@ -45,7 +42,7 @@ from tools.shards.plan import Options
 
 ROOT = Path(__file__).parents[2]
 COUNT, SIZE = 64, 48
-WHOLE = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # of a square image: every pixel stays where it is
+WHOLE = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # leaves a square image unchanged
 AUTO = (TrivialAugmentWide(), RandAugment(), AutoAugment())
 EVERY = (
     HorizontalFlip(),
@@ -61,7 +58,7 @@ Pixels = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of square images, each a class of its own, so that labels tell which is which."""
+    """Shards of square images. Each has its own class, so that its label identifies it."""
     folder = tmp_path_factory.mktemp("augment")
     for i in range(COUNT):
         write_image(folder / "images" / f"{i:02d}" / "image.png", i, (SIZE, SIZE))
@@ -70,9 +67,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def augmented(stored: Path, *augmentations: Augmentation) -> Pixels:
-    """The images after the augmentations, in the order of their classes: `(COUNT, SIZE, SIZE, 3)`, from 0 to 255."""
+    """Augments the images. Returns them in the order of their classes: `(COUNT, SIZE, SIZE, 3)`, from 0 to 255."""
     config = DataConfig(train=str(stored / "shards"), crop=WHOLE, augment=augmentations)
-    with build_loader(config, "train", batch_size=COUNT, image_size=SIZE, device=torch.device("cpu"), num_threads=2) as loader:
+    with build_loader(
+        config, LoaderSpec(split="train", batch_size=COUNT, image_size=SIZE, device=torch.device("cpu"), num_threads=2)
+    ) as loader:
         [batch] = loader
     images = batch["image"][batch["target"].argsort()].permute(0, 2, 3, 1).numpy()
     pixels: Pixels = 255 * (images * np.array(STD, np.float32) + np.array(MEAN, np.float32))
@@ -84,12 +83,12 @@ def originals(stored: Path) -> Pixels:
 
 
 def same(left: Pixels, right: Pixels) -> NDArray[np.bool_]:
-    """For each image whether it is the same in both, within the rounding of normalization."""
+    """Whether each image is the same in both, within the rounding of normalization."""
     return (abs(left - right) < 0.01).all(axis=(1, 2, 3))
 
 
 def every_image(stored: Path, tmp_path: Path, pixels: NDArray[np.uint8], *augmentations: Augmentation) -> Pixels:
-    """As `augmented`, of one image, COUNT times."""
+    """Augments one image COUNT times."""
     shutil.copytree(stored / "images", tmp_path / "images")
     for path in (tmp_path / "images").rglob("*.png"):
         Image.fromarray(pixels).save(path)
@@ -112,7 +111,7 @@ def test_horizontal_flip_mirrors_exactly_and_half_of_the_images(stored: Path) ->
 
 
 def test_two_horizontal_flips_are_two(stored: Path) -> None:
-    """The second one cannot happen while normalizing any more."""
+    """Only one flip can happen during normalization."""
     assert same(augmented(stored, HorizontalFlip(1.0), HorizontalFlip(1.0)), originals(stored)).all()
 
 
@@ -126,7 +125,7 @@ def test_vertical_flip_mirrors_exactly_and_half_of_the_images(stored: Path) -> N
 
 
 def test_rotation_is_about_the_centre_both_ways_and_within_its_degrees(stored: Path, tmp_path: Path) -> None:
-    """A bright half and a bright point in the middle: the half's direction is the angle, the point stays."""
+    """Of a bright half and a bright central point, the half's direction is the angle, and the point stays."""
     half = np.full((SIZE, SIZE, 3), 60, np.uint8)
     half[:, SIZE // 2 :] = 200
     half[SIZE // 2 - 2 : SIZE // 2 + 2, SIZE // 2 - 2 : SIZE // 2 + 2] = (255, 0, 255)
@@ -153,21 +152,21 @@ def test_rotation_of_no_degrees_or_no_probability_changes_nothing(stored: Path) 
 
 
 def test_color_jitter_has_torchvisions_ranges(stored: Path, tmp_path: Path) -> None:
-    """On a flat gray of 100, brightness is the factor itself, contrast that of the distance to 128; hue has nothing to turn."""
+    """On a flat gray of 100, brightness scales the value, contrast scales the distance to 128, and hue has no effect."""
     flat = np.full((SIZE, SIZE, 3), 100, np.uint8)
     brightness = every_image(stored, tmp_path / "1", flat, ColorJitter(brightness=0.5)).mean(axis=(1, 2, 3)) / 100
     assert 0.49 <= brightness.min() < 0.65
     assert 1.35 < brightness.max() <= 1.51
     assert brightness.std() == pytest.approx(0.5 / math.sqrt(3), rel=0.25)
     contrast = (every_image(stored, tmp_path / "2", flat, ColorJitter(contrast=1.5)).mean(axis=(1, 2, 3)) - 128) / (100 - 128)
-    assert -0.02 <= contrast.min() < 0.4  # 1 - 1.5 is below 0, which is where the range ends
+    assert -0.02 <= contrast.min() < 0.4  # 1 - 1.5 is clamped to 0
     assert 2.1 < contrast.max() <= 2.52
     colorless = every_image(stored, tmp_path / "3", flat, ColorJitter(saturation=0.5, hue=0.5))
     assert abs(colorless - 100).max() < 1.1
 
 
 def test_color_jitter_changes_hue_and_saturation(stored: Path, tmp_path: Path) -> None:
-    """Saturation is a factor of the distances between the channels; a hue of half a circle is every colour."""
+    """Saturation scales the distances between the channels; a hue of half a circle reaches every color."""
     red = np.full((SIZE, SIZE, 3), (150, 100, 100), np.uint8)
     saturated = every_image(stored, tmp_path / "1", red, ColorJitter(saturation=0.5))[:, 0, 0]
     factors = (saturated[:, 0] - saturated[:, 1]) / 50
@@ -188,13 +187,13 @@ def test_erasing_fills_a_rectangle_of_the_right_size_with_the_mean(stored: Path)
         rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
         box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
         normalized = (image[box] / 255 - MEAN) / STD
-        assert abs(normalized).max() < 0.01  # 0, but for the half of a gray value by which the mean was rounded
+        assert abs(normalized).max() < 0.01  # not exactly 0, because the mean was rounded to a gray value
         height, width = normalized.shape[:2]
         areas.append(height * width / SIZE**2)
         ratios.append(height / width)
         tops.append(rows[0] / max(1, SIZE - height))
         image[box] = original[box]
-    assert same(before, after).all()  # outside of the rectangles
+    assert same(before, after).all()  # outside the rectangles
     assert 0.1 - 0.03 < min(areas) < 0.16
     assert 0.34 < max(areas) < 0.4 + 0.03
     assert 0.45 < min(ratios) < 0.65
@@ -216,33 +215,15 @@ def test_erasing_spares_images_and_keeps_its_area_where_the_ratio_does_not_fit(s
 @pytest.mark.parametrize("augmentation", AUTO, ids=lambda augmentation: augmentation.name)
 def test_automatic_augmentations_change_most_images_and_stay_images(stored: Path, augmentation: Augmentation) -> None:
     before = originals(stored)
-    with warnings.catch_warnings(record=True) as caught:  # DALI's own use of its operators' old names is nobody's business
+    with warnings.catch_warnings(record=True) as caught:  # DALI itself uses deprecated operator names
         after = augmented(stored, augmentation)
     assert not [warning for warning in caught if issubclass(warning.category, DeprecationWarning)]
     assert after.shape == before.shape
     assert after.min() > -0.01
     assert after.max() < 255.01
     assert (~same(after, before)).sum() > COUNT / 2
-    # Nothing is moved out of sight: the gray that follows after an image that was moved does not fill the picture.
+    # No image is moved out of sight: the gray behind a moved image does not fill the picture.
     assert (abs(after - GRAY) < 0.01).all(axis=3).mean(axis=(1, 2)).max() < 0.7
-
-
-@pipeline_def(exec_dynamic=True, enable_conditionals=True)
-def files_pipeline(folder: Path, augmentations: tuple[Augmentation, ...]) -> Any:
-    encoded, label = fn.readers.file(file_root=str(folder), random_shuffle=True, initial_fill=16)
-    images = training_images(encoded, RandomResizedCrop(), augmentations, size=32, device="cpu", dtype=types.FLOAT)
-    return images, label
-
-
-def start(folder: Path, augmentations: tuple[Augmentation, ...], checkpoint: str | None = None) -> Pipeline:
-    options = {"batch_size": 7, "num_threads": 2, "device_id": None, "seed": 3}
-    pipeline = files_pipeline(folder, augmentations, **options, enable_checkpointing=True, checkpoint=checkpoint)
-    pipeline.build()
-    return pipeline
-
-
-def run(pipeline: Pipeline, count: int) -> NDArray[np.float32]:
-    return np.array([np.array(pipeline.run()[0].as_tensor()) for _ in range(count)])
 
 
 def parse(*arguments: str) -> DataConfig:
@@ -273,7 +254,7 @@ def test_help_and_config_json_name_them(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parse("--help")
     printed = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    assert {step.name for step in EVERY} == set(augmentation_classes())
+    assert {step.name for step in EVERY} == set(AUGMENTATIONS)
     assert all(step.name in printed for step in EVERY)
     written = json.loads(json.dumps(dataclasses.asdict(DataConfig(augment=(Rotate(30), AutoAugment())))))
     assert written["augment"] == [{"name": "rotate", "degrees": 30, "probability": 1.0}, {"name": "auto-augment"}]
@@ -331,7 +312,7 @@ def test_pillow_flips_and_refuses_the_rest(stored: Path) -> None:
     for augment, expected in (((), before), ((HorizontalFlip(1.0),), before[:, :, ::-1])):
         config = DataConfig(train=str(stored / "shards"), backend="pillow", crop=WHOLE, augment=augment)
         with build_loader(
-            config, "train", batch_size=COUNT, image_size=SIZE, device=torch.device("cpu"), num_threads=0
+            config, LoaderSpec(split="train", batch_size=COUNT, image_size=SIZE, device=torch.device("cpu"), num_threads=0)
         ) as loader:
             [batch] = loader
         images = batch["image"][batch["target"].argsort()].permute(0, 2, 3, 1).numpy()
@@ -339,7 +320,7 @@ def test_pillow_flips_and_refuses_the_rest(stored: Path) -> None:
 
 
 def test_the_example_of_contributing_works_as_it_is_written(stored: Path, tmp_path: Path) -> None:
-    """Appended to `pipelines/augment.py` and nothing else touched, it can be had by its name and does what it says."""
+    """Once it is appended to `pipelines/augment.py`, it works under its name, without any other change."""
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Add an augmentation")[1].split("\n## ")[0]
     [example] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     [words] = re.findall(r"--data\.augment (.*)", section)
@@ -348,11 +329,12 @@ def test_the_example_of_contributing_works_as_it_is_written(stored: Path, tmp_pa
         file.write(f"\n\n{example}")
     script = f"""
 import torch, tyro
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 arguments = ["--train", {str(stored / "shards")!r}, "--augment", *{words.split()!r}]
 config = tyro.cli(DataConfig, args=arguments)
-with build_loader(config, "train", batch_size={COUNT}, image_size=32, device=torch.device("cpu"), num_threads=1) as loader:
+spec = LoaderSpec(split="train", batch_size={COUNT}, image_size=32, device=torch.device("cpu"), num_threads=1)
+with build_loader(config, spec) as loader:
     [batch] = loader
 pixels = batch["image"] * torch.tensor({STD}).view(3, 1, 1) + torch.tensor({MEAN}).view(3, 1, 1)
 gray = (pixels.amax(1) - pixels.amin(1)).amax((1, 2)) < 0.01

@@ -19,9 +19,9 @@ from PIL import Image
 
 from pipelines.augment import RandomResizedCrop
 from pipelines.bad_samples.jpeg import is_cut_short
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
-from pipelines.dali.graph import ImagePipeline, Settings
+from pipelines.dali.graph import ImagePipeline
 from pipelines.loader import Batch, Loader, state_for_others
 from tests.conftest import write_image
 from tests.helpers.loader_contract import same, saved, take
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def encoded_images(folder: Path, count: int) -> list[bytes]:
-    """JPEGs of many shapes."""
+    """Returns JPEGs of many shapes."""
     images = []
     for i in range(count):
         write_image(folder / f"{i}.jpg", i, (40 + 13 * i % 60, 40 + 29 * i % 50), quality=85)
@@ -42,7 +42,7 @@ def encoded_images(folder: Path, count: int) -> list[bytes]:
 
 
 def write_shards(folder: Path, images: list[bytes], labels: dict[int, bytes] | None = None) -> Path:
-    """Shards in which each sample is a class of its own, so that a target tells which sample it is."""
+    """Writes shards in which each sample has its own class, so that its target identifies it."""
     folder.mkdir(parents=True)
     for first in range(0, len(images), PER_SHARD):
         with tarfile.open(folder / f"train-{first // PER_SHARD:03d}.tar", "w") as tar:
@@ -55,7 +55,7 @@ def write_shards(folder: Path, images: list[bytes], labels: dict[int, bytes] | N
 
 
 def png(image: bytes) -> bytes:
-    """The same picture as a PNG file."""
+    """Returns the same picture as a PNG file."""
     encoded = io.BytesIO()
     with Image.open(io.BytesIO(image)) as picture:
         picture.save(encoded, "PNG")
@@ -63,13 +63,13 @@ def png(image: bytes) -> bytes:
 
 
 def flipped(image: bytes) -> bytes:
-    """The same bytes but for some in the middle."""
+    """Overwrites some bytes in the middle."""
     middle = len(image) // 2
     return image[:middle] + bytes(16) + image[middle + 16 :]
 
 
 def damage(image: bytes, kind: int) -> bytes:
-    """Cut in the middle, empty, something else, cut in the header, a PNG with wrong bytes: in turn."""
+    """Damages an image: cut in the middle, empty, not an image, cut in the header, or a PNG with wrong bytes."""
     return (image[: len(image) // 2], b"", b"wrong " * 50, image[:100], flipped(png(image)))[kind % NUM_KINDS]
 
 
@@ -89,28 +89,15 @@ def good(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> Path:
 
 
 def make(shards: Path, split: str = "train", quarantine: Path | None = None, **options: Any) -> Loader:
-    device = options.pop("device", CPU)
-    ranks = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
-    settings: dict[str, Any] = {
-        "max_bad_fraction": 1.0,
-        **options,
-    }
-    config = DataConfig(train=str(shards), valid=str(shards), **settings)
-    return build_loader(
-        config,
-        split,  # type: ignore[arg-type]
-        batch_size=BATCH_SIZE,
-        image_size=32,
-        device=device,
-        num_threads=2,
-        num_classes=NUM_SAMPLES,
-        quarantine=quarantine,
-        **ranks,
-    )
+    given = {name: options.pop(name) for name in ("device", "rank", "world_size") if name in options}
+    options["quarantine"] = options.pop("quarantine_files", ())
+    config = DataConfig(**{"train": str(shards), "valid": str(shards), "max_bad_fraction": 1.0, **options})
+    sizes = {"batch_size": BATCH_SIZE, "image_size": 32, "num_threads": 2, "num_classes": NUM_SAMPLES, "device": CPU}
+    return build_loader(config, LoaderSpec(**{"split": split, "quarantine": quarantine, **sizes, **given}))
 
 
 def without(batches: list[Batch], bad: set[int]) -> list[Batch]:
-    """The batches less those samples."""
+    """Removes samples from batches."""
     kept = [[i for i, target in enumerate(batch["target"].tolist()) if target not in bad] for batch in batches]
     return [
         {"image": batch["image"][places], "target": batch["target"][places]}
@@ -151,7 +138,7 @@ def test_all_else_is_as_if_they_were_good(
 
 
 def test_validation_in_order_and_an_empty_batch(tmp_path: Path, images: list[bytes], good: Path) -> None:
-    """A batch of which nothing is left does not reach the caller."""
+    """An empty batch does not reach the caller."""
     bad = {3, *range(12, 18), 59}
     damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
     for world_size in (1, 2, 7):
@@ -166,13 +153,13 @@ def test_validation_in_order_and_an_empty_batch(tmp_path: Path, images: list[byt
 
 
 def test_batch_of_bad_labels(tmp_path: Path, images: list[bytes], good: Path) -> None:
-    """Is made up with others as well, the stand-ins having good labels; also where one good sample is left."""
+    """Stand-ins with good labels fill up a batch that has no good label, or only one."""
     undisturbed = epochs(make(good), 1)
     bad = {*undisturbed[2]["target"].tolist(), *undisturbed[5]["target"].tolist()[1:], 0, 13}
     damaged = write_shards(tmp_path / "bad", images, dict.fromkeys(bad, b"?"))
     found = epochs(make(damaged, quarantine=tmp_path / "quarantine.jsonl"), 1)
     listed = [json.loads(line)["member"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(listed) == [f"{i:04d}.jpg" for i in sorted(bad)]  # and none of those that were taken in their place
+    assert sorted(listed) == [f"{i:04d}.jpg" for i in sorted(bad)]  # and no stand-in
     assert [len(batch["target"]) for batch in found] == [
         max(2, sum(target not in bad for target in batch["target"].tolist())) for batch in undisturbed
     ]
@@ -180,7 +167,7 @@ def test_batch_of_bad_labels(tmp_path: Path, images: list[bytes], good: Path) ->
 
 
 def test_one_good_sample_in_all(tmp_path: Path, images: list[bytes]) -> None:
-    """It makes up a batch of training by itself; without any the run ends."""
+    """A single good sample fills each training batch. Without one the run ends."""
     for good in (17, None):
         labels = {i: b"?" for i in range(NUM_SAMPLES) if i != good}
         with make(write_shards(tmp_path / str(good), images, labels)) as loader:
@@ -200,14 +187,14 @@ def test_other_numbers_of_ranks_know_what_all_have_met(tmp_path: Path, images: l
         with make(damaged, rank=rank, world_size=2) as loader:
             list(loader)
             states.append(saved(loader.state_dict()))
-    with make(damaged, on_error="stop") as loader:  # at one that it does not know of
+    with make(damaged, on_error="stop") as loader:  # stops at an unknown bad sample
         loader.load_state_dict(state_for_others(states))
         assert loader.num_bad_samples == len(bad)
         assert sum(len(batch["target"]) for batch in loader) == NUM_SAMPLES - len(bad)
 
 
 def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> None:
-    """In the same loader, where a bad sample is met again; and after an error it does not go on as if nothing had been."""
+    """A loader that goes back meets a bad sample again. After an error it cannot continue without a state."""
     damaged = write_shards(tmp_path / "bad", [damage(image, i) if i % 9 == 2 else image for i, image in enumerate(images)])
     with make(damaged) as loader:
         take(loader, 1)
@@ -227,28 +214,28 @@ def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> Non
 
 
 def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[bytes], good: Path) -> None:
-    """A BMP with so many bits a pixel is one for the decoder by itself, and none for DALI, which does not say which it was."""
+    """The decoder alone accepts a BMP with 3 bits per pixel. DALI rejects it, without saying which image it was."""
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (1, 2, 3)).save(file, "BMP")
     bmp = bytearray(file.getvalue())
-    bmp[28] = 3  # bits a pixel
+    bmp[28] = 3  # bits per pixel
     damaged = write_shards(tmp_path / "bad", [bytes(bmp) if i == 30 else image for i, image in enumerate(images)])
     assert same(epochs(make(damaged), 2), without(epochs(make(good), 2), {30}))
 
 
 def test_a_header_that_the_decoder_must_not_meet(tmp_path: Path, images: list[bytes]) -> None:
-    """In the last of the parts into which it divides the headers of a batch: there DALI's decoder ends the process."""
+    """DALI's decoder parses the headers of a batch in parts. A bad one in the last part would end the process."""
     write_shards(
         tmp_path / "bad", [images[0][:100] + b"\3" * 900 + b"\xff\xd9" if i == 160 else images[i % 60] for i in range(256)]
     )
     script = f"""
 import torch
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 config = DataConfig(valid={str(tmp_path / "bad")!r}, max_bad_fraction=1)
 for num_threads in (1, 2, 3):
     options = dict(batch_size=64, image_size=32, num_threads=num_threads, num_classes=256)
-    with build_loader(config, "valid", device=torch.device("cpu"), **options) as loader:
+    with build_loader(config, LoaderSpec(split="valid", device=torch.device("cpu"), **options)) as loader:
         print(sum(len(batch["target"]) for batch in loader), loader.num_bad_samples)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -256,7 +243,7 @@ for num_threads in (1, 2, 3):
 
 
 def test_touched_tars(tmp_path: Path, images: list[bytes], good: Path) -> None:
-    """A new time alone, as after a copy put in its place, does not make a bad sample anything else."""
+    """A new modification time alone, as a copy in its place has, does not turn a bad sample into a changed tar."""
     undisturbed = epochs(make(good), 1)
     bad = set(undisturbed[6]["target"].tolist()[:1])
     damaged = write_shards(tmp_path / "bad", [damage(image, 2) if i in bad else image for i, image in enumerate(images)])
@@ -268,7 +255,7 @@ def test_touched_tars(tmp_path: Path, images: list[bytes], good: Path) -> None:
 
 
 def test_whole_batch_and_whole_shard(tmp_path: Path, images: list[bytes], good: Path) -> None:
-    """A training batch without a good sample is made of others, so that each rank takes as many steps."""
+    """A training batch without a good sample is filled with others, so that all ranks take equally many steps."""
     undisturbed = epochs(make(good), 1)
     bad = {*undisturbed[5]["target"].tolist(), *range(PER_SHARD)}
     damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in bad else image for i, image in enumerate(images)])
@@ -305,7 +292,7 @@ def test_a_hundred_in_an_epoch(tmp_path: Path) -> None:
 
 
 def test_resumed_at_every_position(tmp_path: Path, images: list[bytes]) -> None:
-    """What was known to be bad at a position is so again, and what is found after it is found again."""
+    """A resumed loader knows the bad samples of its position, and finds later ones again."""
     bad = set(range(2, NUM_SAMPLES, 9))
     labels = {7: b"what?", 8: b"99"}
     damaged = write_shards(
@@ -354,13 +341,13 @@ def test_later_runs_read_the_quarantine(
             assert loader.num_bad_samples == 0
         with make(damaged, on_error="stop") as loader, pytest.raises(ValueError, match=r"\.jpg: "):
             take(loader, 30)
-        config_of_listed = epochs(make_with_quarantine(damaged, listed), 2)
-        assert same(config_of_listed, without(epochs(make(good), 2), bad))
+        knowing = make(damaged, max_bad_fraction=0.1, on_error="stop", quarantine_files=(str(listed),))
+        assert same(epochs(knowing, 2), without(epochs(make(good), 2), bad))
     assert not caplog.records
 
 
 def test_verify_reads_the_quarantine(tmp_path: Path, images: list[bytes]) -> None:
-    """Without looking at the images again; the index files that it writes leave the samples out."""
+    """It does not decode the images again, and writes index files without the listed samples."""
     damaged = write_shards(tmp_path / "bad", [damage(image, i) if i in (3, 30) else image for i, image in enumerate(images)])
     (tmp_path / "run").mkdir()
     epochs(make(damaged, quarantine=tmp_path / "run" / "quarantine.jsonl"), 2)
@@ -375,19 +362,6 @@ def test_verify_reads_the_quarantine(tmp_path: Path, images: list[bytes]) -> Non
     assert targets == set(range(NUM_SAMPLES)) - {3, 30}
     with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
         verify(str(damaged), known=[tmp_path / "nothing.jsonl"])
-
-
-def make_with_quarantine(shards: Path, listed: Path) -> Loader:
-    """A loader that knows of bad samples, and stops at one that it does not know of."""
-    config = DataConfig(
-        train=str(shards),
-        max_bad_fraction=0.1,
-        on_error="stop",
-        quarantine=(str(listed),),
-    )
-    return build_loader(
-        config, "train", batch_size=BATCH_SIZE, image_size=32, device=CPU, num_threads=2, num_classes=NUM_SAMPLES
-    )
 
 
 def test_too_many_stop_the_run_with_a_table(tmp_path: Path, images: list[bytes]) -> None:
@@ -407,7 +381,7 @@ def test_too_many_stop_the_run_with_a_table(tmp_path: Path, images: list[bytes])
 
 @pytest.mark.parametrize("change", ["cut short", "replaced", "overwritten", "gone"])
 def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], change: str) -> None:
-    """Is not taken for one with a bad sample."""
+    """A changed tar is not reported as a bad sample."""
     shards = write_shards(tmp_path / "shards", images)
     tars = sorted(shards.glob("*.tar"))
     with make(shards) as loader:
@@ -432,7 +406,7 @@ def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], c
 
 HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "whole": (lambda image: image, "nothing"),
-    "bytes behind the end": (lambda image: image + bytes(5000), "nothing"),  # as some cameras leave them
+    "bytes behind the end": (lambda image: image + bytes(5000), "nothing"),  # as some cameras append them
     "cut in the header": (lambda image: image[:100], "reader"),
     "cut in the middle": (lambda image: image[: len(image) // 2], "reader"),
     "last byte missing": (lambda image: image[:-1], "reader"),
@@ -446,15 +420,15 @@ HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize(("harm", "stopped_by"), HARMS.values(), ids=HARMS.keys())
 def test_what_reaches_the_decoder(images: list[bytes], harm: Callable[[bytes], bytes], stopped_by: str) -> None:
-    """A decoder in hardware reports every image as decoded, so what it is given has to be whole."""
+    """A hardware decoder reports every image as decoded, so it must get complete images only."""
     harmed = harm(images[0])
     assert is_cut_short(harmed) == (stopped_by == "reader")
     if stopped_by == "reader":
         return
-    settings = Settings(False, 1, 32, CPU, torch.float32, num_threads=1, seed=0, config=DataConfig())
+    spec = LoaderSpec(split="valid", batch_size=1, image_size=32, device=CPU, num_threads=1)
     stops = []
     for until in ("headers", "normalize"):
-        with contextlib.closing(ImagePipeline(settings, until)) as pipeline:  # type: ignore[arg-type]
+        with contextlib.closing(ImagePipeline(DataConfig(), spec, until)) as pipeline:  # type: ignore[arg-type]
             pipeline.feed([np.frombuffer(harmed, np.uint8)], 0, 0)
             try:
                 pipeline.images()
@@ -465,7 +439,7 @@ def test_what_reaches_the_decoder(images: list[bytes], harm: Callable[[bytes], b
 
 
 def test_a_preview_is_not_taken_for_the_end(images: list[bytes]) -> None:
-    """A JPEG's EXIF data may hold another JPEG, with an end of its own, ahead of the pixels."""
+    """A JPEG's EXIF data may contain another JPEG, with its own end marker, before the pixels."""
     segment = b"Exif\0\0" + images[1]
     image = images[0][:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + images[0][2:]
     assert not is_cut_short(image)
@@ -475,7 +449,7 @@ def test_a_preview_is_not_taken_for_the_end(images: list[bytes]) -> None:
 
 
 def test_a_jpeg_that_is_cut_short_is_bad_wherever_the_crop_lies(tmp_path: Path, images: list[bytes]) -> None:
-    """Decoding the crop alone would not always notice."""
+    """Decoding only the crop would not always detect it."""
     shards = write_shards(tmp_path / "bad", [image[:-50] for image in images])
     loader = make(shards, crop=RandomResizedCrop(scale=(0.08, 0.1)))
     with loader, pytest.raises(ValueError, match="there is not one good sample"):

@@ -1,4 +1,4 @@
-"""Local copies of remote shards: whole, the same, made once, bounded; whatever network, store and processes do meanwhile."""
+"""Local copies of remote shards are complete, correct, unique and bounded, despite faults of network, store and processes."""
 
 import contextlib
 import functools
@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.remote import object_store as remote
-from pipelines.remote import transfer
+from pipelines.remote import retrying, transfer
 from pipelines.remote.cache import ShardCache, open_cache
 from tests.helpers.faults import Fault, FaultyProxy
 
 CHUNK = 100_000
-SIZE = 450_000  # of each shard: five requests
+SIZE = 450_000  # bytes per shard: five requests
 Shards = list[tuple[str, int]]
 
-# What another process does: holds shards, says that it has them, and goes on holding them until its input ends.
+# Another process: holds shards, prints their copies, and keeps holding them until its input ends.
 PROCESS = """
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ def upload(bucket: str, folder: str, count: int) -> Shards:
 
 @contextlib.contextmanager
 def opened(folder: Path, shards: float = 100, threads: int = 4) -> Iterator[ShardCache]:
-    """A cache with room for that many shards."""
+    """Opens a cache with room for this many shards."""
     with contextlib.closing(ShardCache(folder, int(shards * SIZE), threads)) as cache:
         yield cache
 
@@ -74,7 +74,7 @@ def check_copies(copies: list[Path], shards: Shards, version: int = 0) -> None:
 
 
 def copied(folder: Path, suffix: str = "tar") -> set[str]:
-    """Which shards have a copy in the folder, or a part of one."""
+    """Returns the shards with a copy (or, by suffix, a partial copy) in the folder."""
     return {path.name.split(".")[0] for path in folder.glob(f"*.{suffix}")}
 
 
@@ -111,7 +111,7 @@ def test_copies_are_whole_and_kept(tmp_path: Path, store: str, request: pytest.F
         assert not list((tmp_path / "new" / "cache").glob("*.part"))
 
 
-def test_each_byte_is_asked_for_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+def test_each_byte_is_requested_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
     shards = upload(s3_bucket, "once", 3)
     with opened(tmp_path) as cache:
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_each_byte_is_asked_for_once(tmp_path: Path, s3_bucket: str, faulty: Fau
 
 
 def test_faults_are_survived(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
-    """Every request of a chunk meets another fault first, and what came before it is not asked for again."""
+    """The first request for each chunk fails in a different way. Chunks that have arrived are not requested again."""
     shards = upload(s3_bucket, "faults", 2)
     faults: dict[tuple[str, int], list[Fault]] = {}
     kinds: list[Fault] = ["reset", "503", "cut", "short", "500"]
@@ -175,24 +175,24 @@ def test_a_server_that_hangs(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy
 
 def test_giving_up(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     [shard] = upload(s3_bucket, "gone", 1)
-    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(retrying, "PATIENCE_SECONDS", 1.0)
     faulty.fault = lambda method, path, start: "503" if start > 0 else None
     with opened(tmp_path) as cache:
-        with pytest.raises(OSError, match=rf"^{shard[0]}: nothing but faults for 1 s, the last one .*reduce your request rate"):
+        with pytest.raises(OSError, match=rf"^{shard[0]}: only errors for 1 s; the last one: .*reduce your request rate"):
             cache.hold([shard]).__enter__()
         faulty.fault = lambda method, path, start: None
-        with cache.hold([shard]) as copies:  # it can be asked for again
+        with cache.hold([shard]) as copies:  # a later attempt succeeds
             check_copies(copies, [shard])
 
 
-def test_what_will_not_get_better_fails_at_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+def test_permanent_errors_fail_at_once(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
     shards = upload(s3_bucket, "never", 2)
     missing = f"{s3_bucket}/never/y.tar"
     with opened(tmp_path) as cache:
         cache.prefetch([(missing, SIZE)])
         with pytest.raises(FileNotFoundError, match=f"^{missing}: no such object"):
             cache.hold([*shards, (missing, SIZE)]).__enter__()
-        assert len([request for request in faulty.requests if "y.tar" in request.path]) <= 4  # two a time: object, or folder?
+        assert len([request for request in faulty.requests if "y.tar" in request.path]) <= 4  # two per attempt: object, folder
         faulty.fault = lambda method, path, start: "403" if start == 0 else None
         put(shards[0][0], 1)
         with opened(tmp_path / "b") as other, pytest.raises(PermissionError, match=rf"^{shards[0][0]}: .*Denied"):
@@ -201,7 +201,7 @@ def test_what_will_not_get_better_fails_at_once(tmp_path: Path, s3_bucket: str, 
 
 
 def test_a_killed_process_is_resumed(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
-    """By one that waits for it, too."""
+    """A process that waits for the copy resumes it."""
     shards = upload(s3_bucket, "killed", 1)
     faulty.fault = lambda method, path, start: "hang" if start == 3 * CHUNK and not faulty.released.is_set() else None
     process = start(tmp_path, 10 * SIZE, [shards[0][0]])
@@ -228,7 +228,7 @@ def test_two_processes_share_the_work(tmp_path: Path, s3_bucket: str, faulty: Fa
         assert faulty.bytes_of(f"shared/x-{i}.tar") == CHUNKS
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, s3_bucket: str) -> None:
+def test_least_recently_used_copies_are_deleted_first(tmp_path: Path, s3_bucket: str) -> None:
     shards = upload(s3_bucket, "lru", 5)
     with opened(tmp_path, shards=3) as cache:
         for i in (0, 1, 2, 0):
@@ -238,12 +238,12 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, s3_bucket: str
             with cache.hold([shards[3]]):
                 assert copied(tmp_path) == {"x-0", "x-2", "x-3"}
             with cache.hold([shards[4], shards[1]]):
-                assert copied(tmp_path) == {"x-1", "x-2", "x-4"}  # 2 is older than 3, and is held
+                assert copied(tmp_path) == {"x-1", "x-2", "x-4"}  # 2 is older than 3, but held
                 check_copies(copies, [shards[2]])
 
 
 def test_the_folder_never_holds_more(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
-    """Two processes that go over ten shards in a folder for four and a half, two at a time and two ahead."""
+    """Two readers go over ten shards, two at a time and two ahead, in a folder with room for four and a half."""
     shards = upload(s3_bucket, "bound", 10)
     most, done = 0, threading.Event()
 
@@ -270,7 +270,7 @@ def test_the_folder_never_holds_more(tmp_path: Path, s3_bucket: str, faulty: Fau
         reader.join()
     done.set()
     watcher.join()
-    assert 3 * SIZE < most <= 4.5 * SIZE + 2000  # leases are of some bytes
+    assert 3 * SIZE < most <= 4.5 * SIZE + 2000  # leases take a few bytes
     assert not list(tmp_path.glob("*.lease"))
 
 
@@ -287,7 +287,7 @@ def test_shards_in_use_that_do_not_fit(tmp_path: Path, s3_bucket: str, caplog: p
             check_copies(copies, shards[:2])
         ending = threading.Timer(1, end, [process])
         ending.start()
-        with cache.hold(shards[2:]) as copies:  # once the other process is through with its own
+        with cache.hold(shards[2:]) as copies:  # after the other process has released its own
             check_copies(copies, shards[2:])
         ending.join()
     assert "waiting for room" in caplog.text
@@ -302,14 +302,14 @@ def test_prefetching_stops_where_the_room_ends(tmp_path: Path, s3_bucket: str, f
             wait_until(lambda: copied(tmp_path) == {"x-0", "x-1", "x-2"})
             faulty.released.wait(1)
             assert copied(tmp_path) | copied(tmp_path, "part") == {"x-0", "x-1", "x-2"}
-        wait_until(lambda: copied(tmp_path) == {"x-1", "x-2", "x-3"})  # the first one has given way
-        with cache.hold(shards[3:6]) as copies:  # who holds comes before who prefetches
+        wait_until(lambda: copied(tmp_path) == {"x-1", "x-2", "x-3"})  # the first one is evicted
+        with cache.hold(shards[3:6]) as copies:  # holding evicts prefetched copies
             check_copies(copies, shards[3:6])
             assert copied(tmp_path) == {"x-3", "x-4", "x-5"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", bytes(SIZE + 1)])
-def test_a_copy_of_another_size_is_made_anew(tmp_path: Path, s3_bucket: str, damage: bytes) -> None:
+def test_a_copy_of_another_size_is_replaced(tmp_path: Path, s3_bucket: str, damage: bytes) -> None:
     shards = upload(s3_bucket, "damaged", 1)
     with opened(tmp_path) as cache:
         with cache.hold(shards) as copies:
@@ -319,8 +319,8 @@ def test_a_copy_of_another_size_is_made_anew(tmp_path: Path, s3_bucket: str, dam
 
 
 @pytest.mark.parametrize("store", ["s3_bucket", "gcs_bucket"])
-def test_an_object_that_has_changed_is_copied_anew(tmp_path: Path, store: str, request: pytest.FixtureRequest) -> None:
-    """Though its size is the same, and though there is only room for one copy."""
+def test_a_changed_object_is_copied_again(tmp_path: Path, store: str, request: pytest.FixtureRequest) -> None:
+    """Even if its size is the same, and there is room for one copy only."""
     shards = upload(request.getfixturevalue(store), "changed", 1)
     with opened(tmp_path, shards=1) as cache, cache.hold(shards) as copies:
         check_copies(copies, shards)
@@ -344,14 +344,14 @@ def test_an_object_that_changes_while_it_is_copied(tmp_path: Path, s3_bucket: st
         assert len(list(tmp_path.glob("*tar*"))) == 1
 
 
-def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+def test_a_partial_copy_of_another_version_is_not_resumed(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
     shards = upload(s3_bucket, "part", 1)
     faulty.fault = lambda method, path, start: "hang" if start == 3 * CHUNK and not faulty.released.is_set() else None
     with opened(tmp_path) as cache:
         cache.prefetch(shards)
         wait_until(lambda: any(path.stat().st_size == 3 * CHUNK for path in tmp_path.glob("*.part")))
-    assert copied(tmp_path, "part") == {"x-0"}  # closing has left it
-    assert not faulty.released.is_set()  # and has not waited for the answer
+    assert copied(tmp_path, "part") == {"x-0"}  # closing keeps it
+    assert not faulty.released.is_set()  # and does not wait for the answer
     faulty.released.set()
     put(shards[0][0], 1)
     with opened(tmp_path) as cache, cache.hold(shards) as copies:
@@ -362,7 +362,7 @@ def test_an_object_of_another_size_is_refused(tmp_path: Path, s3_bucket: str) ->
     [(url, _)] = upload(s3_bucket, "size", 1)
     with (
         opened(tmp_path) as cache,
-        pytest.raises(ValueError, match=f"^{url}: had 7 bytes when .* has 450,000 now; begin again"),
+        pytest.raises(ValueError, match=f"^{url}: had 7 bytes when .* has 450,000 now; start again"),
     ):
         cache.hold([(url, 7)]).__enter__()
 
@@ -379,14 +379,14 @@ def test_wrong_bytes_are_found(tmp_path: Path, s3_bucket: str, faulty: FaultyPro
 def test_an_etag_that_is_no_checksum(
     tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As that of an object which the store encrypts with a key of its own; the second copy settles it."""
+    """The ETag of an object that is encrypted with a customer's key is not an MD5. A second, equal copy settles it."""
     shards = upload(s3_bucket, "etag", 1)
     faulty.fault = lambda method, path, start: "etag"
     with opened(tmp_path) as cache, cache.hold(shards) as copies:
         check_copies(copies, shards)
     assert faulty.bytes_of("x-0.tar") == []
     assert sum(request.start == 0 for request in faulty.requests) == 2
-    assert "two copies are the same and do not fit its ETag" in caplog.text
+    assert "two copies agree but do not match the ETag" in caplog.text
 
 
 def test_an_interrupted_process_leaves_nothing_locked(tmp_path: Path, s3_bucket: str) -> None:

@@ -1,4 +1,4 @@
-"""What the DALI pipeline makes of images and labels."""
+"""Images and labels from the DALI pipeline."""
 
 import io
 import subprocess
@@ -14,11 +14,11 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
-from pipelines.augment import RandomResizedCrop, center_crop_resampled
-from pipelines.build import build_loader
+from pipelines.augment import AUGMENTATIONS, RandomResizedCrop
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.dali.operators import resample_center
 from pipelines.loader import MEAN, STD, Loader, resize_shorter_for
-from pipelines.notation import augmentation_classes
 from pipelines.pillow import resized_center_crop
 from tests.conftest import write_image
 from tests.helpers.loader_contract import make_loader, same, saved, take
@@ -27,19 +27,20 @@ from tools.shards.convert import convert
 from tools.shards.plan import Options
 
 CPU = torch.device("cpu")
-# Every rounding of the resized length and of the crop's corner occurs.
+# These cover every rounding of the resized length and of the crop's corner.
 SIZES = [(500, 375), (375, 500), (256, 256), (301, 256), (256, 259), (1000, 777), (640, 427), (83, 120), (224, 91)]
 
 
 def valid_loader(shards: Path | str, backend: str = "dali", image_size: int = 224, batch_size: int = 4) -> Loader:
     config = DataConfig(train="", valid=str(shards), backend=backend)  # type: ignore[arg-type]
     return build_loader(
-        config, "valid", batch_size=batch_size, image_size=image_size, device=CPU, dtype=torch.float32, num_threads=1
+        config,
+        LoaderSpec(split="valid", batch_size=batch_size, image_size=image_size, device=CPU, dtype=torch.float32, num_threads=1),
     )
 
 
 def mean_differences(shards: Path, image_size: int) -> list[float]:
-    """Mean absolute difference to Pillow's pixels, of 255, for each image."""
+    """Returns the mean absolute difference to Pillow's pixels, of 255, for each image."""
     differences: list[float] = []
     with valid_loader(shards, "dali", image_size) as dali, valid_loader(shards, "pillow", image_size) as pillow:
         for ours, reference in zip(dali, pillow, strict=True):
@@ -58,12 +59,12 @@ def test_valid_pixels_are_pillows(tmp_path: Path, image_size: int) -> None:
     differences = mean_differences(tmp_path / "shards", image_size)
     assert len(differences) == 2 * len(SIZES)
     assert max(differences[: len(SIZES)]) < 0.01  # PNG
-    assert max(differences) < 0.15  # decoders of JPEG differ by a little
+    assert max(differences) < 0.15  # JPEG decoders differ slightly
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 224])
 def test_the_gpus_resizing_is_pillows(tmp_path: Path, image_size: int) -> None:
-    """The operators that validation has on a GPU, run on the CPU."""
+    """Runs the operators of validation on a GPU on the CPU."""
     paths = [tmp_path / f"{i}.png" for i in range(len(SIZES))]
     for i, path in enumerate(paths):
         write_image(path, i, SIZES[i])
@@ -72,17 +73,18 @@ def test_the_gpus_resizing_is_pillows(tmp_path: Path, image_size: int) -> None:
     @pipeline_def(batch_size=len(SIZES), num_threads=1, device_id=None)
     def pipeline() -> Any:
         images = fn.external_source(lambda: encoded, batch=True, dtype=types.UINT8, ndim=1)
-        return center_crop_resampled(images, image_size, resize_shorter_for(image_size), "cpu")
+        shape = fn.peek_image_shape(images)
+        return resample_center(fn.decoders.image(images), shape, image_size, resize_shorter_for(image_size))
 
     [images] = pipeline().run()
     for i, path in enumerate(paths):
         reference = np.asarray(resized_center_crop(Image.open(path), image_size), np.float32)
-        # It differs by half a gray value where the resized sides are rounded.
+        # They differ by half a gray value if the resized sides are rounded.
         assert np.abs(np.asarray(images.at(i), np.float32) - reference).mean() < 0.3
 
 
 def test_a_line_is_an_image(tmp_path: Path) -> None:
-    """Resized whole, 20,000 pixels by one would become 4 GB; and the crop shows the middle of a strip as Pillow has it."""
+    """Resized as a whole, 20,000 pixels by one would take 4 GB. The crop shows the middle of a strip, as with Pillow."""
     for i, size in enumerate([(20_000, 1), (1, 20_000), (2000, 90), (90, 2001)]):
         write_image(tmp_path / "images" / str(i) / "0.png", i, size)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="valid", shard_samples=4), num_workers=1)
@@ -98,9 +100,9 @@ def test_a_line_is_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) -> None:
     epochs = []
-    for num_threads in (1, 5):  # with more than one, several resize a batch
+    for num_threads in (1, 5):  # with more than one, several threads resize a batch
         options: dict[str, Any] = {"batch_size": 10, "image_size": 32, "device": CPU, "num_threads": num_threads}
-        with build_loader(DataConfig(train=str(shards), valid=str(shards)), split, **options) as loader:
+        with build_loader(DataConfig(train=str(shards), valid=str(shards)), LoaderSpec(split=split, **options)) as loader:
             epochs.append([batch["image"] for batch in loader])
     assert all(torch.equal(one, other) for one, other in zip(*epochs, strict=True))
     assert len(epochs[0]) > 1
@@ -111,13 +113,13 @@ def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) 
 def test_the_garbage_collector_comes_in_a_pipelines_own_thread(
     shards: Path, num_threads: int, end: str, seconds: float
 ) -> None:
-    """While it works on batches that nobody wants any more, and a cycle of references has what is left of it.
+    """It runs while the pipeline still works on batches, and only a reference cycle holds the pipeline.
 
-    The process ends when it has done with them, or while it is still at it.
+    The process ends after these batches, or during them.
     """
     script = f"""
 import gc, sys, time, torch
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.dali.cpu_resize import WholeResize
 failures, resized = [], WholeResize.resized
@@ -128,8 +130,8 @@ def slowly(self, *inputs):
     return resized(self, *inputs)
 WholeResize.resized = slowly
 gc.disable()
-options = dict(batch_size=8, image_size=32, device=torch.device("cpu"), num_threads={num_threads})
-loader = build_loader(DataConfig(train={str(shards)!r}), "train", **options)
+spec = LoaderSpec(split="train", batch_size=8, image_size=32, device=torch.device("cpu"), num_threads={num_threads})
+loader = build_loader(DataConfig(train={str(shards)!r}), spec)
 loader.next()
 loader.itself, pipeline = loader, loader._pipeline
 pipeline.itself = pipeline
@@ -142,7 +144,7 @@ sys.exit(str(failures) if failures else None)
 
 
 def test_formats_and_colour_modes(tmp_path: Path) -> None:
-    """Whatever the converter lets pass becomes RGB of the right orientation, as with Pillow."""
+    """Each format and mode that the converter accepts becomes RGB in the right orientation, as with Pillow."""
     folder = tmp_path / "images" / "a"
     for name in ("1.jpg", "2.png", "3.webp", "4.bmp", "5.tif", "6.ppm", "7.JPEG"):
         write_image(folder / name, 7)
@@ -157,11 +159,11 @@ def test_formats_and_colour_modes(tmp_path: Path) -> None:
     assert summary.rejected == {}
     differences = mean_differences(tmp_path / "shards", 48)
     assert len(differences) == 11
-    assert max(differences) < 1.5  # lossy formats' decoders differ by a little; a wrong orientation by some 40
+    assert max(differences) < 1.5  # decoders of lossy formats differ slightly; a wrong orientation gives about 40
 
 
 def test_training_crops_and_flips(tmp_path: Path) -> None:
-    """An image that is dark left and bright right: random crops keep a gradient, flips turn half of them round."""
+    """Random crops of a horizontal ramp keep a gradient, and flips reverse half of them."""
     ramp = np.broadcast_to(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (96, 128, 3))
     for i in range(200):
         path = tmp_path / "images" / "ramp" / f"{i}.png"
@@ -169,7 +171,9 @@ def test_training_crops_and_flips(tmp_path: Path) -> None:
         Image.fromarray(np.ascontiguousarray(ramp)).save(path)
     convert(tmp_path / "images", tmp_path / "shards", Options(name="train", shard_samples=100), num_workers=1)
     config = DataConfig(train=str(tmp_path / "shards"), crop=RandomResizedCrop(scale=(0.25, 0.5)))
-    with build_loader(config, "train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1) as loader:
+    with build_loader(
+        config, LoaderSpec(split="train", batch_size=100, image_size=32, device=CPU, dtype=torch.float32, num_threads=1)
+    ) as loader:
         columns = torch.cat([batch["image"][:, 0].mean(dim=1) for batch in loader]) * STD[0]
     span = columns[:, -1] - columns[:, 0]
     assert 60 < (span < 0).sum() < 140
@@ -180,7 +184,7 @@ def test_training_crops_and_flips(tmp_path: Path) -> None:
 
 
 def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> None:
-    """Each image is of one gray value, so that pixels tell which sample they come from; whole batches divide the set."""
+    """Each image has its own gray value, which identifies it. The batch size divides the number of samples."""
     for i in range(48):
         path = tmp_path / "images" / f"class{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +204,7 @@ def test_a_pass_over_the_training_split_has_each_sample_once(tmp_path: Path) -> 
 
 
 def test_resumed_with_every_augmentation(shards: Path) -> None:
-    augmentations = tuple(kind() if name != "color-jitter" else kind(hue=0.1) for name, kind in augmentation_classes().items())
+    augmentations = tuple(kind() if name != "color-jitter" else kind(hue=0.1) for name, kind in AUGMENTATIONS.items())
     assert len(augmentations) >= 8
     options = {"data": {"augment": augmentations}}
     with make_loader(shards, "dali", "train", CPU, **options) as loader:
@@ -208,24 +212,25 @@ def test_resumed_with_every_augmentation(shards: Path) -> None:
         for _ in range(12):
             states.append(saved(loader.state_dict()))
             batches += take(loader, 1)
-    for position in (1, 3, 6, 8, 10):  # in and at the beginning of epochs
+    for position in (1, 3, 6, 8, 10):  # within and at the beginning of epochs
         with make_loader(shards, "dali", "train", CPU, **options) as loader:
             loader.load_state_dict(states[position])
             assert same(take(loader, 2), batches[position : position + 2]), position
 
 
 def test_few_open_files(tmp_path: Path) -> None:
-    """A process that may not open many files reads many shards all the same."""
+    """A process with a low limit of open files can read many shards."""
     folder = LinkedShards(tmp_path / "made", small).make(100, 1000)
     script = (
         "import os, resource, time, torch\n"
-        "from pipelines import DataConfig, build_loader\n"
+        "from pipelines.build import LoaderSpec, build_loader\n"
+        "from pipelines.config import DataConfig\n"
         "counted = lambda: len(os.listdir('/proc/self/fd'))\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (80, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        "options = {'batch_size': 50, 'image_size': 32, 'device': torch.device('cpu'), 'num_threads': 1}\n"
-        f"with build_loader(DataConfig(train={str(folder)!r}), 'train', **options) as loader:\n"
+        "spec = LoaderSpec(split='train', batch_size=50, image_size=32, device=torch.device('cpu'), num_threads=1)\n"
+        f"with build_loader(DataConfig(train={str(folder)!r}), spec) as loader:\n"
         "    print(sum(len(batch['target']) for _ in range(2) for batch in loader))\n"
-        # The next epoch's first batches may still be being read.
+        # The first batches of the next epoch may not have been read yet.
         "    before = min(time.sleep(0.05) or counted() for _ in range(60))\n"
         "print(before - counted() <= 10)\n"
     )
@@ -234,14 +239,14 @@ def test_few_open_files(tmp_path: Path) -> None:
 
 
 def test_libraries_that_are_not_needed_are_not_missed() -> None:
-    """DALI asks for cuFFT and NPP before its first graph for a GPU, and warns."""
+    """DALI looks for cuFFT and NPP before its first graph for a GPU, and would warn."""
     script = "import pipelines.dali.graph, nvidia.dali.backend; nvidia.dali.backend.check_cuda_runtime()"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_progressive_sizes(shards: Path) -> None:
-    """Training images grow with the epochs, also where a run is resumed; validation's stay."""
+    """Training images grow with the epochs, also in a resumed run. Validation images do not."""
     options = {"image_size": 48, "data": {"size_schedule": ("2:32", "3:64")}}
     with make_loader(shards, "dali", "train", CPU, **options) as loader:
         epochs = [list(loader) for _ in range(4)]
@@ -270,7 +275,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_foreign_tar(path: Path, labels: list[bytes]) -> None:
-    """A tar as other tools write it: label first, an upper-case extension, a folder in the key, a component of no interest."""
+    """Writes a tar like other tools: label first, an upper-case extension, a folder in the key, and an unused member."""
     encoded = io.BytesIO()
     Image.new("RGB", (50, 40), (200, 100, 50)).save(encoded, "JPEG")
     with tarfile.open(path, "w") as tar:
@@ -285,7 +290,7 @@ def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_foreign_tar(tmp_path / "a.tar", [b"0", b"12\n", b" 3 "])
     write_foreign_tar(tmp_path / "b.tar", [b"999"])
-    for _ in range(2):  # the second time from the cached index
+    for _ in range(2):  # the second time with the cached index
         with valid_loader(f"{tmp_path}/*.tar", backend, image_size=32) as loader:
             assert [batch["target"].tolist() for batch in loader] == [[0, 12, 3, 999]]
     assert len(list((tmp_path / "cache").rglob("*.idx"))) == 2
@@ -305,7 +310,8 @@ def test_bad_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     write_foreign_tar(tmp_path / "bad.tar", [b"4", label, b"0"])
     config = DataConfig(valid=str(tmp_path / "bad.tar"), on_error="stop")
     loader = build_loader(
-        config, "valid", batch_size=3, image_size=32, device=CPU, dtype=torch.float32, num_threads=1, num_classes=5
+        config,
+        LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, dtype=torch.float32, num_threads=1, num_classes=5),
     )
     with loader, pytest.raises(ValueError, match=message):
         loader.next()
@@ -322,7 +328,7 @@ def test_bad_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     ],
 )
 def test_bad_samples_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, message: str) -> None:
-    """In shards that no converter has checked, where they are not to be skipped."""
+    """The shards were not checked by the converter, and bad samples must not be skipped."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_image(tmp_path / "good.jpg", 1)
     good = (tmp_path / "good.jpg").read_bytes()
@@ -335,11 +341,13 @@ def test_bad_samples_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
                 add_member(tar, f"{i}.cls", b"0")
     config = DataConfig(valid=str(tmp_path / "bad.tar"), on_error="stop")
     with pytest.raises(ValueError, match=message) as raised:
-        build_loader(config, "valid", batch_size=3, image_size=32, device=CPU, num_threads=1, num_classes=1).next()
+        build_loader(
+            config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=1, num_classes=1)
+        ).next()
     assert "\n" not in str(raised.value)
 
 
 def test_pillow_names_labels_out_of_range(shards: Path) -> None:
     config = DataConfig(valid=str(shards), backend="pillow")
     with pytest.raises(ValueError, match=r"\.tar:\d+:\S+: class 2 is out of range; there are 2 classes"):
-        build_loader(config, "valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=2)
+        build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=2))

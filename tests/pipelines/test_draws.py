@@ -1,4 +1,4 @@
-"""What DALI draws at random for a sample depends on seed, epoch and place alone."""
+"""DALI's random draws for a sample depend only on seed, epoch and place."""
 
 import re
 import subprocess
@@ -10,14 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipelines.augment import Augmentation, RandomResizedCrop
+from pipelines.augment import AUGMENTATIONS, Augmentation
 from pipelines.config import DataConfig
 from pipelines.dali.draws import DRAWING
-from pipelines.dali.graph import ImagePipeline, Settings
-from pipelines.notation import augmentation_classes
+from pipelines.dali.graph import ImagePipeline
+from pipelines.spec import LoaderSpec
 from tests.conftest import write_image
 
-EVERY = tuple(kind() if name != "color-jitter" else kind(0.4, 0.4, 0.4, 0.1) for name, kind in augmentation_classes().items())
+EVERY = tuple(kind() if name != "color-jitter" else kind(0.4, 0.4, 0.4, 0.1) for name, kind in AUGMENTATIONS.items())
 NUM_IMAGES = 24
 
 
@@ -30,8 +30,9 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> list[NDArray[np.uint8]]
 
 
 def pipeline(batch_size: int, augment: tuple[Augmentation, ...] = EVERY, seed: int = 0, num_threads: int = 2) -> ImagePipeline:
-    config = DataConfig(augment=augment, crop=RandomResizedCrop())
-    return ImagePipeline(Settings(True, batch_size, 32, torch.device("cpu"), torch.float32, num_threads, seed, config))
+    options = {"batch_size": batch_size, "image_size": 32, "num_threads": num_threads, "seed": seed}
+    spec = LoaderSpec(split="train", device=torch.device("cpu"), **options)
+    return ImagePipeline(DataConfig(augment=augment), spec)
 
 
 def run(made: ImagePipeline, images: list[NDArray[np.uint8]], place: int, epoch: int = 0) -> NDArray[np.float32]:
@@ -41,7 +42,7 @@ def run(made: ImagePipeline, images: list[NDArray[np.uint8]], place: int, epoch:
 
 @pytest.mark.parametrize("augment", [EVERY, *((step,) for step in EVERY)], ids=lambda steps: "+".join(s.name for s in steps))
 def test_a_sample_is_the_same_in_any_batch(encoded: list[NDArray[np.uint8]], augment: tuple[Augmentation, ...]) -> None:
-    """Of any size, after any other batches, in another pipeline, beside other images."""
+    """The batch may have any size, follow any other batches, run in another pipeline, and contain other images."""
     together = run(pipeline(NUM_IMAGES, augment), encoded, 0)
     made = pipeline(10, augment, num_threads=1)
     for first, last in ((20, 24), (3, 13), (0, 1), (7, 9)):
@@ -62,8 +63,8 @@ def test_places_epochs_seeds_and_operators_draw_differently(encoded: list[NDArra
 
 
 def test_two_flips_are_drawn_apart(encoded: list[NDArray[np.uint8]]) -> None:
-    """Two operators of a kind do not draw alike: one turns back what the other has done in half of the images only."""
-    flip = augmentation_classes()["vertical-flip"]
+    """Two operators of one kind draw independently, so they cancel out in half of the images only."""
+    flip = AUGMENTATIONS["vertical-flip"]
     images = [encoded[0]] * 400
     none, two = (run(pipeline(400, steps), images, 0) for steps in ((), (flip(), flip())))
     unchanged = (none == two).all(axis=(1, 2, 3)).sum()
@@ -71,13 +72,14 @@ def test_two_flips_are_drawn_apart(encoded: list[NDArray[np.uint8]]) -> None:
 
 
 def test_other_random_operators_are_refused(tmp_path: Path) -> None:
-    """In an augmentation of one's own, what they draw could not be had again. It would be in everybody's list, so not here."""
+    """Their draws could not be reproduced. A process of its own keeps the augmentation out of the other tests' list."""
     script = """
 import torch
 from dataclasses import dataclass
 from pipelines.config import DataConfig
 from pipelines.augment import Augmentation
-from pipelines.dali.graph import ImagePipeline, Settings
+from pipelines.dali.graph import ImagePipeline
+from pipelines.spec import LoaderSpec
 
 @dataclass(frozen=True)
 class Noise(Augmentation):
@@ -86,17 +88,21 @@ class Noise(Augmentation):
 
         return fn.cast_like(images + fn.random.normal(images), images)
 
-ImagePipeline(Settings(True, 2, 32, torch.device("cpu"), torch.float32, 1, 0, DataConfig(augment=(Noise(),))))
+spec = LoaderSpec(split="train", batch_size=2, image_size=32, device=torch.device("cpu"), num_threads=1)
+ImagePipeline(DataConfig(augment=(Noise(),)), spec)
 """
     (tmp_path / "script.py").write_text(script)  # DALI translates an augmentation from its file
     done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, check=False)
-    message = r"ValueError: of the random operators .*random\.Normal.* only uniform, coin_flip, image_random_crop can be used"
+    message = (
+        r"ValueError: .* use the random operators .*random\.Normal.*, of which only uniform, coin_flip, image_random_crop are"
+    )
     assert re.match(message, done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_no_operator_draws_by_itself() -> None:
-    """Each that could, in a graph with every augmentation, is fed the state of its generator."""
+    """In a graph with every augmentation, each random operator is fed the state of its generator."""
     made = pipeline(2)
     drawing = [instance for instance in made._pipeline._ops if instance._op.schema.HasRandomStateArg()]
     assert len(drawing) == len(made._draws.names) > 12
-    assert all(getattr(module, name).__module__.startswith("nvidia.") for module, name in DRAWING)  # outside of graphs
+    # The functions were restored after the graph was built.
+    assert all(getattr(module, name).__module__.startswith("nvidia.") for module, name in DRAWING)

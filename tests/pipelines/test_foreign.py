@@ -1,4 +1,4 @@
-"""Shards that something else has written: extensions, member order, what is missing, what is there twice."""
+"""Shards of other tools: extensions, member order, and missing or duplicate members."""
 
 import io
 import itertools
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from model.checkpoint import load_checkpoint
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD, Loader
 from pipelines.shards.index import scan_tar
@@ -32,11 +32,11 @@ both = pytest.mark.parametrize("backend", ["dali", "pillow"])
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of the tars made here are of no use to others
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # keeps index files of these tars out of the user's cache
 
 
 def gray(value: int, extension: str = "png") -> bytes:
-    """An image of one gray value, by which it can be told again."""
+    """Returns an image of one gray value, which identifies it."""
     file = io.BytesIO()
     options = {"lossless": True} if extension == "webp" else {}
     Image.new("RGB", (40, 36), (value, value, value)).save(file, FORMATS[extension.lower()], **options)
@@ -47,11 +47,11 @@ def loader(backend: str, location: Path | str, quarantine_file: Path | None = No
     config = DataConfig(valid=str(location), backend=backend, **options)  # type: ignore[arg-type]
     threads = int(backend == "dali")
     settings: dict[str, Any] = {"batch_size": 4, "image_size": 32, "device": CPU, "num_threads": threads, "num_classes": 200}
-    return build_loader(config, "valid", quarantine=quarantine_file, **settings)
+    return build_loader(config, LoaderSpec(split="valid", quarantine=quarantine_file, **settings))
 
 
 def read(backend: str, location: Path | str) -> list[tuple[int, int]]:
-    """Gray value and label of each sample."""
+    """Returns the gray value and the label of each sample."""
     with loader(backend, location) as batches:
         found = list(batches)
     values = torch.cat([255 * (batch["image"][:, 0].mean(dim=(1, 2)) * STD[0] + MEAN[0]) for batch in found])
@@ -73,7 +73,7 @@ def test_extensions_in_any_case(tmp_path: Path, backend: str) -> None:
 @both
 @pytest.mark.parametrize("key", ["{0}", "train/{0}", "./a/b.v2/c d/{0}", "größe/{0}"])
 def test_keys_with_folders_and_components_in_any_order(tmp_path: Path, backend: str, key: str) -> None:
-    """With members that are of no interest between, before and behind those that are."""
+    """Unused members come before, between and after image and label."""
     orders = list(itertools.permutations(["png", "cls", "json", "txt", "seg.png"]))
     contents = {"json": b'{"label": 99}', "txt": b"text", "seg.png": gray(255)}
     members: list[Member] = []
@@ -86,7 +86,7 @@ def test_keys_with_folders_and_components_in_any_order(tmp_path: Path, backend: 
 
 @both
 def test_of_several_images_and_labels_the_first_is_taken(tmp_path: Path, backend: str) -> None:
-    """The first in the tar, whatever its extension: so does DALI, and so do the old pair and the converter."""
+    """The first one in the tar counts, whatever its extension: for DALI, the Pillow backend and the converter."""
     images = [("a.jpg", gray(10, "jpg")), ("a.png", gray(20))]
     members = [*images, ("a.cls", b"1"), ("a.CLS", b"2")]
     members += [(name.replace("a", "b"), data) for name, data in [*reversed(images), ("a.CLS", b"2"), ("a.cls", b"1")]]
@@ -136,28 +136,28 @@ def test_samples_that_lack_something(tmp_path: Path) -> None:
         (
             "png 512 ",
             "png 5120000 ",
-            r"x\.idx: damaged index, or one of another tar; it lists bytes from .* where \S+x\.tar has none",
+            r"x\.idx: damaged index, or the index of another tar; it lists bytes from .* where \S+x\.tar has none",
         ),
     ],
 )
 def test_a_damaged_index_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     write_tar(tmp_path / "x.tar", INCOMPLETE)
     write_tar(tmp_path / "a.tar", INCOMPLETE[:2])
-    shards = open_shards(str(tmp_path / "{a,x}.tar"), "valid")  # which looks at the first line of each
+    shards = open_shards(str(tmp_path / "{a,x}.tar"), "valid")  # reads only the first line of each index
     index = tmp_path / "x.idx"
     assert old in index.read_text()
     index.write_text(index.read_text().replace(old, new))
     options = {"batch_size": 4, "image_size": 32, "device": CPU, "num_threads": 1, "num_classes": 200}
     config = DataConfig(max_bad_fraction=1.0)
     with (
-        build_loader(config, "valid", shards=shards, **options) as batches,  # type: ignore[arg-type]
+        build_loader(config, LoaderSpec(split="valid", **options), shards=shards) as batches,  # type: ignore[arg-type]
         pytest.raises(ValueError, match=message),
     ):
         list(batches)
 
 
 def test_members_in_any_order(tmp_path: Path) -> None:
-    """The same in each sample, which is read the quick way; and another in each."""
+    """A common order of all samples, which has a fast path, and a different order in each sample."""
     kinds = {"png": gray(9), "cls": b"7", "json": b"{}", "txt": b"x" * 100_000}
     for orders in ([("json", "cls", "txt", "png")] * 9, [*itertools.permutations(kinds, 3)]):
         wanted = [order for order in orders if {"png", "cls"} <= set(order)]
@@ -167,7 +167,7 @@ def test_members_in_any_order(tmp_path: Path) -> None:
 
 
 def sorted_shards(folder: Path, labels: Sequence[str], split: str, num_tars: int) -> None:
-    """Tars of gray images, one after the other, with the label in `.json`."""
+    """Writes tars of gray images with the labels in `.json`."""
     per_tar = len(labels) // num_tars
     for number in range(num_tars):
         share = enumerate(labels[number * per_tar : (number + 1) * per_tar])
@@ -180,7 +180,7 @@ def sorted_shards(folder: Path, labels: Sequence[str], split: str, num_tars: int
 
 
 def test_training_on_them(tmp_path: Path) -> None:
-    """Names in `.json`, in shards sorted by class: there is a warning, and the command in it mends them."""
+    """Shards sorted by class, with names in `.json`, give a warning, and the command in it fixes them."""
     names = ("ant", "bee", "cat")
     sorted_shards(tmp_path, ["ant"] * 52 + ["cat"] * 52, "train", 4)
     sorted_shards(tmp_path, ["ant", "cat"] * 4, "valid", 1)

@@ -1,7 +1,7 @@
-"""The GPU's graph without a driver.
+"""Checks the graph for a GPU without a driver.
 
-Without a GPU a graph can be made and serialized, but not built. What is serialized is what DALI's backend would build from, so
-it is checked against the operators and schemas that the backend has.
+Without a GPU a graph can be defined and serialized, but not built. DALI's backend would build from the serialized form, which
+is checked here against the operators and schemas of the backend.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ from nvidia.dali import backend, fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines import augment
+from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.config import DataConfig
+from pipelines.dali import operators
 from pipelines.dali.draws import draws_from_outside
 from pipelines.dali.graph import DTYPES, ENCODED, Stage, decoding_pipeline, has_conditionals, image_pipeline
 from pipelines.loader import MEAN, STD
+from pipelines.spec import LoaderSpec
 from tests.pipelines.test_augment import EVERY
 
 OPTIONS: dict[str, Any] = {"device_id": None, "batch_size": 4, "num_threads": 2}
@@ -33,27 +35,27 @@ REGISTERED = {
     "gpu": frozenset(backend.RegisteredGPUOps()),
     "mixed": frozenset(backend.RegisteredMixedOps()),
 }
-# DALI gives these to every operator itself, and schemas do not list them.
+# DALI sets these for every operator, and schemas do not list them.
 GIVEN_BY_DALI = {"device", "preserve_name"}
 
 
 class Tensor(NamedTuple):
-    """What one operator gives, and another one or the pipeline's user takes."""
+    """An output of an operator, which another operator or the user of the pipeline takes."""
 
     name: str
     device: str
-    argument: str | None = None  # the name of the argument, where it is no ordinary input
+    argument: str | None = None  # name of the argument, unless it is an ordinary input
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """One operator of a serialized graph."""
 
-    name: str  # of its schema
+    name: str  # name of its schema
     device: str  # cpu, gpu or mixed
-    constants: dict[str, bool | None]  # the arguments that are the same for all samples; values of those that are yes or no
+    constants: dict[str, bool | None]  # arguments common to all samples, and the values of the Boolean ones
     inputs: tuple[Tensor, ...]
-    arguments: tuple[Tensor, ...]  # those that differ from sample to sample
+    arguments: tuple[Tensor, ...]  # arguments that differ between samples
     outputs: tuple[Tensor, ...]
 
 
@@ -63,14 +65,14 @@ class Graph(NamedTuple):
 
 
 def fields(message: bytes) -> dict[int, list[Any]]:
-    """The values of a protobuf message by the numbers of its fields; DALI installs no description of its messages."""
+    """Returns the values of a protobuf message by field number. DALI installs no description of its messages."""
     values = defaultdict[int, list[Any]](list)
     for field in UnknownFieldSet(Empty.FromString(message)):
         values[field.field_number].append(field.data)
     return values
 
 
-# The numbers of the fields in these three are from DALI's `dali/pipeline/proto/dali.proto`.
+# The field numbers in these three functions are from DALI's `dali/pipeline/proto/dali.proto`.
 def parse_tensor(message: bytes) -> Tensor:
     values = fields(message)
     return Tensor(values[1][0].decode(), values[2][0].decode(), values[4][0].decode() if values[4] else None)
@@ -97,7 +99,7 @@ def parse_graph(message: bytes) -> Graph:
 
 
 def misfits(operator: Operator) -> list[str]:
-    """Where an operator is not one that the backend has."""
+    """Lists how an operator differs from the backend's."""
     schema = backend.GetSchema(operator.name, follow_aliases=True)
     found = []
     if operator.name not in REGISTERED[operator.device]:
@@ -120,9 +122,9 @@ def misfits(operator: Operator) -> list[str]:
 
 
 def problems(graph: Graph) -> list[str]:
-    """Which operators the backend lacks, and where images are on the CPU that belong on the GPU.
+    """Lists operators that the backend lacks, and images that are on the CPU instead of the GPU.
 
-    Single numbers may go from the CPU to the GPU, as some do in DALI's automatic augmentations.
+    Single numbers may move from the CPU to the GPU, as in DALI's automatic augmentations.
     """
     found = [f"{operator.name} {what}" for operator in graph.operators for what in misfits(operator)]
     made_on = {tensor.name: tensor.device for operator in graph.operators for tensor in operator.outputs}
@@ -136,10 +138,10 @@ def problems(graph: Graph) -> list[str]:
 
 
 def graph_of(make: Callable[[], Pipeline]) -> Graph:
-    """The graph as DALI serializes it, which it does not with a Python function in it.
+    """Returns the graph as DALI serializes it. DALI cannot serialize a Python function.
 
-    Deprecated names are found by their warnings, as a graph keeps nothing of the old name of an argument. DALI's automatic
-    augmentations use some themselves, and `pipelines/augment.py` hides those warnings.
+    Warnings reveal deprecated names, because a graph does not keep the old name of an argument. DALI's automatic augmentations
+    use some themselves, and `pipelines/augment.py` hides those warnings.
     """
     with warnings.catch_warnings(record=True) as caught, draws_from_outside() as draws:
         pipeline = make()
@@ -150,22 +152,13 @@ def graph_of(make: Callable[[], Pipeline]) -> Graph:
 
 
 def image_graph(
-    train: bool, dtype: torch.dtype = torch.float16, until: Stage = "normalize", device: str = "gpu", **settings: Any
+    train: bool, dtype: torch.dtype = torch.float16, until: Stage = "normalize", device: str = "cuda", **settings: Any
 ) -> Graph:
-    """The graph of a loader, made as `ImagePipeline` makes it."""
+    """Returns the graph of a loader, as `ImagePipeline` defines it."""
     config = DataConfig(**settings)
-    return graph_of(
-        lambda: image_pipeline(
-            enable_conditionals=has_conditionals(train, config),
-            train=train,
-            device=device,
-            image_size=224,
-            dtype=dtype,
-            config=config,
-            until=until,
-            **OPTIONS,
-        )
-    )
+    split = "train" if train else "valid"
+    spec = LoaderSpec(split=split, batch_size=4, image_size=224, device=torch.device(device), dtype=dtype)  # type: ignore[arg-type]
+    return graph_of(lambda: image_pipeline(config, spec, until, enable_conditionals=has_conditionals(config, spec), **OPTIONS))
 
 
 def prediction_graph() -> Graph:
@@ -175,14 +168,14 @@ def prediction_graph() -> Graph:
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
     f"{'train' if train else 'valid'}-{str(dtype).removeprefix('torch.')}-{until}": partial(image_graph, train, dtype, until)
-    for train, dtype, until in itertools.product((True, False), DTYPES, get_args(augment.Stage))
+    for train, dtype, until in itertools.product((True, False), DTYPES, get_args(operators.Stage))
 }
 GRAPHS |= {f"train-{step.name}": partial(image_graph, True, augment=(step,)) for step in EVERY}
 GRAPHS |= {
     "train-no-augmentation": partial(image_graph, True, augment=()),
     "train-every-augmentation": partial(image_graph, True, augment=EVERY),
-    "train-two-flips": partial(image_graph, True, augment=(augment.HorizontalFlip(), augment.HorizontalFlip())),
-    "train-other-crops": partial(image_graph, True, crop=augment.RandomResizedCrop((0.35, 1.0), (1.0, 2.0))),
+    "train-two-flips": partial(image_graph, True, augment=(HorizontalFlip(), HorizontalFlip())),
+    "train-other-crops": partial(image_graph, True, crop=RandomResizedCrop((0.35, 1.0), (1.0, 2.0))),
     "predict": prediction_graph,
 }
 
@@ -211,7 +204,7 @@ def test_the_decoder_is_given_its_load(train: bool, settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("train", "is_interpolated"), [(True, False), (False, True)])
 def test_chroma_is_interpolated_in_whole_images_only(train: bool, is_interpolated: bool) -> None:
-    """NvImageCodec decodes a part of a JPEG on the CPU if chroma is to be interpolated and nvJPEG is older than 13.2."""
+    """With interpolated chroma and nvJPEG before 13.2, nvImageCodec would decode parts of JPEGs on the CPU."""
     assert ("RandomCrop" in decoder(image_graph(train)).name) == train
     assert decoder(image_graph(train)).constants["jpeg_fancy_upsampling"] == is_interpolated
 
@@ -222,7 +215,7 @@ def decoder(graph: Graph) -> Operator:
 
 
 def control(images: Callable[[DataNode], DataNode]) -> Graph:
-    """A graph of what `images` makes of encoded images."""
+    """Returns a graph that applies `images` to encoded images."""
     define = pipeline_def(lambda: images(fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1)))
     return graph_of(lambda: define(exec_dynamic=True, **OPTIONS))
 
@@ -241,7 +234,7 @@ def decoded(encoded: DataNode) -> DataNode:
     ids=["unregistered", "back-to-cpu", "decoded-on-cpu"],
 )
 def test_graphs_with_a_problem_are_caught(images: Callable[[DataNode], DataNode], expected: str) -> None:
-    """DALI makes and serializes each of them."""
+    """DALI itself accepts and serializes each of them."""
     assert problems(control(images)) == [expected]
 
 
@@ -258,7 +251,7 @@ def test_graphs_with_a_problem_are_caught(images: Callable[[DataNode], DataNode]
     ],
 )
 def test_operators_with_a_problem_are_caught(change: dict[str, Any], expected: str) -> None:
-    """DALI refuses such ones before there is a graph, so one of the real graph is changed."""
+    """DALI rejects such operators before there is a graph, so the test alters one of a valid graph."""
     [resize] = [operator for operator in image_graph(True).operators if operator.name == "Resize"]
     assert misfits(resize) == []
     assert misfits(dataclasses.replace(resize, **change)) == [expected]
@@ -278,6 +271,6 @@ def test_deprecated_names_are_caught(images: Callable[[DataNode], DataNode]) -> 
 
 
 def test_python_functions_are_caught() -> None:
-    """The CPU's graph has some. On a GPU each batch would wait for Python."""
+    """The graph for a CPU has some. On a GPU each batch would wait for Python."""
     with pytest.raises(RuntimeError, match=r"Could not serialize the operator: `nvidia\.dali\.fn\.dl_tensor_python_function`"):
         image_graph(True, device="cpu")

@@ -1,4 +1,4 @@
-"""Index files: against DALI's own tool, and damaged."""
+"""Index files: comparison with DALI's own tool, and damage."""
 
 import concurrent.futures
 import io
@@ -26,7 +26,7 @@ def make_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMA
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_equals_dalis_tool(tmp_path: Path, tar_format: int) -> None:
-    """Where that is right, which it is not behind the headers of GNU's long names."""
+    """Except after the headers of GNU's long names, where DALI's tool is wrong."""
     names = [
         "a/1.jpg",
         "a/1.cls",
@@ -49,7 +49,7 @@ def test_equals_dalis_tool(tmp_path: Path, tar_format: int) -> None:
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_offsets_point_at_the_data(tmp_path: Path, tar_format: int) -> None:
-    """Also behind the extra headers of long and non-ASCII names."""
+    """Also after the extra headers of long and non-ASCII names."""
     names = ["1.jpg", "1.cls"]
     if tar_format != tarfile.USTAR_FORMAT:
         names += [f"{'long/' * 40}2.jpg", f"{'long/' * 40}2.cls", "größe.jpg", "größe.cls"]
@@ -120,7 +120,7 @@ def test_memory_does_not_grow_with_the_tar(tmp_path: Path) -> None:
         assert sum(1 for _ in iter_components(file, "x.tar")) == 5000
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert peak < 500_000  # five thousand members kept would be ten times that
+    assert peak < 500_000  # keeping five thousand members would take ten times as much
 
 
 def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_an_index_beside_the_tar_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_threads_may_want_the_same_index_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the loaders of several ranks in one process do."""
+    """Loaders of several ranks in one process do this."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tars = [tmp_path / f"{i}.tar" for i in range(20)]
     for tar in tars:
@@ -160,7 +160,7 @@ def test_a_folder_of_indices_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_index_of_another_tar_is_refused(tmp_path: Path) -> None:
-    """DALI would take whatever lies at the offsets for images."""
+    """The loader would decode whatever bytes lie at the offsets."""
     make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls"])
     make_tar(tmp_path / "y.tar", ["0.txt", "1.jpg", "1.cls"])
     write_index(tmp_path / "x.idx", scan_tar(tmp_path / "y.tar")[1:])
@@ -168,8 +168,7 @@ def test_the_index_of_another_tar_is_refused(tmp_path: Path) -> None:
         ensure_index(tmp_path / "x.tar")
 
 
-def test_shards_of_which_no_sample_is_listed_are_passed_over(tmp_path: Path) -> None:
-    """DALI refuses an index without samples."""
+def test_shards_without_samples_are_skipped(tmp_path: Path) -> None:
     for name in ("x", "y"):
         make_tar(tmp_path / f"{name}.tar", ["1.jpg", "1.cls"])
     write_index(tmp_path / "x.idx", [])

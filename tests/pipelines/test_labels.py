@@ -1,4 +1,4 @@
-"""Labels in all their forms: numbers and names, in `.cls` and in `.json`, through both loaders and the `shards` command."""
+"""All forms of labels: numbers and names, in `.cls` and in `.json`, in both loaders and in the `shards` command."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.shards.index import read_index, write_index
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of the tars made here are of no use to others
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no other test needs the indices of these tars
 
 
 def gray(value: int) -> bytes:
@@ -36,7 +36,7 @@ def gray(value: int) -> bytes:
 
 
 def write_shard(folder: Path, labels: Sequence[bytes], extension: str = "cls", name: str = "x-000.tar") -> Path:
-    """A tar of gray images with these labels."""
+    """Writes a tar of gray images with these labels."""
     members = [(f"k/{i}.{end}", data) for i, text in enumerate(labels) for end, data in (("png", gray(i)), (extension, text))]
     return write_tar(folder / name, members, index=False)
 
@@ -53,7 +53,10 @@ def class_file(folder: Path, *names: str) -> str:
 def loader(backend: str, location: Path, num_classes: int | None = None, **options: str) -> Loader:
     config = DataConfig(valid=str(location), backend=backend, on_error="stop", **options)  # type: ignore[arg-type]
     return build_loader(
-        config, "valid", batch_size=3, image_size=32, device=CPU, num_threads=int(backend == "dali"), num_classes=num_classes
+        config,
+        LoaderSpec(
+            split="valid", batch_size=3, image_size=32, device=CPU, num_threads=int(backend == "dali"), num_classes=num_classes
+        ),
     )
 
 
@@ -81,7 +84,7 @@ LONG = '{"text": "' + "x" * 5000 + '", "a": {"b": {"c": 0}}}'
 def test_forms(
     tmp_path: Path, backend: str, extension: str, labels: list[str], key: str, names: tuple[str, ...], numbers: list[int]
 ) -> None:
-    """Labels of one batch differ in length, so that the shorter ones are padded."""
+    """The labels of one batch differ in length."""
     tar = write_shard(tmp_path, [label.encode() for label in labels], extension)
     file = class_file(tmp_path, *names) if names else ""
     assert targets(backend, tar, label_key=key, class_file=file) == numbers
@@ -92,7 +95,7 @@ def test_forms(
 
 
 def test_classes_are_counted_once(tmp_path: Path) -> None:
-    """To read all labels takes long; they are read again when a tar has changed, or other labels are asked for."""
+    """Labels are cached, and read again only if a tar, an index or the label key changes."""
     tar = write_shard(tmp_path, [b"0", b"2"])
     assert open_shards(str(tar), "train").num_classes() == 3
     before = tar.stat()
@@ -101,7 +104,7 @@ def test_classes_are_counted_once(tmp_path: Path) -> None:
     [place] = [component.offset for component in index[1] if component.extension == "cls"]
     tar.write_bytes(data[:place] + b"7" + data[place + 1 :])
     os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert open_shards(str(tar), "train").num_classes() == 3  # nothing shows that it is another
+    assert open_shards(str(tar), "train").num_classes() == 3  # the change is invisible
     os.utime(tar)
     assert open_shards(str(tar), "train").num_classes() == 8
     short = tar.with_suffix(".idx")
@@ -120,22 +123,22 @@ def test_names_of_the_info_file(tmp_path: Path, backend: str) -> None:
 
 
 @both
-def test_classes_that_are_called_by_numbers(tmp_path: Path, backend: str) -> None:
-    """In shards of the converter, whose labels are numbers; and by a class file, which says what is meant."""
+def test_classes_with_numbers_as_names(tmp_path: Path, backend: str) -> None:
+    """Digits are numbers in shards of the converter, and names if a class file lists them."""
     tar = write_shard(tmp_path, [b"2", b"1", b"0"])
     write_info(tmp_path, "0", "1", "10", "2")
     assert targets(backend, tar) == [2, 1, 0]
     (tmp_path / "_info.json").unlink()
     assert targets(backend, tar, class_file=class_file(tmp_path, "0", "1", "10", "2")) == [3, 1, 0]
     with pytest.raises(ValueError, match=r"the label is '0', which is none of the 3 classes of .*classes\.txt"):
-        targets(backend, tar, class_file=class_file(tmp_path, "1", "10", "2"))  # neither is 1 the class number 1 then
+        targets(backend, tar, class_file=class_file(tmp_path, "1", "10", "2"))  # then 1 is not class 1 either
 
 
 @both
 @pytest.mark.parametrize(
     ("extension", "label", "options", "message"),
     [
-        ("cls", "cat", {}, r"the label is b'cat'; a class number in ASCII digits is needed, or the class names in a file as"),
+        ("cls", "cat", {}, r"the label is b'cat'; a class number in ASCII digits is needed, or a file of class names with"),
         ("cls", "9" * 30, {}, "the label is b'9+', which is too large for a class number"),
         ("cls", "catt", {"class_file": "{file}"}, r"the label is 'catt', which is none of the 4 classes of .*classes\.txt nor"),
         ("cls", "crane", {"class_file": "{file}"}, "the label is 'crane', which is the name of several classes"),
@@ -171,7 +174,7 @@ def test_class_files(tmp_path: Path) -> None:
     for content, message in (
         (b"ant\n\nbee\n", r"classes\.txt, line 2: empty"),
         (b"", r"classes\.txt, line 1: empty"),
-        (b"\xff\xfe\n", r"classes\.txt: not a text in UTF-8"),
+        (b"\xff\xfe\n", r"classes\.txt: not UTF-8 text"),
         (None, r"classes\.txt: cannot be read \(No such file"),
     ):
         (tmp_path / "classes.txt").unlink(missing_ok=True)
@@ -179,12 +182,12 @@ def test_class_files(tmp_path: Path) -> None:
             (tmp_path / "classes.txt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             open_shards(str(tar), "train", class_file=str(tmp_path / "classes.txt"))
-    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee, wasp\r\n\r\n")  # as some editors write it
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee, wasp\r\n\r\n")  # as some editors write files
     assert open_shards(str(tar), "train", class_file=str(tmp_path / "classes.txt")).classes == ("ant", "bee, wasp")
 
 
 def test_a_class_file_beside_an_info_file(tmp_path: Path) -> None:
-    """It may not number the classes in another way: labels would be taken for others without a word."""
+    """It must number the classes like the info file: otherwise labels would silently change their meaning."""
     tar = write_shard(tmp_path, [b"0"])
     names = class_file(tmp_path, "ant", "bee", "cat")
     write_info(tmp_path, "ant", "bee", "cat")
@@ -215,14 +218,14 @@ def test_verify_info_and_preview(tmp_path: Path) -> None:
 
 
 def table(folder: Path) -> set[tuple[str, bytes]]:
-    """Class name and image of each sample, as the format's own library reads them."""
+    """Returns class name and image of each sample, read by the webdataset library."""
     found = open_shards(str(folder), "train")
     assert found.classes is not None
     return {(found.classes[int(sample["cls"])], sample["png"]) for sample in read_with_webdataset(found.tars)}
 
 
 def test_converting_shards_keeps_their_classes(tmp_path: Path) -> None:
-    """Also those that are called by numbers; those of a class file; and those in `.json` where there is a `.cls` as well."""
+    """Includes names of digits, class files, and labels in `.json` beside a `.cls`."""
     for i in range(12):
         write_image(tmp_path / "images" / str(i) / "x.png", i, (32, 32))
     for source, destination in (("images", "once"), ("once", "twice")):
@@ -243,4 +246,4 @@ def test_converting_shards_keeps_their_classes(tmp_path: Path) -> None:
     assert open_shards(str(tmp_path / "new"), "train", class_file=names).classes == ("dog", "cat", "ant")
     assert table(tmp_path / "new") == {("dog", gray(0)), ("ant", gray(1)), ("dog", gray(2))}
     done = shards_command("convert", tmp_path / "images", tmp_path / "other", "--class-file", names)
-    assert (done.returncode, "--class-file is for WebDataset shards; this is folders" in done.stderr) == (2, True)
+    assert (done.returncode, "--class-file is for WebDataset shards, not for folders" in done.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""The loaders that run without a GPU."""
+"""The loaders on a CPU."""
 
 from pathlib import Path
 
@@ -31,6 +31,6 @@ class TestSyntheticOnCPU(OnCPU, LoaderContract):
 
 
 def test_pillow_workers(shards: Path) -> None:
-    """The pair with worker processes, as it was used."""
+    """The old pair works with worker processes, too."""
     with make_loader(shards, "pillow", "valid", torch.device("cpu"), num_threads=2) as loader:
         assert sum(len(batch["target"]) for batch in loader) == NUM_VALID

@@ -1,4 +1,4 @@
-"""The meter, on a clock that the test moves; and what is made of its figures."""
+"""The meter on a clock that the test controls, and the verdict on its figures."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 
 from pipelines.loader import Batch
 from pipelines.meter import Meter, Rates, verdict
-from pipelines.shards.order import Deal, InOrder
+from pipelines.spec import LoaderSpec
 from pipelines.synthetic import SyntheticLoader
 
 
@@ -20,11 +20,11 @@ class Clock:
 
 
 class SlowLoader(SyntheticLoader):
-    """Batches of 8, four unless told otherwise, each after 3 seconds, but for a slower first one."""
+    """Gives batches of 8 samples after 3 seconds each. The first one may be slower."""
 
     def __init__(self, clock: Clock, num_batches: int = 4, first_seconds: float = 3) -> None:
-        deal = Deal(InOrder([8 * num_batches], 1), True, 8, 0, 1)
-        super().__init__(deal, image_size=1, device=torch.device("cpu"), dtype=torch.float32, num_classes=2)
+        spec = LoaderSpec(split="train", batch_size=8, image_size=1, device=torch.device("cpu"), num_classes=2)
+        super().__init__(8 * num_batches, spec)
         self.clock, self.first_seconds, self.is_first = clock, first_seconds, True
 
     def next(self) -> Batch | None:
@@ -40,7 +40,7 @@ def test_wait_and_rate_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.meter.time", SimpleNamespace(perf_counter=clock))
     meter = Meter(torch.device("cpu"))
     for _ in range(2):
-        clock.now += 1000  # a validation pause, which does not count
+        clock.now += 1000  # validation, which does not count
         for _ in meter.batches(SlowLoader(clock)):
             clock.now += 1  # the step
         rates = meter.take()
@@ -52,7 +52,7 @@ def test_wait_and_rate_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_batches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each pass anew, wherever the rates are taken meanwhile; in all they count like others."""
+    """In each epoch, wherever the rates are taken. The totals include them."""
     clock = Clock()
     monkeypatch.setattr("pipelines.meter.time", SimpleNamespace(perf_counter=clock))
     meter = Meter(torch.device("cpu"))
@@ -62,7 +62,7 @@ def test_the_first_batches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
             clock.now += 40 if number == 1 else 1
             if number in (take_after, 5):
                 taken.add(meter.take())
-                clock.now += 0.5  # the log, which is the next step's time
+                clock.now += 0.5  # logging, which counts for the next step
         slow = 0.5 if take_after == 2 else 0
         assert meter.warm_up == Rates(images=24, seconds=60 + 40 + 2 * (3 + 1) + slow, wait_seconds=60 + 2 * 3)
         slow = 0.5 if take_after == 3 else 0
@@ -96,7 +96,7 @@ def test_verdict_where_the_host_is_too_slow() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU's stream: the host only queues work, which the device is done with at `done`; and the host's clock."""
+    """The host's clock, and a GPU's stream: the host only queues work, and the device finishes it at `done`."""
     clock = Clock()
     device = SimpleNamespace(done=100.0, clock=clock)
 
@@ -105,7 +105,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             assert enable_timing
 
         def record(self, stream: object) -> None:
-            device.done = max(device.done, clock.now)  # an event comes after what was queued before it
+            device.done = max(device.done, clock.now)  # an event follows the work queued before it
             self.at = device.done
 
         def synchronize(self) -> None:
@@ -122,10 +122,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("step_seconds", "idle_seconds"), [(1.0, 9.0), (12.0, 3.0)])
 def test_wait_on_a_gpu_is_what_its_stream_idles(gpu: SimpleNamespace, step_seconds: float, idle_seconds: float) -> None:
-    """The device starts a step when the batch is there and the step before is done.
+    """The device starts a step once the batch has arrived and the previous step is done.
 
-    With steps of 1 second it idles as long as the loader takes, but for the step that runs meanwhile; with steps of 12 seconds
-    only for the first batch.
+    With steps of 1 second it idles while it waits for the loader. With steps of 12 seconds it idles only for the first batch.
     """
     clock, device = gpu.clock, gpu
     meter = Meter(torch.device("cuda", 0))
@@ -146,7 +145,7 @@ def test_wait_on_a_gpu_is_what_its_stream_idles(gpu: SimpleNamespace, step_secon
 def test_a_gpu_that_waits_for_the_host_is_told(
     gpu: SimpleNamespace, launch_seconds: float, kernel_seconds: float, percent: float
 ) -> None:
-    """A step is ten kernels, which the host launches one by one. The loader takes long for the first batch, then 3 seconds."""
+    """The host launches the ten kernels of a step one by one. The loader is slow at first, then takes 3 seconds."""
     meter = Meter(torch.device("cuda", 0))
     loader = SlowLoader(gpu.clock, num_batches=6, first_seconds=500)
     for _ in meter.batches(loader):

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: pixels and labels agree, draws depend on seed and step alone."""
+"""MixUp and CutMix: pixels agree with labels, and draws depend only on seed and step."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CLASSES, SIZE = 16, 32
 
 
 def batch(count: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Images that differ everywhere, each of a class of its own."""
+    """Images that differ everywhere, each with its own class."""
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(count, 3, SIZE, SIZE, generator=generator).to(dtype).to(memory_format=torch.channels_last)
     return image, torch.arange(count)
@@ -21,7 +21,7 @@ def mixed(config: MixConfig, step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def shares(target: Tensor) -> float:
-    """How much of itself each sample kept, checked to be the same for all and the rest to be its partner's."""
+    """Returns the share that each sample kept. Checks that all shares are equal, and that the rest is the partner's."""
     share = float(target[0, 0])
     identity = torch.eye(CLASSES)
     torch.testing.assert_close(target, share * identity + (1 - share) * identity.flip(0))
@@ -42,7 +42,7 @@ def test_mixup_is_the_weighted_sum_of_images_and_of_labels() -> None:
         result, target = mixed(MixConfig(mixup_alpha=1.0), step)
         drawn.append(shares(target))
         torch.testing.assert_close(result, drawn[-1] * image + (1 - drawn[-1]) * image.flip(0))
-    # Beta(1, 1) is even.
+    # Beta(1, 1) is uniform.
     assert 0.35 < sum(drawn) / len(drawn) < 0.65
     assert min(drawn) < 0.15
     assert max(drawn) > 0.85
@@ -60,7 +60,7 @@ def test_cutmix_puts_the_partners_rectangle_into_the_image_and_labels_by_area() 
         result, target = mixed(MixConfig(cutmix_alpha=1.0), step)
         own, partner = (result == image).all(1), (result == image.flip(0)).all(1)
         assert (own ^ partner).all()
-        assert (partner == partner[0]).all()  # one rectangle for all
+        assert (partner == partner[0]).all()  # one rectangle for all images
         drawn.append(shares(target))
         assert drawn[-1] == pytest.approx(own[0].float().mean().item(), abs=1e-6)
         rows, columns = partner[0].any(1), partner[0].any(0)

@@ -1,4 +1,4 @@
-"""The orders of training samples: exact, random, the same for every number of ranks, and cheap."""
+"""Orders of training samples are exact, random, independent of the world size, and cheap."""
 
 import itertools
 import math
@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
+from pipelines.shards.deal import Deal
 from pipelines.shards.extents import read_table
 from pipelines.shards.index import format_index, scan_tar
-from pipelines.shards.order import BalancedOrder, BlockOrder, Deal, GlobalOrder, InOrder, Order, permute, random_key
+from pipelines.shards.order import BalancedOrder, BlockOrder, GlobalOrder, InOrder, Order, permute, random_key
 from pipelines.shards.shard_set import open_shards
 from tests.helpers.loader_contract import saved, take
 from tests.tools.test_verify import write_tar
@@ -32,12 +33,12 @@ CPU = torch.device("cpu")
 
 
 def chi_square_limit(degrees: int, deviations: float = 5.0) -> float:
-    """What chance exceeds as seldom as a normal variable exceeds `deviations` times its own: once in 3.5 million for 5.
+    """Returns the bound that a chi-square variable exceeds as rarely as a normal one exceeds `deviations` standard deviations.
 
-    By Wilson and Hilferty the cube root of chi-square over its degrees of freedom d is nearly normal, with the mean
-    1 - 2/(9 d) and the variance 2/(9 d). For tables of batches and classes: cells expect 5 samples, and both margins are fixed,
-    by the batch size and by the number of samples of a class: the mean of the sum is then d N/(N - 1), and its variance is a
-    little below 2 d.
+    For 5 deviations that is once in 3.5 million. By Wilson and Hilferty (1931) the cube root of chi-square over its degrees of
+    freedom d is nearly normal, with mean 1 - 2/(9 d) and variance 2/(9 d). In the tables of batches and classes, cells expect 5
+    samples, and batch sizes and class sizes fix both margins. The mean of the sum is then d N/(N - 1), and its variance is
+    slightly below 2 d.
     """
     spread = 2 / (9 * degrees)
     return degrees * (1 - spread + deviations * math.sqrt(spread)) ** 3
@@ -49,13 +50,13 @@ def test_permutations_are_exact_and_depend_on_the_key(length: int) -> None:
     found = [permute(indices, length, random_key(key)) for key in range(20)]
     assert all(sorted(order) == list(range(length)) for order in found)
     assert length < 17 or len({tuple(order) for order in found}) == 20
-    for some in (indices[:3], indices[length // 2 :], indices[::-2]):  # each index alone gives what it gives among others
+    for some in (indices[:3], indices[length // 2 :], indices[::-2]):  # an index maps to the same value alone and among others
         assert np.array_equal(permute(some, length, random_key(7)), found[7][some])
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 13, 40])
 def test_permutations_are_random(length: int) -> None:
-    """Each index comes to each place equally often, and so does each pair of neighbours to each pair of places."""
+    """Each index reaches each place equally often, and each pair of neighbours each pair of places."""
     count = 400 * length
     found = np.stack([permute(np.arange(length), length, random_key(3, key)) for key in range(count)])
     places = np.stack([np.bincount(found[:, place], minlength=length) for place in range(length)])
@@ -87,7 +88,7 @@ ORDERS: list[Order] = [
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_each_sample_once(order: Order) -> None:
-    """In whatever pieces it is asked for; another order in each epoch, but for validation."""
+    """Any pieces cover each sample once. The order changes with the epoch, except in validation."""
     whole = [order.samples(epoch, 0, order.num_places) for epoch in range(3)]
     for epoch, samples in enumerate(whole):
         assert sorted(samples) == list(range(sum(LENGTHS)))
@@ -119,7 +120,7 @@ def test_blocks_come_one_after_the_other() -> None:
 
 
 def test_ranks_read_few_shards_of_a_block() -> None:
-    """The samples of a global batch are dealt out by shard, and are the same for any number of ranks."""
+    """Ranks divide a global batch by shard, and its samples do not depend on the world size."""
     order = BlockOrder([100] * 64, 16, 0)
     alone = Deal(order, True, 128, 0, 1)
     ranks = [Deal(order, True, 16, rank, 8) for rank in range(8)]
@@ -128,7 +129,7 @@ def test_ranks_read_few_shards_of_a_block() -> None:
         assert np.array_equal(together, alone.plan(1, batch).samples)
     for rank in ranks:  # in 1,536 of the first block's 1,600 samples
         shards = {int(sample) // 100 for batch in range(12) for sample in rank.plan(1, batch).samples}
-        assert len(shards) <= 6  # two, but for chance; without dealing by shard all 16
+        assert len(shards) <= 6  # two, apart from chance; without the sorting all 16
 
 
 @pytest.mark.parametrize("order", [GlobalOrder(600, 1, 3), BlockOrder([60] * 10, 3, 1, 3)], ids=str)
@@ -143,7 +144,7 @@ def test_repeats(order: Order) -> None:
 
 
 def test_balanced_classes() -> None:
-    """Exactly, within an epoch; within a class too; samples without a label never come."""
+    """Classes, and samples within a class, are exactly balanced in each epoch. Samples without a label are never drawn."""
     labels = np.repeat(np.array([0, 1, 3, -1], np.int32), [5, 700, 95, 20])
     np.random.default_rng(0).shuffle(labels)
     order = BalancedOrder(labels, 0)
@@ -157,11 +158,11 @@ def test_balanced_classes() -> None:
             of_class = counts[labels == label]
             assert of_class.max() - of_class.min() <= 1
         seen += counts
-        # The order is mixed: a tenth of the epoch has each class about as often.
+        # The order is mixed: a tenth of the epoch has similar class counts.
         assert min(np.bincount(labels[samples[:82]])[[0, 1, 3]]) > 12
     assert not seen[labels < 0].any()
     assert seen[labels == 1].max() - seen[labels == 1].min() <= 4
-    with pytest.raises(ValueError, match="not one sample has a label"):
+    with pytest.raises(ValueError, match="no sample has a readable label"):
         BalancedOrder(np.full(3, -1, np.int32), 0)
 
 
@@ -175,7 +176,7 @@ def test_fourteen_million_samples_cost_nothing() -> None:
     assert peak < 5_000_000
 
 
-# Training batches of shards that the converter has written. Each sample is a class of its own, by which it can be told.
+# Training batches of shards that the converter has written. Each sample is its own class, which identifies it.
 NUM_SAMPLES, NUM_SHARDS, BATCH_SIZE, NUM_CLASSES = 3000, 100, 50, 10
 KINDS: list[dict[str, Any]] = [{"order": "global"}, {"order": "blocks", "block_shards": 10}]
 
@@ -198,25 +199,25 @@ def make(location: Path, **options: Any) -> Loader:
     data = {name: options.pop(name) for name in ("order", "block_shards", "sampler", "repeat_augment") if name in options}
     config = DataConfig(train=str(location), **data)
     settings: dict[str, Any] = {"batch_size": BATCH_SIZE, "image_size": 8, "num_threads": 1, "num_classes": NUM_SAMPLES}
-    return build_loader(config, "train", device=CPU, **{**settings, **options})
+    return build_loader(config, LoaderSpec(split="train", device=CPU, **{**settings, **options}))
 
 
 def epochs(location: Path, count: int, **options: Any) -> Iterator[Labels]:
-    """The numbers of the samples in each batch of each epoch, `(batches, BATCH_SIZE)`."""
+    """Yields the sample numbers of each epoch, `(batches, BATCH_SIZE)`."""
     with make(location, **options) as loader:
         for _ in range(count):
             yield torch.stack([batch["target"] for batch in loader]).numpy()
 
 
 def chi_square(classes: Labels) -> tuple[float, int]:
-    """How far the class counts of batches, `(batches, BATCH_SIZE)`, are from those of a random order; degrees of freedom."""
+    """Returns the chi-square statistic of the class counts of batches, `(batches, BATCH_SIZE)`, and its degrees of freedom."""
     counts = np.stack([np.bincount(batch, minlength=NUM_CLASSES) for batch in classes])
     expected = counts.sum(0) * counts.sum(1, keepdims=True) / counts.sum()
     return float(((counts - expected) ** 2 / expected).sum()), (len(counts) - 1) * (NUM_CLASSES - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_class_mix_of_batches_is_that_of_random_draws(converted: Path, kind: dict[str, Any]) -> None:
+def test_batches_have_the_class_mix_of_random_draws(converted: Path, kind: dict[str, Any]) -> None:
     for order in epochs(converted, 3, **kind):
         assert sorted(order.ravel()) == list(range(NUM_SAMPLES))
         statistic, degrees = chi_square(order % NUM_CLASSES)
@@ -224,16 +225,16 @@ def test_the_class_mix_of_batches_is_that_of_random_draws(converted: Path, kind:
 
 
 def same_batch_twice(first: Labels, second: Labels) -> float:
-    """Of the pairs of samples in one batch in the first epoch: how many are in one batch in the second, relative to chance."""
+    """Returns how many pairs that share a batch in the first epoch share one in the second, relative to chance."""
     batch_of = np.empty(NUM_SAMPLES, np.int64)
     batch_of[second.ravel()] = np.arange(second.size) // BATCH_SIZE
     again = batch_of[first]
-    num_pairs = (again[:, :, None] == again[:, None, :]).sum() - first.size  # each twice, as in what it is divided by
+    num_pairs = (again[:, :, None] == again[:, None, :]).sum() - first.size  # counts each pair twice, like the divisor
     return float(num_pairs / (first.size * (BATCH_SIZE - 1) * (BATCH_SIZE - 1) / (NUM_SAMPLES - 1)))
 
 
 def test_neighbours_differ_from_epoch_to_epoch(converted: Path) -> None:
-    """Chance alone would give 1. In blocks of 10 of 100 shards it is 1.8: a tenth of a batch's pairs are of one shard, and so
+    """Chance alone would give 1. In blocks of 10 of 100 shards it is 1.8: a tenth of a batch's pairs share a shard, and so
     they are in one block again.
     """
     limits = {"global": (0.9, 1.1), "blocks": (1.3, 2.4)}
@@ -243,8 +244,8 @@ def test_neighbours_differ_from_epoch_to_epoch(converted: Path) -> None:
             assert low < same_batch_twice(first, second) < high, kind
 
 
-def test_both_measures_tell_bad_order(converted: Path, tmp_path: Path) -> None:
-    """The same samples sorted by class, each class a shard, read in blocks of one shard."""
+def test_both_measures_detect_bad_order(converted: Path, tmp_path: Path) -> None:
+    """The samples are sorted by class, one class per shard, and read in blocks of one shard."""
     [tar, *_] = open_shards(str(converted), "train").tars
     image = next(component for component in scan_tar(tar)[0] if component.extension == "png")
     data = Path(tar).read_bytes()[image.offset : image.offset + image.size]
@@ -261,10 +262,8 @@ def test_both_measures_tell_bad_order(converted: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("batch_sizes", [(30, 20, 60), (25, 20, 50)], ids=["one global batch size", "several"])
-def test_stopped_and_gone_on_with_by_other_numbers_of_ranks(
-    converted: Path, kind: dict[str, Any], batch_sizes: tuple[int, int, int]
-) -> None:
-    """2, 3 and 1 ranks share an epoch: each sample comes once."""
+def test_resuming_with_other_world_sizes(converted: Path, kind: dict[str, Any], batch_sizes: tuple[int, int, int]) -> None:
+    """2, 3 and 1 ranks share an epoch, and each sample comes once."""
     seen, state = list[int](), None
     with make(converted, batch_size=60, **kind) as loader:
         undisturbed = [set(batch["target"].tolist()) for batch in loader]
@@ -304,14 +303,14 @@ def test_samplers_are_resumed_at_any_position(shards: Path, options: dict[str, A
             [again] = take(loader, 1)
             assert torch.equal(again["image"], batches[position]["image"])
             assert torch.equal(again["target"], batches[position]["target"])
-    if "repeat_augment" in options:  # the same image, cropped in other ways
+    if "repeat_augment" in options:  # the same image with different crops
         first, second = batches[0]["image"][:2]
         assert batches[0]["target"][0] == batches[0]["target"][1]
         assert not torch.equal(first, second)
 
 
 def test_balanced_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One class with 5 samples of 60; labels are read once, and kept."""
+    """One class has 5 of 60 samples. Labels are read once and cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     data = (tmp_path / "image.png").read_bytes()
@@ -337,7 +336,7 @@ def test_other_orders_are_refused(converted: Path) -> None:
         pytest.raises(ValueError, match="another order: global, now blocks of 3 shards"),
     ):
         loader.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"--data\.sampler balanced takes samples from all shards"):
+    with pytest.raises(ValueError, match=r"--data\.sampler balanced draws samples from all shards"):
         DataConfig(sampler="balanced", order="blocks")
     with pytest.raises(ValueError, match=r"--data\.block-shards 3 has no effect; it goes with --data\.order blocks"):
         make(converted, block_shards=3)
@@ -347,7 +346,7 @@ def test_other_orders_are_refused(converted: Path) -> None:
 
 
 def test_a_shard_as_large_as_a_data_set(tmp_path: Path, shards: Path) -> None:
-    """Its index is read without an object for each sample: the table takes 24 bytes."""
+    """Its index is read into a table of 24 bytes per sample, without an object per sample."""
     samples = scan_tar(open_shards(str(shards), "train").tars[0])
     (tmp_path / "x.idx").write_text(format_index(5000 * samples))
     tracemalloc.start()
@@ -356,4 +355,4 @@ def test_a_shard_as_large_as_a_data_set(tmp_path: Path, shards: Path) -> None:
     tracemalloc.stop()
     assert len(table.sizes) == 5000 * len(samples)
     assert held < 30 * len(table.sizes)
-    assert peak < 50_000_000  # as objects they are five times that
+    assert peak < 50_000_000  # objects would take five times as much

@@ -1,4 +1,4 @@
-"""Training from an object store: what URLs name, indices, and the same batches as from a folder."""
+"""Training from an object store: URLs, index files, and the same batches as from a folder."""
 
 import concurrent.futures
 import io
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Batch, Loader
 from pipelines.remote import object_store as remote
@@ -102,14 +102,14 @@ def test_one_tar_and_a_folder_without_info(bucket: str, shards: Path) -> None:
         ("nosuch://bucket/x.tar", "Protocol not known: nosuch"),
     ],
 )
-def test_what_is_not_there_is_named(bucket: str, uploaded: str, pattern: str, message: str) -> None:
+def test_missing_shards_are_named(bucket: str, uploaded: str, pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message.format(bucket))):
         open_shards(pattern.format(bucket), "test")
 
 
 @pytest.mark.parametrize("denied", [False, True])
 def test_many_shards_take_a_few_requests(s3_bucket: str, faulty: FaultyProxy, denied: bool) -> None:
-    """A list tells as much as a question for each, where it may be had."""
+    """A listing, if allowed, replaces a request per object."""
 
     def deny_lists(method: str, path: str, start: int) -> Fault | None:
         return "403" if denied and "list-type" in path else None
@@ -125,15 +125,15 @@ def test_many_shards_take_a_few_requests(s3_bucket: str, faulty: FaultyProxy, de
     assert [request.method for request in faulty.requests if request.path.endswith(".tar")].count("HEAD") == (denied and 40)
     faulty.reset(latency=0)
     faulty.fault = deny_lists
-    assert open_shards(pattern, "train") == found  # the indices are known by now
+    assert open_shards(pattern, "train") == found  # now the indices are in the cache
     if denied:
         return
-    assert len(faulty.requests) == 3  # the list, and two for the `_info.json` that is not there
+    assert len(faulty.requests) == 3  # the listing, and two for the missing `_info.json`
     with pytest.raises(ValueError, match=r"no such shard: '.*/x-40\.tar' \(part of "):
         open_shards(f"{url}/x-{{00..40}}.tar", "train")
 
 
-def test_shards_that_the_info_lists_in_vain(bucket: str, shards: Path) -> None:
+def test_missing_shards_of_the_info_are_named(bucket: str, shards: Path) -> None:
     url = upload(shards, f"{bucket}/part", "_info.json")
     with pytest.raises(ValueError, match=rf"{url}/_info\.json lists shards that are not there: train-000000\.tar"):
         open_shards(url, "train")
@@ -153,7 +153,7 @@ def test_an_index_beside_the_tar_is_fetched_once(s3_bucket: str, faulty: FaultyP
     put(f"{s3_bucket}/beside/x.idx", b"v1.2 1\njpg 512 1 1.jpg cls 1536 2 1.cls\n")
     for _ in range(2):
         found = open_shards(f"{s3_bucket}/beside/x.tar", "train")
-        assert found.lengths == (1,)  # of the two in the tar: it is the index that says so
+        assert found.lengths == (1,)  # the tar has two, but the index decides
         assert found.indices[0].is_relative_to(index_cache)
     assert len(faulty.bytes_of("x.idx")) == 1
     put(f"{s3_bucket}/beside/x.tar", make_tar(["1.jpg", "1.cls"], size=7))
@@ -162,7 +162,7 @@ def test_an_index_beside_the_tar_is_fetched_once(s3_bucket: str, faulty: FaultyP
 
 
 def test_an_index_is_built_from_headers(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
-    """Through faults, once, and without reading the images."""
+    """It is built once, despite faults, and without reading the images."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(4):
             for extension, size in (("jpg", 400_000), ("cls", 1)):
@@ -183,7 +183,7 @@ def test_an_index_is_built_from_headers(tmp_path: Path, s3_bucket: str, faulty: 
     assert open_shards(f"{s3_bucket}/headers/*.tar", "train").indices == found.indices
     assert sum(size for _, size in faulty.bytes_of("x.tar")) == read
     faulty.fault = lambda method, path, start: None
-    # Another tar at the same place gets another index.
+    # Another tar at the same URL gets a new index.
     put(f"{s3_bucket}/headers/x.tar", make_tar(["1.jpg", "1.cls"]))
     assert open_shards(f"{s3_bucket}/headers/*.tar", "train").lengths == (1,)
 
@@ -206,7 +206,7 @@ def test_a_damaged_tar_is_named(bucket: str) -> None:
 
 def batches(place: str, split: str, cache_dir: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     config = DataConfig(train=place, valid=place, cache_dir=cache_dir, **BLOCKS)
-    with build_loader(config, split, batch_size=8, image_size=48, device=CPU, num_threads=2) as loader:  # type: ignore[arg-type]
+    with build_loader(config, LoaderSpec(split=split, batch_size=8, image_size=48, device=CPU, num_threads=2)) as loader:  # type: ignore[arg-type]
         for _ in range(2):
             yield from ((batch["image"], batch["target"]) for batch in loader)
 
@@ -225,10 +225,10 @@ def test_the_same_batches_as_from_a_folder(tmp_path: Path, shards: Path, uploade
         assert names == [Path(tar).stem for tar in open_shards(str(shards), split).tars]
 
 
-def test_training_goes_on_through_faults(
+def test_training_continues_through_faults(
     tmp_path: Path, shards: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With slow answers, faults, the server gone for a while, room for two of four shards, and resumed with an empty cache."""
+    """Batches stay the same despite faults, an absent server, little room, and resuming with an empty cache."""
     url = upload(shards, f"{s3_bucket}/faults")
     kinds: list[Fault] = ["reset", "503", "cut", "short"]
     faulty.fault = lambda method, path, start: kinds.pop() if kinds and start >= 0 else None
@@ -236,7 +236,7 @@ def test_training_goes_on_through_faults(
     def make(location: str, cache: str) -> Loader:
         room = 2.5 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
         config = DataConfig(train=location, cache_dir=str(tmp_path / cache), cache_gigabytes=room, **BLOCKS)
-        return build_loader(config, "train", batch_size=4, image_size=32, device=CPU, num_threads=1)
+        return build_loader(config, LoaderSpec(split="train", batch_size=4, image_size=32, device=CPU, num_threads=1))
 
     with make(str(shards), "none") as loader:
         expected = take(loader, 32)
@@ -256,13 +256,13 @@ def test_training_goes_on_through_faults(
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_back_and_forth_within_a_block(shards: Path, tmp_path: Path, s3_bucket: str, split: str) -> None:
-    """Of two ranks, each of which has copies of the shards that it needed from where it entered the block."""
+    """Each of two ranks holds only the shards that it needs from its position in the block on."""
     url = upload(shards, f"{s3_bucket}/back-{split}")
 
     def make(location: str) -> Loader:
         config = DataConfig(train=location, valid=location, cache_dir=str(tmp_path / "cache"), order="blocks", block_shards=4)
         options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "rank": 1, "world_size": 2}
-        return build_loader(config, split, device=CPU, **options)  # type: ignore[arg-type]
+        return build_loader(config, LoaderSpec(split=split, device=CPU, **options))  # type: ignore[arg-type]
 
     with make(str(shards)) as local, make(url) as remote:
         states, batches = [], []
@@ -275,7 +275,7 @@ def test_back_and_forth_within_a_block(shards: Path, tmp_path: Path, s3_bucket: 
 
 
 def test_stand_ins_from_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
-    """A batch of training without a good sample is made up with samples that only the other rank would have read."""
+    """Stand-ins for a training batch without good samples come from shards that only the other rank would have read."""
     folder = tmp_path / "bad"
     image = io.BytesIO()
     Image.new("RGB", (40, 40)).save(image, "PNG")
@@ -287,21 +287,21 @@ def test_stand_ins_from_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
     for rank in range(2):
         config = DataConfig(train=url, cache_dir=str(tmp_path / "cache"), max_bad_fraction=1, block_shards=2)
         options = {"batch_size": 3, "image_size": 32, "num_threads": 1, "num_classes": 2, "rank": rank, "world_size": 2}
-        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+        with build_loader(config, LoaderSpec(split="train", device=CPU, **options)) as loader:  # type: ignore[arg-type]
             targets = [batch["target"].tolist() for _ in range(2) for batch in loader]
         assert [len(of_batch) for of_batch in targets] == [2] * 12
         assert {target for of_batch in targets for target in of_batch} == {1}
 
 
 def test_loaders_that_share_little_room_take_turns(tmp_path: Path, shards: Path, s3_bucket: str) -> None:
-    """Two ranks, and room for what one of them reads: one waits for the other, and neither for ever."""
+    """Two ranks share room for one of them: one waits for the other, and both finish."""
     url = upload(shards, f"{s3_bucket}/room")
     room = 2.2 * max(path.stat().st_size for path in shards.glob("train-*.tar")) / 1e9
 
     def epoch(rank: int, location: str) -> list[Batch]:
         config = DataConfig(train=location, cache_dir=str(tmp_path / "cache"), cache_gigabytes=room, **BLOCKS)
         options = {"batch_size": 4, "image_size": 32, "num_threads": 1, "rank": rank, "world_size": 2}
-        with build_loader(config, "train", device=CPU, **options) as loader:  # type: ignore[arg-type]
+        with build_loader(config, LoaderSpec(split="train", device=CPU, **options)) as loader:  # type: ignore[arg-type]
             return take(loader, 14)
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -312,7 +312,9 @@ def test_loaders_that_share_little_room_take_turns(tmp_path: Path, shards: Path,
 def test_pillow_reads_local_shards_only(s3_bucket: str, shards: Path) -> None:
     url = upload(shards, f"{s3_bucket}/pillow")
     with pytest.raises(ValueError, match=rf"{url}/valid-000000\.tar: --data\.backend pillow reads local shards only"):
-        build_loader(DataConfig(valid=url, backend="pillow"), "valid", batch_size=8, image_size=48, device=CPU)
+        build_loader(
+            DataConfig(valid=url, backend="pillow"), LoaderSpec(split="valid", batch_size=8, image_size=48, device=CPU)
+        )
 
 
 def test_settings_of_the_cache() -> None:

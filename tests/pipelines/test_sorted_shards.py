@@ -1,4 +1,4 @@
-"""What is said of shards that are sorted by class, where they are read in blocks."""
+"""The warning about shards that are sorted by class and read in blocks."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ MOST_CLASSES = 3000
 
 @pytest.fixture(scope="module")
 def write_shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ShardSet]:
-    """Writes shards of given labels. They are links to one tar with a sample of each class, which their indices list."""
+    """Returns a function that writes shards with given labels: links to one tar with a sample of each class, and indices."""
     folder = tmp_path_factory.mktemp("order")
     members = [(f"{i}.{end}", data) for i in range(MOST_CLASSES) for end, data in (("png", b"-"), ("cls", str(i).encode()))]
     tar = write_tar(folder / "all.tar", members, index=False)
@@ -45,7 +45,7 @@ def warning_for(shards: ShardSet, block_shards: int, num_classes: int) -> str | 
 
 
 def test_silent_for_random_orders(write_shards: Callable[..., ShardSet]) -> None:
-    """Few and many classes, even and very uneven ones, small sets, small windows."""
+    """With few and many classes, equal and very unequal frequencies, small sets and small windows."""
     for seed in range(60):
         rng = np.random.default_rng(seed)
         num_classes, num_samples = int(rng.choice([1, 2, 3, 10, 100, 1000])), int(rng.choice([60, 110, 300, 1000, 3000]))
@@ -61,7 +61,7 @@ def test_silent_where_order_does_not_matter(write_shards: Callable[..., ShardSet
     for order in ("auto", "global"):
         assert order_warning(shards, DataConfig(train="old/x-*.tar", order=order, block_shards=2), 10) is None
     assert warning_for(shards, 20, 10) is None  # one block has the whole set
-    assert warning_for(write_shards(np.arange(3000), 100), 1, 3000) is None  # each sample is a class of its own
+    assert warning_for(write_shards(np.arange(3000), 100), 1, 3000) is None  # each sample is its own class
     assert warning_for(write_shards(np.zeros(2000, np.int64), 100), 1, 1) is None
     assert warning_for(write_shards(sorted_labels.reshape(10, 200).T.ravel(), 100), 1, 10) is None  # 0 1 2 ... 0 1 2 ...
 
@@ -73,7 +73,7 @@ def test_silent_where_order_does_not_matter(write_shards: Callable[..., ShardSet
 def test_shards_sorted_by_class(
     write_shards: Callable[..., ShardSet], num_classes: int, num_samples: int, per_shard: int
 ) -> None:
-    """The figures are right."""
+    """The figures in the warning are correct."""
     shards = write_shards(np.sort(np.arange(num_samples) % num_classes), per_shard)
     text = warning_for(shards, 3, num_classes)
     assert text is not None
@@ -83,16 +83,16 @@ def test_shards_sorted_by_class(
     figures = re.search(pattern, text)
     assert figures is not None
     held, of, at_random = (float(figure.replace(",", "")) for figure in figures.groups())
-    # The tars are read in a random order, so that each may begin with a class of its own.
+    # The tars are read in random order, so each may add classes of its own.
     assert 1 <= held <= min(num_classes, window / (num_samples / num_classes) + 2 * 4)
     assert of == num_classes
     assert at_random == pytest.approx(num_classes * (1 - (1 - 1 / num_classes) ** window), abs=0.06)
-    assert "Either read with --data.order global; or with more than 3 --data.block-shards;" in text
+    assert "Use --data.order global, or raise --data.block-shards above 3, or shuffle" in text
     assert "`shards convert 'old/x-*.tar' NEW_FOLDER --name train`" in text
 
 
 def test_shards_that_are_sorted_in_part(write_shards: Callable[..., ShardSet]) -> None:
-    """All classes are in every block; half of its samples are of one, each time another."""
+    """Every block has all classes, but half of its samples share one class, which differs from block to block."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(10), 600)
     labels = np.where(rng.random(6000) < 0.5, labels, rng.permutation(labels))
@@ -100,7 +100,7 @@ def test_shards_that_are_sorted_in_part(write_shards: Callable[..., ShardSet]) -
     assert text is not None
     assert "holds 10.0 of 10 classes on average, where random order would give 10.0" in text
     draws = float(text.split("its class mix is that of ")[1].split()[0])
-    assert 3 < draws < 6  # rho is about 0.5 squared, so that a block is worth some 4
+    assert 3 < draws < 6  # rho is about 0.5 squared, so a block is worth about 4
 
 
 def test_a_large_set_is_sampled(write_shards: Callable[..., ShardSet]) -> None:
@@ -119,7 +119,7 @@ def test_samples_without_a_label_are_left_to_the_reader(tmp_path: Path) -> None:
 
 
 def test_the_command_for_a_folder_names_the_split(write_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
-    """Since `convert` refuses a folder with several sets of shards."""
+    """`convert` refuses a folder with several sets of shards."""
     shards = write_shards(np.repeat(np.arange(10), 200), 100)
     config = DataConfig(train=str(tmp_path), order="blocks", block_shards=1)
     assert f"shards convert '{tmp_path}/all-*.tar' NEW_FOLDER" in str(order_warning(shards, config, 10))

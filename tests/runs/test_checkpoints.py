@@ -1,4 +1,4 @@
-"""The saved states of a run: kept, fallen back to, written behind training's back, killed halfway, short of space."""
+"""Checkpoints of a run: which are kept, damage, writing in the background, killed writers, full disks."""
 
 import copy
 import errno
@@ -16,13 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+import train
 from model.checkpoint import load_checkpoint, save_checkpoint
-from model.distributed import World
-from model.job import build_job, train_step
+from model.config import ModelConfig, StepConfig
+from model.distributed import alone as alone_on
+from model.job import build_job
+from tests.helpers.command import run_main
 from tests.helpers.runs import alone, arguments, assert_same, environment, finish, is_equal, metrics, start
 from tools.run import checkpoints
 from tools.run.checkpoints import Checkpoints, newest_checkpoint
-from tools.run.config import Config, ModelConfig
+from train import train_step
+
+pytestmark = pytest.mark.xdist_group("whole")
 
 STATE = {"weights": torch.arange(24, dtype=torch.float32), "step": 3, "class": "ant"}
 
@@ -32,7 +37,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def save(run: Path, *steps: int, keep: int = 3, best: int = 0) -> None:
-    """Saves states one after the other."""
+    """Saves these steps, one after the other."""
     saved = Checkpoints(run, keep)
     for step in steps:
         saved.save(state(step), step, is_best=step == best)
@@ -44,8 +49,16 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def step_of(path: Path | None) -> int | None:
-    return None if path is None else load_checkpoint(path)["step"]
+def step_of(path: Path) -> int:
+    return int(load_checkpoint(path)["step"])
+
+
+def newest_step(run: Path) -> int:
+    path, state = newest_checkpoint(run)
+    assert path is not None
+    assert state is not None
+    assert is_equal(state, load_checkpoint(path))
+    return int(state["step"])
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -56,11 +69,11 @@ def test_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ke
 
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) == (None, None)
     save(tmp_path, *(1, 2, 3, 5, 8, 13), keep=keep, best=3)
     kept = [f"step-{step:09d}.pt" for step in (5, 8, 13)[-keep:]]
     assert names(tmp_path) == kept
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / kept[-1]
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "checkpoints" / kept[-1]
     assert (step_of(tmp_path / "last.pt"), step_of(tmp_path / "best.pt")) == (13, 3)
     assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoints" / kept[-1]) == has_links
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoints", "last.pt"]
@@ -81,40 +94,41 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, caplog: pytes
     save(tmp_path, 1, 2, 3)
     for step in (3, 2):
         damage(tmp_path / "checkpoints" / f"step-{step:09d}.pt", how)
-    assert step_of(newest_checkpoint(tmp_path)) == 1
+    assert newest_step(tmp_path) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert caplog.messages[0].startswith(f"{tmp_path / 'checkpoints' / 'step-000000003.pt'} is damaged")
     assert names(tmp_path) == ["step-000000001.pt", "step-000000002.pt.damaged", "step-000000003.pt.damaged"]
     caplog.clear()
-    assert step_of(newest_checkpoint(tmp_path)) == 1
+    assert newest_step(tmp_path) == 1
     assert not caplog.records
 
 
 def test_a_run_whose_states_were_taken_away_does_not_begin_anew(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", {"step": 3})
-    with pytest.raises(ValueError, match=r"has a last\.pt and no saved states in checkpoints/; to go on from it, copy it"):
+    with pytest.raises(ValueError, match=r"has a last\.pt and no checkpoints in checkpoints/; to resume from it, copy it"):
         newest_checkpoint(tmp_path)
 
 
 def test_when_all_are_damaged_the_run_does_not_begin_anew(shards: Path, tmp_path: Path) -> None:
-    """However often it is started: a scheduler would start it again."""
+    """A scheduler may start the run again and again."""
     save(tmp_path, 1, 2)
     for path in (tmp_path / "checkpoints").iterdir():
         damage(path, "truncated")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"step-000000002.pt is damaged.*not one of 2 saved states can be read") as caught:
+        with pytest.raises(ValueError, match=r"step-000000002.pt is damaged.*none of 2 checkpoints can be read") as caught:
             newest_checkpoint(tmp_path)
         assert "\n" not in str(caught.value)
-    output = finish(start([*alone(), *arguments(shards, tmp_path)], tmp_path), 1)
+    status, printed, output = run_main(train.main, *arguments(shards, tmp_path))
+    assert (status, printed) == (2, "")
     assert output.startswith("error: ")
-    assert output.endswith("; begin in another --run-dir\n")
+    assert output.endswith("; start in another --run-dir\n")
     assert output.count("\n") == 1
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_no_damage_is_overlooked(tmp_path: Path) -> None:
-    """Whichever byte of a checkpoint is another, and wherever it ends: it is refused, or nothing is different."""
+    """Wherever a byte changes or the file ends, the checkpoint is refused or its content is unchanged."""
     save_checkpoint(tmp_path / "whole.pt", STATE)
     content, changed = (tmp_path / "whole.pt").read_bytes(), tmp_path / "changed.pt"
 
@@ -136,10 +150,9 @@ def test_no_damage_is_overlooked(tmp_path: Path) -> None:
 
 
 def test_writing_in_the_background_does_not_change_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on while the writer is held up: what is written is the state at the time of `save`."""
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    config = Config(batch_size=4, model=ModelConfig(aux_logits=False))
-    job = build_job(config, world, num_classes=3, classes=None, autocast_dtype=None, steps_per_epoch=9)
+    """Training continues while the writer is delayed. The file holds the state at the time of `save`."""
+    config = StepConfig(batch_size=4, model=ModelConfig(aux_logits=False))
+    job = build_job(config, alone_on(torch.device("cpu")), num_classes=3, classes=None, autocast_dtype=None, steps_per_epoch=9)
     image, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     train_step(job, image, target)
     expected = copy.deepcopy(job.state_dict())
@@ -179,7 +192,7 @@ def test_killed_while_one_is_being_written(tmp_path: Path) -> None:
     while not halfway:
         assert process.poll() is None
         assert time.monotonic() < deadline
-        process.send_signal(signal.SIGSTOP)  # else it might be done before it is killed
+        process.send_signal(signal.SIGSTOP)  # otherwise it might finish before it is killed
         if len(list(tmp_path.glob("checkpoints/step-*.pt"))) == 3:
             halfway = [path for path in tmp_path.glob("checkpoints/.*.tmp") if path.stat().st_size]
         if not halfway:
@@ -192,24 +205,13 @@ def test_killed_while_one_is_being_written(tmp_path: Path) -> None:
     for path in (*kept, tmp_path / "last.pt", tmp_path / "best.pt"):
         loaded = load_checkpoint(path)
         assert loaded["weights"].eq(loaded["step"]).all()
-    assert newest_checkpoint(tmp_path) == max(kept)
-    save(tmp_path, 1000)  # which has another temporary file
+    assert newest_checkpoint(tmp_path)[0] == max(kept)
+    save(tmp_path, 1000)  # another step has another temporary file
     assert names(tmp_path) == [*sorted(path.name for path in kept)[-2:], "step-000001000.pt"]
 
 
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 2 epochs of 7 steps, all of whose states are there."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    more = ("--checkpoint.every-steps", 2, "--checkpoint.keep", 99)
-    finish(start([*alone(), *arguments(shards, run, *more)], run.parent))
-    # Every second step, and the ends of the epochs.
-    assert names(run) == [f"step-{step:09d}.pt" for step in (2, 4, 6, 7, 8, 10, 12, 14)]
-    return run
-
-
 def test_a_run_goes_on_before_the_damage_and_ends_the_same(shards: Path, whole: Path, tmp_path: Path) -> None:
-    """Three damaged ones; and while it is at it, `--checkpoint.every-minutes` so short that each step is saved."""
+    """Three checkpoints are damaged. `--checkpoint.every-minutes` is so short that each step is saved."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     for step in (10, 12, 14):
@@ -218,8 +220,8 @@ def test_a_run_goes_on_before_the_damage_and_ends_the_same(shards: Path, whole: 
         damage(run / "checkpoints" / f"step-{step:09d}.pt", how)
     more = ("--checkpoint.every-minutes", 1e-6, "--checkpoint.keep", 4)
     output = finish(start([*alone(), *arguments(shards, run, *more)], tmp_path))
-    assert output.count("taking the one before") == 3
-    assert f"resuming {run} after step 4" in output
+    assert output.count("falling back to the one before") == 3
+    assert "resuming after step 4\n" in output
     assert_same(run, whole)
     assert names(run)[-7:] == [
         *("step-000000006.pt.damaged", "step-000000007.pt.damaged", "step-000000008.pt.damaged"),
@@ -246,7 +248,7 @@ train.main()
 
 
 def test_metrics_that_find_no_space_are_a_warning(shards: Path, whole: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: at steps 3 and 4 there is room for half a line."""
+    """A limit on the size of files simulates a full disk. At steps 3 and 4, half a line fits."""
     script = FILES_STAY_SMALL.replace("{SIZES}", "{2: 750, 3: 750}")
     output = finish(start([*alone(script), *arguments(shards, tmp_path / "run")], tmp_path))
     assert output.count("metrics cannot be written to") == 1
@@ -257,13 +259,13 @@ def test_metrics_that_find_no_space_are_a_warning(shards: Path, whole: Path, tmp
 
 
 def test_a_state_that_finds_no_space_ends_the_run(shards: Path, whole: Path, tmp_path: Path) -> None:
-    """It says which file, leaves nothing of it, and the state before is as it was."""
+    """The message names the file, no part of it is left, and the checkpoint before is intact."""
     run = tmp_path / "run"
     script = FILES_STAY_SMALL.replace("{SIZES}", "{step: 1_000_000 for step in range(9, 99)}")
     output = finish(start([*alone(script), *arguments(shards, run)], tmp_path), 1)
     assert output.splitlines()[-1] == (
-        f"error: {run}/checkpoints/step-000000014.pt: the run's state could not be saved ([Errno 27] File too large); "
-        "those saved before are whole"
+        f"error: {run}/checkpoints/step-000000014.pt: the checkpoint could not be saved ([Errno 27] File too large); "
+        "earlier ones are intact"
     )
     assert "Traceback" not in output
     assert names(run) == ["step-000000007.pt"]

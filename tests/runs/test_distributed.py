@@ -1,4 +1,4 @@
-"""Several ranks on one machine: the arithmetic of one, one set of files, and what happens when one is killed."""
+"""Several ranks on one machine: they compute what one rank does, write one set of files, and survive a killed rank."""
 
 import json
 import os
@@ -12,25 +12,27 @@ import pytest
 import torch
 import torch.multiprocessing
 
+import train
 from model.checkpoint import load_checkpoint
+from model.config import OptimConfig, StepConfig
 from model.distributed import World, join_world
-from model.job import HEADS, build_job, train_step
-from model.optim import OptimConfig
+from model.job import HEADS, build_job
 from pipelines.shards.index import read_index
+from tests.helpers.command import run_main
 from tests.helpers.runs import alone, arguments, assert_same, finish, is_equal, metrics, start, torchrun, wait_for_step, workers
-from tools.run.config import Config
+from tools.evaluate import cli
 
 NUM_STEPS, SHARE = 6, 4
 
 
 def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Losses `(NUM_STEPS, len(HEADS))`, means over the global batch, and the weights afterwards.
+    """Returns losses `(NUM_STEPS, len(HEADS))`, means over the global batch, and the final weights.
 
-    A global batch is `(number of ranks) x accumulate_steps` shares of `SHARE` images, the same in whichever way it is divided.
+    A global batch consists of `world.size * accumulate_steps` shares of `SHARE` images, however the ranks divide it.
     """
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)  # few images make normalization blow up what float32 rounds, within a few steps
-    config = Config(
+    torch.set_default_dtype(torch.float64)  # with few images, normalization soon amplifies the rounding of float32
+    config = StepConfig(
         accumulate_steps=accumulate_steps,
         batch_size=SHARE,
         optim=OptimConfig(lr=0.02, reference_batch_size=8, warmup_epochs=0),
@@ -38,7 +40,7 @@ def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[
     )
     job = build_job(config, world, num_classes=3, classes=None, autocast_dtype=None, steps_per_epoch=NUM_STEPS)
     for module in job.model.modules():
-        if isinstance(module, torch.nn.Dropout):  # those of the auxiliary heads have no setting
+        if isinstance(module, torch.nn.Dropout):  # the auxiliary heads have no setting for it
             module.p = 0.0
     generator = torch.Generator().manual_seed(1)
     num_shares = world.size * accumulate_steps
@@ -47,7 +49,7 @@ def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[
         images = torch.randn(num_shares, SHARE, 3, 32, 32, generator=generator)
         targets = torch.randint(3, (num_shares, SHARE), generator=generator)
         for share in range(world.rank, num_shares, world.size):
-            is_complete = train_step(job, images[share], targets[share])
+            is_complete = train.train_step(job, images[share], targets[share])
         assert is_complete
         sums = world.sum(job.sums.clone())
         losses.append(sums[: len(HEADS)] / sums[-1])
@@ -64,7 +66,7 @@ def rank_of_several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_make_the_steps_of_one(tmp_path: Path, num_ranks: int) -> None:
-    """One rank that takes their batches one after the other normalizes over the same images, and makes the same steps."""
+    """One rank that accumulates their batches normalizes over the same images, and makes the same steps."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(rank_of_several, (num_ranks, port, tmp_path), nprocs=num_ranks)
@@ -81,16 +83,18 @@ def test_ranks_make_the_steps_of_one(tmp_path: Path, num_ranks: int) -> None:
     torch.testing.assert_close(of_ranks[0][1], weights, rtol=1e-7, atol=1e-7)
 
 
+KEPT = ("--checkpoint.every-steps", 2, "--checkpoint.keep", 99, "--epochs", 3)
+
+
 def run_of(num_ranks: int, shards: Path, run: Path, *more: object, options: tuple[str, ...] = ()) -> list[str]:
-    """3 steps an epoch on one rank with two batches a step as on two ranks, with all states kept."""
-    kept = ("--checkpoint.every-steps", 2, "--checkpoint.keep", 99, "--epochs", 3)
+    """Returns the command of a run that keeps all checkpoints. Two ranks make 3 steps per epoch."""
     launcher = torchrun(num_ranks, *options) if num_ranks > 1 else alone()
-    return [*launcher, *arguments(shards, run, *kept, *more)]
+    return [*launcher, *arguments(shards, run, *KEPT, *more)]
 
 
 @pytest.fixture(scope="module")
 def on_two(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of an undisturbed run of two ranks, and what it printed."""
+    """The folder of an undisturbed run of two ranks, and its output."""
     run = tmp_path_factory.mktemp("two") / "run"
     return run, finish(start(run_of(2, shards, run), run.parent))
 
@@ -109,8 +113,8 @@ def check_run(run: Path, output: str, num_ranks: int, num_steps: int) -> None:
         (rank["loader"]["settings"]["rank"], rank["loader"]["epoch"], rank["loader"]["batch"]) for rank in last["ranks"]
     ]
     assert positions == [(rank, 3, 0) for rank in range(num_ranks)]
-    assert len({str(rank["rng"]["cpu"].tolist()) for rank in last["ranks"]}) == num_ranks  # else the same dropout on all
-    assert len(list(run.glob("events.*"))) == 2  # the second with the hyperparameters
+    assert len({str(rank["rng"]["cpu"].tolist()) for rank in last["ranks"]}) == num_ranks  # different dropout on each
+    assert len(list(run.glob("events.*"))) == 2  # the second has the hyperparameters
     images, lr = 8 * num_ranks, 0.05 * 8 * num_ranks / 64
     assert output.count(f"global batch size {images} (8 images x 1 batches x {num_ranks} processes); ") == 1
     assert output.count(f"learning rate 0.05 x {images} / 64 = {lr:g}\n") == 1
@@ -127,10 +131,10 @@ def test_three_ranks(shards: Path, tmp_path: Path) -> None:
     check_run(tmp_path / "run", output, num_ranks=3, num_steps=2)
 
 
-def test_validation_has_each_sample_once(on_two: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
-    """The weights that two ranks have scored together get the same scores from one."""
-    evaluate = ("--evaluate", on_two[0] / "last.pt", "--data.valid", shards, "--json", "--device", "cpu", "--batch-size", 8)
-    found = json.loads(finish(start([*alone(), *map(str, evaluate)], tmp_path)))
+def test_validation_has_each_sample_once(on_two: tuple[Path, str], shards: Path) -> None:
+    """One process gives the weights the same scores as two ranks."""
+    options = ("--json", "--device", "cpu", "--torch-threads", 1, "--batch-size", 8)
+    found = json.loads(run_main(cli.main, on_two[0] / "last.pt", shards, *options).stdout)
     assert found["samples"] == 25
     line = metrics(on_two[0])[-1]
     for name in ("top1", "top5", "ema_top1", "ema_top5", "loss"):
@@ -138,7 +142,7 @@ def test_validation_has_each_sample_once(on_two: tuple[Path, str], shards: Path,
 
 
 def test_a_rank_that_is_killed(on_two: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
-    """The launcher ends the others; told to restart them, the run goes on, and ends as if nothing had been."""
+    """The launcher ends the other rank. If it may restart them, the run continues and ends as if undisturbed."""
     run = tmp_path / "run"
     process = start(run_of(2, shards, run), tmp_path)
     wait_for_step(process, run, 4)
@@ -150,7 +154,7 @@ def test_a_rank_that_is_killed(on_two: tuple[Path, str], shards: Path, tmp_path:
     wait_for_step(process, run, 8)
     os.kill(workers(process)[0], signal.SIGKILL)
     output = finish(process)
-    first, second = map(int, re.findall(rf"resuming {run} after step (\d+)\n", output))
+    first, second = map(int, re.findall(r"resuming after step (\d+)\n", output))
     assert first in (2, 3, 4)
     assert second >= 6
     assert_same(run, on_two[0])
@@ -168,21 +172,21 @@ with join_world("cpu") as world:
     number = world.sum(torch.ones(1)).item()
     if is_first and world.is_main:
         os.kill(os.getpid(), signal.SIGKILL)
-    world.wait()
+    world.barrier()
     print(f"rank {world.rank} of {number:g}", flush=True)
 """
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_ranks_that_are_restarted_find_each_other(tmp_path: Path, late: int) -> None:
-    """The store of torchrun stays: who is early must not take the other's old address from it."""
+    """The store of torchrun survives. An early rank must not take the old address of the other from it."""
     [*launcher, _] = torchrun(2, "--max-restarts=1")
     output = finish(start([*launcher, "-c", RESTARTED_WITH_ONE_LATE, str(late)], tmp_path))
     assert sorted(re.findall(r"rank . of .", output)) == ["rank 0 of 2", "rank 1 of 2"]
 
 
 def test_what_one_rank_alone_meets_is_said(shards: Path, tmp_path: Path) -> None:
-    """And ends the job, whatever the others are waiting for."""
+    """The error ends the job, whatever the other rank waits for."""
     for path in shards.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     [image, *_] = read_index(tmp_path / "train-000001.idx")[3]
@@ -195,7 +199,7 @@ def test_what_one_rank_alone_meets_is_said(shards: Path, tmp_path: Path) -> None
 
 
 def test_another_number_of_ranks(on_two: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
-    """A run can change it at any step, as long as its steps stay as large."""
+    """A resumed run may have another number of ranks if the images per step stay the same."""
     run = tmp_path / "run"
     shutil.copytree(on_two[0], run)
     one = run_of(1, shards, run, "--accumulate-steps", 2)
@@ -207,24 +211,25 @@ def test_another_number_of_ranks(on_two: tuple[Path, str], shards: Path, tmp_pat
                 path.unlink()
 
     keep_up_to(4)
-    output = finish(start(run_of(1, shards, run), tmp_path), 1)
-    what = "the run was begun with 16 images a step, and now there are 8; (processes) x --batch-size x --accumulate-steps"
+    status, printed, output = run_main(train.main, *arguments(shards, run, *KEPT))
+    assert (status, printed) == (2, "")
+    what = "the run was started with 16 images a step, and now there are 8; (processes) x --batch-size x --accumulate-steps"
     assert output == f"error: --resume auto: {what} has to stay the same\n"
     assert metrics(run) == metrics(on_two[0])
 
     output = finish(start(one, tmp_path))
-    assert f"resuming {run} after step 4\n" in output
+    assert "resuming after step 4\n" in output
     assert "global batch size 16 (8 images x 2 batches x 1 processes)" in output
     assert metrics(run)[:5] == metrics(on_two[0])[:5]
     assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(on_two[0])]
 
     keep_up_to(6)
     output = finish(start(run_of(1, shards, run, "--batch-size", 16), tmp_path))
-    assert f"resuming {run} after step 6\n" in output
+    assert "resuming after step 6\n" in output
     assert "global batch size 16 (16 images x 1 batches x 1 processes)" in output
 
     keep_up_to(6)
     output = finish(start(run_of(2, shards, run), tmp_path))
-    assert f"resuming {run} after step 6\n" in output
+    assert "resuming after step 6\n" in output
     [rank, other] = load_checkpoint(run / "last.pt")["ranks"]
-    assert not torch.equal(rank["rng"]["cpu"], other["rng"]["cpu"])  # else the same dropout on both
+    assert not torch.equal(rank["rng"]["cpu"], other["rng"]["cpu"])  # otherwise both would draw the same dropout

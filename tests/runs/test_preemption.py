@@ -1,4 +1,4 @@
-"""Runs that are asked to leave: they save, end with 75, and go on as if nothing had been."""
+"""Preempted runs save a checkpoint, exit with 75, and continue as if undisturbed."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.runs import alone, arguments, assert_same, finish, start, torchrun, wait_for_step, workers
 
-# Signals itself at the first batch of a validation, and says how often scores were counted in all.
+# Signals itself at the first batch of a validation, and prints the number of calls that count scores.
 LEAVES_IN_VALIDATION = """
 import os
 import signal
@@ -35,32 +35,32 @@ finally:
 
 
 def leave(process: "subprocess.Popen[str]", run: Path, step: int, number: signal.Signals) -> str:
-    """Signals a run after a step; gives what it has printed when it has left."""
+    """Signals a run after a step, waits for its end, and returns its output."""
     wait_for_step(process, run, step)
     process.send_signal(number)
     return finish(process, 75)
 
 
-def test_leaving_and_going_on(shards: Path, tmp_path: Path) -> None:
-    """By SIGTERM in training, SIGUSR1 in validation, Ctrl-C in training: as undisturbed, bit for bit."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
+@pytest.mark.xdist_group("whole")
+def test_leaving_and_going_on(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """After SIGTERM in training, SIGUSR1 in validation, and Ctrl-C in training, the result is bit for bit the same."""
+    run = tmp_path / "run"
     command = [*alone(), *arguments(shards, run)]
-    finish(start([*alone(), *arguments(shards, whole)], tmp_path))
     output = leave(start(command, tmp_path), run, 2, signal.SIGTERM)
-    goodbye = f"the run's state is saved; the same command with --run-dir {run} --resume auto goes on\n"
+    goodbye = f"the checkpoint is saved; continue with the same command and --run-dir {run} --resume auto\n"
     assert output.endswith(f"SIGTERM: {goodbye}")
-    assert "SIGTERM: saving the run's state as soon as all processes can\n" in output
+    assert "SIGTERM: saving a checkpoint as soon as all processes can\n" in output
     assert len(list((run / "checkpoints").glob("step-*.pt"))) == 1
 
     output = finish(start([*alone(LEAVES_IN_VALIDATION), *arguments(shards, run)], tmp_path), 75)
     assert "after step 7\n" not in output
     assert f"SIGUSR1: {goodbye}" in output
-    assert output.endswith("2 times\n")  # the raw and the averaged weights on the first batch of four, and no more
+    assert output.endswith("2 times\n")  # raw and averaged weights, on the first of four batches
     assert (run / "checkpoints" / "step-000000007.pt").exists()
     assert '"valid"' not in (run / "metrics.jsonl").read_text()
 
     output = leave(start(command, tmp_path), run, 9, signal.SIGINT)
-    assert f"resuming {run} after step 7\n" in output
+    assert "resuming after step 7\n" in output
     assert output.endswith(f"SIGINT: {goodbye}")
 
     output = finish(start(command, tmp_path))
@@ -86,18 +86,18 @@ def test_a_second_ctrl_c_ends_the_run_at_once(shards: Path, tmp_path: Path) -> N
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert "in the step\n" in lines
-    for _ in range(2):  # a scheduler's and torchrun's own, as it were: within a second they are one
+    for _ in range(2):  # as from a scheduler and from torchrun: signals within a second count as one
         process.send_signal(signal.SIGINT)
-    assert next(lines) == "SIGINT: saving the run's state as soon as all processes can\n"
+    assert next(lines) == "SIGINT: saving a checkpoint as soon as all processes can\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
     process.send_signal(signal.SIGINT)
     output = finish(process, 130)
-    assert output == "interrupted; states saved before are whole, and --resume auto goes on from the newest\n"
+    assert output == "interrupted; earlier checkpoints are intact, and --resume auto continues from the newest\n"
 
 
 def test_two_ranks_leave_together(shards: Path, tmp_path: Path) -> None:
-    """When one of them is signalled, and when torchrun is; torchrun itself ends with 1."""
+    """A signal arrives at one of them, then at torchrun. torchrun itself exits with 1."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     finish(start([*torchrun(2), *arguments(shards, whole, "--batch-size", 2)], tmp_path))  # 15 steps an epoch
     command = [*torchrun(2), *arguments(shards, run, "--batch-size", 2)]
@@ -105,17 +105,17 @@ def test_two_ranks_leave_together(shards: Path, tmp_path: Path) -> None:
     wait_for_step(process, run, 2)
     os.kill(workers(process)[1], signal.SIGTERM)
     output = finish(process, 1)
-    assert output.count("SIGTERM: saving the run's state as soon as all processes can\n") == 1
-    assert output.count("a signal at another process: the run's state is saved; ") == 1
+    assert output.count("SIGTERM: saving a checkpoint as soon as all processes can\n") == 1
+    assert output.count("a signal at another process: the checkpoint is saved; ") == 1
     assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {"75"}
-    assert (run / "checkpoints" / "step-000000010.pt").exists()  # they agree every ten steps
+    assert (run / "checkpoints" / "step-000000010.pt").exists()  # the ranks agree every ten steps
 
     process = start(command, tmp_path)
     wait_for_step(process, run, 12)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 1)
-    assert f"resuming {run} after step 10\n" in output
-    assert output.count("SIGTERM: the run's state is saved; ") == 1
+    assert "resuming after step 10\n" in output
+    assert output.count("SIGTERM: the checkpoint is saved; ") == 1
     [*_, newest] = sorted((run / "checkpoints").glob("step-*.pt"))
     assert newest.name in ("step-000000015.pt", "step-000000020.pt")  # at the end of an epoch, or after ten steps
 

@@ -11,10 +11,10 @@ from tests.helpers.runs import alone, arguments, finish, start
 
 @pytest.mark.parametrize(("asked", "traced"), [(2, 2), (3, 2)])
 def test_a_trace_names_the_parts_of_a_step(shards: Path, tmp_path: Path, asked: int, traced: int) -> None:
-    """Of a run of 12 steps: from the eleventh on, and a warning where there are too few."""
+    """The trace of a run of 12 steps starts with the eleventh. A warning says if there are too few."""
     run = tmp_path / "run"
     output = finish(start([*alone(), *arguments(shards, run, "--profile", asked, "--epochs", 1, "--batch-size", 5)], tmp_path))
-    assert f"the trace of {traced} steps is in {run / 'trace.json'}, what took longest in profile.txt\n" in output
+    assert f"the trace of {traced} steps is in {run / 'trace.json'}, and a summary in profile.txt\n" in output
     table = (run / "profile.txt").read_text()
     assert "Self CPU" in table
     assert re.search(r"aten::\w*conv\w*", table)

@@ -1,13 +1,13 @@
-"""Recipes: complete, overridden by flags, and documented."""
+"""Recipes are complete, flags override them, and the documents list them."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
+from tools.run.cli import parse
 from tools.run.config import Config
 from tools.run.recipes import RECIPES
-from train import parse
 
 DATA = ["--data.train", "a.tar", "--data.valid", "b.tar"]
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: what is seen where, how large they get, and which words they bear."""
+"""Images for TensorBoard: their layout, their size, and their captions."""
 
 import itertools
 
@@ -15,7 +15,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def batch(pixels: Tensor) -> Tensor:
-    """`(N, 3, H, W)` uint8 as a loader gives it."""
+    """Returns pixels `(N, 3, H, W)`, uint8, as a loader normalizes them."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return ((pixels.float() / 255 - mean) / std).to(memory_format=torch.channels_last)
 
@@ -25,7 +25,7 @@ def noise(count: int, size: int) -> Tensor:
 
 
 def enlarged(image: Tensor, zoom: int) -> NDArray[np.uint8]:
-    """`(3, H, W)` as `(zoom * H, zoom * W, 3)`."""
+    """Returns an image `(3, H, W)` as `(zoom * H, zoom * W, 3)`."""
     return image.permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)
 
 
@@ -74,7 +74,7 @@ def test_an_image_that_is_no_number_is_black() -> None:
 
 
 def ink(sheet: NDArray[np.uint8], column: int) -> tuple[bool, bool]:
-    """Whether there is writing in the two lines below an image of 128 pixels in the first row."""
+    """Returns whether each of the two lines below an image of 128 pixels in the first row has text."""
     x = 8 + 136 * column
     text = sheet[136 : 136 + 34, x - 4 : x + 132].min(2) < 128
     assert not text[:, 132:].any(), "it reaches into the next column"
@@ -91,7 +91,7 @@ def test_captions_stand_below_their_image_in_up_to_two_lines() -> None:
 
 
 def square(picture: NDArray[np.uint8], row: int, column: int, number: int, side: int) -> NDArray[np.uint8]:
-    """The pixels of a square of a confusion picture; the squares end 8 pixels before the edge."""
+    """Returns the pixels of a square of a confusion picture, whose squares end 8 pixels before the edge."""
     y, x = (picture.shape[0] - 8 - (number - i) * side for i in (row, column))
     return picture[y : y + side - 1, x : x + side - 1]
 

@@ -1,11 +1,11 @@
 """`python train.py`, run as a user runs it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,19 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from model.checkpoint import load_checkpoint
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
+from pipelines.build import LoaderSpec, build_loader
+from pipelines.config import DataConfig
 from pipelines.shards.index import read_index
+from tests.conftest import write_image
+from tests.helpers.command import run_main
+from tests.helpers.runs import CLOCKS, ONE_THREAD, ROOT, train_command
+from tools.shards.convert import convert
+from tools.shards.plan import Options
 
-TRAIN = Path(__file__).parents[2] / "train.py"
-
-
-def train_command(*arguments: object, cwd: Path, warnings: Sequence[str] = ("error",)) -> subprocess.CompletedProcess[str]:
-    filters = [word for entry in warnings for word in ("-W", entry)]
-    command = [sys.executable, *filters, str(TRAIN), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
-@pytest.fixture(scope="module")
-def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A short run on the tests' shards: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("run")
-    done = train_command(
-        *("--data.train", f"{shards}/train-{{000000..000003}}.tar", "--data.valid", f"{shards}/valid-*.tar"),
-        *("--epochs", 2, "--batch-size", 8, "--image-size", 32, "--log-every", 3, "--device", "cpu", "--seed", 3),
-        *("--run-dir", folder / "run"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no warnings, and no progress bar where there is no terminal
-    return folder / "run", done.stdout
+pytestmark = pytest.mark.xdist_group("finished")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -80,7 +67,7 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     assert last["classes"] == ("ant", "bee", "cat")
     assert last["architecture"] == {"num_classes": 3, "aux_logits": True, "transform_input": False}
     assert last["preprocessing"]["image_size"] == 32
-    googlenet(num_classes=3).load_state_dict(last["model"])
+    GoogLeNet(num_classes=3).load_state_dict(last["model"])
     assert set(last) >= {"model", "ema", "optimizer", "scheduler", "scaler", "best"}
     valid = [line for line in metrics(run) if line["split"] == "valid"]
     assert last["best"] == max(max(line["top1"], line["ema_top1"]) for line in valid)
@@ -110,21 +97,13 @@ def test_tensorboard(finished: tuple[Path, str]) -> None:
 
 
 def test_scores_are_those_of_the_saved_weights(finished: tuple[Path, str], shards: Path) -> None:
-    from pipelines.build import build_loader
-    from pipelines.config import DataConfig
-
     last = load_checkpoint(finished[0] / "last.pt")
-    raw, ema = googlenet(num_classes=3).eval(), googlenet(num_classes=3).eval()
+    raw, ema = GoogLeNet(num_classes=3).eval(), GoogLeNet(num_classes=3).eval()
     raw.load_state_dict(last["model"])
     ema.load_state_dict({k.removeprefix("module."): v for k, v in last["ema"].items() if k != "n_averaged"})
     with build_loader(
         DataConfig(valid=str(shards), backend="pillow"),
-        "valid",
-        batch_size=25,
-        image_size=32,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        num_threads=0,
+        LoaderSpec(split="valid", batch_size=25, image_size=32, device=torch.device("cpu"), dtype=torch.float32, num_threads=0),
     ) as loader:
         batch = loader.next()
     assert batch is not None
@@ -132,7 +111,7 @@ def test_scores_are_those_of_the_saved_weights(finished: tuple[Path, str], shard
     for model, name in ((raw, "top1"), (ema, "ema_top1")):
         with torch.no_grad():
             hits = (model(batch["image"]).argmax(1) == batch["target"]).float().mean().item()
-        assert 100 * hits == pytest.approx(scores[name], abs=4.1)  # one image of 25 may tip over: other decoder, other pixels
+        assert 100 * hits == pytest.approx(scores[name], abs=4.1)  # another decoder: one image of 25 may change
 
 
 def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
@@ -146,55 +125,38 @@ def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(run) if line["split"] == "train"] == [3, 6]
 
 
-CLOCKS = ("images_per_second", "data_wait_percent")
-
-
-def test_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
-    """`kill -9` in the middle of an epoch, twice: the same metrics, line for line, and bit for bit the same weights."""
-
-    def command(run: Path) -> list[str]:
-        options = {
-            "--data.train": shards,
-            "--data.valid": shards,
-            "--epochs": 3,
-            "--batch-size": 8,
-            "--image-size": 32,
-            "--log-every": 3,
-            "--torch-threads": 1,
-            "--device": "cpu",
-            "--checkpoint.every-steps": 2,
-            "--resume": "auto",
-            "--run-dir": run,
-        }
-        return [sys.executable, "-W", "error", str(TRAIN), *(str(word) for pair in options.items() for word in pair)]
-
-    for name, kills in (("whole", ()), ("killed", (2, 2, 5))):  # the second before the resumed run has written a line
-        run = tmp_path / name
-        for num_lines in kills:
-            process = subprocess.Popen(command(run), cwd=tmp_path, stdout=subprocess.DEVNULL)
-            while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < num_lines:
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
-            with open(run / "metrics.jsonl", "a") as file:
-                file.write('{"split": "tra')  # as a line that was being written
-        done = subprocess.run(command(run), cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert ("resuming" in done.stdout) == bool(kills)
+def test_killed_and_resumed(finished: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
+    """After `kill -9` in the middle of epochs, the metrics are the same, and the weights are bit for bit the same."""
+    run = tmp_path / "run"
+    options = (
+        *("--data.train", shards, "--data.valid", shards, "--epochs", 2, "--batch-size", 8, "--image-size", 32, "--seed", 3),
+        *("--log-every", 3, "--device", "cpu", "--checkpoint.every-steps", 2, "--resume", "auto", "--run-dir", run),
+    )
+    command = [sys.executable, "-W", "error", str(ROOT / "train.py"), "--torch-threads", "1", *map(str, options)]
+    for num_lines in (2, 2, 5):  # the second time, the resumed run has not written a line yet
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < num_lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"split": "tra')  # like an unfinished line
+    done = train_command(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert "resuming" not in finished[1]
 
     def without_clocks(run: Path) -> list[dict[str, Any]]:
         return [{name: value for name, value in line.items() if name not in CLOCKS} for line in metrics(run)]
 
-    assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "whole")
-    whole, killed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert without_clocks(run) == without_clocks(finished[0])
+    killed, whole = (load_checkpoint(folder / "last.pt") for folder in (run, finished[0]))
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], killed[part][name]) for name in whole[part])
-    done = subprocess.run(
-        [*command(tmp_path / "killed"), "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "error: --resume auto: the run was begun with --seed 0, and now it is 1" in done.stderr
+    done = train_command(*options, "--seed", 1, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: --resume auto: the run was started with --seed 3, and now it is 1\n"
 
 
 def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
@@ -270,36 +232,42 @@ SHARDS = ["--data.train", "SHARDS", "--data.valid", "SHARDS"]
         (["--recipe", "demo", "--data.train", "SHARDS"], "--data.train is given and --data.valid is not"),
         ([*SHARDS, "--compile", "reduce-overhead", "--accumulate-steps", "2"], "--compile reduce-overhead: its CUDA graphs"),
         ([*SHARDS, "--batch-size", "8", "--run-dir", "RUN"], "holds a run already"),
+        (["--evaluate", "last.pt", *SHARDS], "error: --evaluate is a command of its own now: evaluate CHECKPOINT SHARDS"),
+        (["--evaluate=last.pt"], "error: --evaluate is a command of its own now: evaluate CHECKPOINT SHARDS"),
     ],
 )
 def test_wrong_arguments_are_named(
-    arguments: list[str], message: str, shards: Path, finished: tuple[Path, str], tmp_path: Path
+    arguments: list[str],
+    message: str,
+    shards: Path,
+    finished: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     words = {"SHARDS": str(shards), "RUN": str(finished[0])}
     before = (finished[0] / "metrics.jsonl").read_bytes()
-    done = train_command(*[words.get(word, word) for word in arguments], cwd=tmp_path)
-    assert done.returncode in (1, 2)
+    done = run_main(train.main, "--torch-threads", 1, *[words.get(word, word) for word in arguments])
+    assert done.status == 2
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert [*tmp_path.iterdir()] == []
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
 
 
-def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
-    from tests.conftest import write_image
-    from tools.shards.convert import convert
-    from tools.shards.plan import Options
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--epochs", "many"], "--epochs"), (["--data.train", "a.tar"], "error: --data.train is given and --data.valid is not")],
+)
+def test_wrong_arguments_end_the_process_at_once(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = train_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
+
+def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "dog" / "1.jpg", 1)
     convert(tmp_path / "images", tmp_path / "other", Options(name="valid", shard_samples=10), num_workers=1)
-    done = train_command("--data.train", shards, "--data.valid", tmp_path / "other", cwd=tmp_path)
-    assert done.returncode == 1
+    done = run_main(train.main, "--data.train", shards, "--data.valid", tmp_path / "other", "--run-dir", tmp_path / "run")
+    assert done.status == 2
     assert "error: training and validation shards have different classes: ant, bee, cat, dog" in done.stderr
-
-
-def test_demo_from_nothing(tmp_path: Path) -> None:
-    """The command of the README, whole: draws, converts, trains, and recognizes nine of ten images it has not seen."""
-    done = train_command("--run-dir", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    scores = metrics(tmp_path / "run")[-1]
-    assert scores["split"] == "valid"
-    assert max(scores["top1"], scores["ema_top1"]) >= 90

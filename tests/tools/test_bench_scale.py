@@ -1,79 +1,63 @@
-"""`throughput scale`, run as a user runs it; what it measures is for no test to judge."""
+"""`tools.bench.scale`, run as a developer runs it. No test judges what it measures."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.shards.index import scan_tar
 from pipelines.shards.shard_set import open_shards
 from tools.bench.linked import LinkedShards, small
+from tools.bench.scale import main
 
 FEW = ("--batch-size", 4, "--image-size", 32, "--base-shards", 6, "--base-samples", 600, "--seconds", 0.01, "--rounds", 1)
-PNG = b"\x89PNG"
 
 
-def scale(*options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "tools.throughput", "scale", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def measured(folder: Path, *options: object) -> tuple[str, list[dict[str, Any]]]:
-    """The table and the results."""
-    scratch = folder / "scratch"
-    done = scale(*FEW, *options, "--scratch", scratch, "--json", folder / "report.json", "--plot", folder / "report.png")
-    assert done.returncode == 0, done.stderr
-    assert list(scratch.iterdir()) == []
-    assert (folder / "report.png").read_bytes().startswith(PNG)
-    return done.stdout, json.loads((folder / "report.json").read_text())["results"]
-
-
-def points(results: list[dict[str, Any]], *names: str) -> list[tuple[object, ...]]:
-    return [tuple(result["point"][name] for name in names) for result in results]
-
-
-def test_shards_samples_and_ranks(tmp_path: Path) -> None:
-    options = ("--shards", 3, 150, "--samples", 60, 601, "--ranks", 1, 2)
-    table, results = measured(tmp_path, "--axes", "shards", "samples", "ranks", *options)
-    assert points(results, "axis", "value", "shards", "samples", "ranks") == [
-        ("shards", 3, 3, 600, 1),
-        ("shards", 150, 150, 600, 1),
-        ("samples", 60, 6, 60, 1),
-        ("samples", 601, 6, 601, 1),
-        ("ranks", 1, 6, 600, 1),
-        ("ranks", 2, 6, 600, 2),
-    ]
-    for result in results:
+def test_table_and_figures(tmp_path: Path, shards: Path) -> None:
+    """A point or two of every axis; one point has too few samples, and the others go on."""
+    axes = ["shards", "samples", "ranks", "threads", "sizes"]
+    if importlib.util.find_spec("s3fs"):
+        axes.append("bucket")
+    command = [sys.executable, "-W", "error", "-m", "tools.bench.scale", *FEW, "--axes", *axes, "--latency", 1]
+    command += ["--shards", 3, 150, "--samples", 6, "--ranks", 1, 2, "--threads", 1, "--sizes", 32, 64, "--bucket-shards", 40]
+    command += ["--data", f"{shards}/train-*.tar", "--scratch", tmp_path / "scratch", "--json", tmp_path / "report.json"]
+    command += ["--batch-size", 8]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert list((tmp_path / "scratch").iterdir()) == []
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    by_point = {(result["point"]["axis"], result["point"]["value"]): result for result in results}
+    names = ("shards", "samples", "ranks", "threads", "image_size")
+    found = {key: tuple(result["point"][name] for name in names) for key, result in by_point.items() if key[0] != "shards"}
+    cores = by_point["sizes", 32]["point"]["threads"]
+    assert found == {
+        ("samples", 6): (6, 6, 1, cores, 32),
+        ("ranks", 1): (6, 600, 1, 1, 32),
+        ("ranks", 2): (6, 600, 2, 1, 32),
+        ("threads", 1): (6, 600, 1, 1, 32),
+        ("sizes", 32): (6, 600, 1, cores, 32),
+        ("sizes", 64): (6, 600, 1, cores, 64),
+        **({("bucket", 40): (40, 600, 1, cores, 32)} if "bucket" in axes else {}),
+    }
+    bad = by_point.pop(("samples", 6))
+    assert "6 training samples over 1 rank(s) do not fill one batch of 8" in bad["error"]
+    assert f"failed: {bad['error']}" in done.stdout
+    for (axis, value), result in by_point.items():
+        assert result["error"] is None
         for name in ("imports_seconds", "open_seconds", "first_seconds", "images_per_second"):
             assert result[name]["median"] > 0
         parts = result["open_seconds"]["median"] + result["first_seconds"]["median"]
-        if result["point"]["ranks"] == 1:  # of several it is the slowest one's
+        if (axis, value) != ("ranks", 2):  # of several it is the slowest one's
             assert result["start_seconds"]["median"] == pytest.approx(parts)
-        assert result["batch_bytes"] == 4 * 3 * 32 * 32 * 4
-        assert result["beyond_batches_bytes"] == result["peak_memory_bytes"] - 2 * result["batch_bytes"]
-        assert result["beyond_batches_bytes"] > 0
-        assert f"{result['point']['value']:>12,}" in table
-    few, many = (result["open_files"] for result in results[:2])
+        side = result["point"]["image_size"]
+        assert result["batch_bytes"] == 8 * 3 * side * side * 4
+        assert result["beyond_batches_bytes"] == result["peak_memory_bytes"] - 2 * result["batch_bytes"] > 0
+        assert f"\n{value:,}  " in done.stdout
+    few, many = (by_point["shards", value]["open_files"] for value in (3, 150))
     assert few < many < few + 150  # each of the 150 is a shard of its own, and not all of them are open at once
-
-
-def test_threads_and_sizes_of_given_shards(tmp_path: Path, shards: Path) -> None:
-    options = ("--threads", 1, 2, "--sizes", 32, 64, "--data", f"{shards}/train-*.tar")
-    table, results = measured(tmp_path, "--axes", "threads", "sizes", *options)
-    assert points(results, "axis", "threads", "image_size")[:2] == [("threads", 1, 32), ("threads", 2, 32)]
-    assert points(results, "axis", "image_size")[2:] == [("sizes", 32), ("sizes", 64)]
-    assert [result["batch_bytes"] for result in results[2:]] == [4 * 3 * 32 * 32 * 4, 4 * 3 * 64 * 64 * 4]
-    assert "batches of 4 x 32 pixels" in table
-
-
-def test_a_bucket(tmp_path: Path) -> None:
-    pytest.importorskip("s3fs")
-    _, results = measured(tmp_path, "--axes", "bucket", "--bucket-shards", 3, 40, "--latency", 1)
-    assert points(results, "axis", "value", "shards", "samples") == [("bucket", 3, 3, 600), ("bucket", 40, 40, 600)]
-    assert all(result["error"] is None for result in results)
 
 
 def test_made_up_shards(tmp_path: Path) -> None:
@@ -87,15 +71,6 @@ def test_made_up_shards(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "made").glob("*.tar")) < 2_000_000
 
 
-def test_one_point_fails_and_the_others_do_not(tmp_path: Path) -> None:
-    done = scale(*FEW, "--axes", "ranks", "--ranks", 1, 2, "--base-samples", 6, "--json", tmp_path / "report.json")
-    assert done.returncode == 1, done.stderr
-    good, bad = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert (good["error"], good["images_per_second"]["median"] > 0) == (None, True)
-    assert "6 training samples over 2 rank(s) do not fill one batch of 4" in bad["error"]
-    assert f"failed: {bad['error']}" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -106,12 +81,13 @@ def test_one_point_fails_and_the_others_do_not(tmp_path: Path) -> None:
         (["--seconds", 0], "--seconds 0 --latency 30: more than 0 is needed, and no less than 0"),
         (
             ["--axes", "shards", "--shards", 10, 100, "--base-samples", 50],
-            "axis shards at 100: 50 samples are not one for each of 100 shards; lower --shards, --bucket-shards or "
-            "--base-shards, or raise --samples or --base-samples",
+            "axis shards at 100: 50 samples are fewer than 100 shards; lower --shards, --bucket-shards or --base-shards, or "
+            "raise --samples or --base-samples",
         ),
         (["--data", "nowhere", "--axes", "sizes"], "no such shard: 'nowhere'; looked from {here}"),
     ],
 )
-def test_mistakes(options: list[object], message: str) -> None:
-    done = scale(*options)
-    assert (done.returncode, done.stderr) == (2, f"error: {message.format(here=Path.cwd())}\n")
+def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, options)])
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message.format(here=Path.cwd())}\n")

@@ -1,12 +1,12 @@
-"""`python -m tools.export`: files that give what the network gives, and say what they need."""
+"""The `export` command: the outputs and the metadata of its files."""
 
 import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,28 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.load_model import load_trained
+from model.load_model import load_model
 from tests.helpers import checkpoints
-from tests.tools.test_predict import predict
+from tests.helpers.command import run_main
+from tests.helpers.runs import ONE_THREAD
+from tests.tools.test_predict import predictions, probabilities
 from tools.export import cli
-from tools.export.export import DifferentError, export, largest_difference
-from tools.export.formats import TorchExport
+from tools.export.export import MismatchError, export, largest_difference
+from tools.export.formats import TORCH_EXPORT
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
 SIZE = 32
-
-
-def command(*arguments: object) -> tuple[int, str, str]:
-    """Runs the command in this process: exit status, output, errors."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as exit_,
-    ):
-        cli.main([*map(str, arguments)])
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +39,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that the command wrote, what it said, and what runs the file without any of our code."""
+    """A file that the command wrote, the command's output, and a function that runs the file without our code."""
 
     path: Path
     output: str
     run: Callable[[Tensor], Tensor]
     metadata: dict[str, Any]
     weights: Literal["ema", "raw"]
+    program: Any = None  # what torch.onnx.export returned
 
 
-def written(path: Path, *arguments: object) -> str:
-    """What the command says that writes this file, and nothing else into its folder."""
-    status, output, errors = command(*arguments, "-o", path)
+def write(path: Path, *arguments: object) -> str:
+    """Writes the file, and nothing else into its folder; returns the command's output."""
+    status, output, errors = run_main(cli.main, *arguments, "-o", path)
     assert (status, errors) == (0, "")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     return output
@@ -68,9 +59,17 @@ def written(path: Path, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def onnx(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Exported:
-    """Of the averaged weights, checked on shards."""
+    """Averaged weights, checked on shards."""
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    output = written(path, checkpoint, "--check", shards)
+    programs, torch_onnx_export = list[Any](), torch.onnx.export
+
+    def recording_export(*inputs: Any, **options: Any) -> Any:
+        programs.append(torch_onnx_export(*inputs, **options))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", recording_export)
+        output = write(path, checkpoint, "--check", shards)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     stored = session.get_modelmeta().custom_metadata_map
     metadata = {name: json.loads(value) for name, value in stored.items()}
@@ -78,15 +77,15 @@ def onnx(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, shards: Pat
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
-    return Exported(path, output, run, metadata, "ema")
+    return Exported(path, output, run, metadata, "ema", *programs)
 
 
 @pytest.fixture(scope="module")
 def pt2(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Of the raw weights, checked on drawn images, in place of an older file."""
+    """Raw weights, checked on synthetic images. Replaces an existing file."""
     path = tmp_path_factory.mktemp("exported") / "model.pt2"
-    path.write_bytes(b"an older one")
-    output = written(path, checkpoint, "--weights", "raw")
+    path.write_bytes(b"an existing file")
+    output = write(path, checkpoint, "--weights", "raw")
     files = {"metadata.json": ""}
     module = torch.export.load(path, extra_files=files).module()
     return Exported(path, output, lambda images: module(images), json.loads(files["metadata.json"]), "raw")
@@ -98,35 +97,59 @@ def exported(request: pytest.FixtureRequest) -> Exported:
     return found
 
 
-@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    def fill() -> None:  # files may have 2 MB, and writing more is an error as on a full disk
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+def test_usage() -> None:
+    done = run_main(cli.main, "--help")
+    assert (done.status, done.stdout.split("\n")[0]) == (0, "usage: export-model [-h] [OPTIONS] CHECKPOINT")
 
+
+def limit_file_size() -> None:
+    """Limits files to 2 MB. Python ignores the signal, so writing more is an error, like on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def assert_full_disk(status: int, stderr: str, folder: Path) -> None:
+    assert status == 1, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_full_disk_with_onnx(
+    checkpoint: Path, tmp_path: Path, onnx: Exported, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: onnx.program)  # another export would take 10 s
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        limit_file_size()
+        done = run_main(cli.main, checkpoint, "-o", tmp_path / "model.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_full_disk(done.status, done.stderr + capfd.readouterr().err, tmp_path)
+
+
+def test_full_disk_with_torch_export(checkpoint: Path, tmp_path: Path) -> None:
+    """Uses a process of its own, because torch's file writer would end it."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.export", checkpoint, "-o", tmp_path / name],
+        [sys.executable, "-m", "tools.export", checkpoint, "-o", tmp_path / "model.pt2"],
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=fill,
+        env=os.environ | ONE_THREAD,
+        preexec_fn=limit_file_size,
     )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert_full_disk(done.returncode, done.stderr, tmp_path)
 
 
-def test_gives_what_the_network_gives(checkpoint: Path, exported: Exported) -> None:
-    """For any number of images, which are normalized inside."""
-    trained = load_trained(checkpoint, exported.weights)
+def test_outputs_match_the_network(checkpoint: Path, exported: Exported) -> None:
+    """Covers several batch sizes. The file normalizes the images."""
+    trained = load_model(checkpoint, exported.weights)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoints.MEAN, checkpoints.STD))
     for count in (1, 2, 5, 33):
         images = torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
             expected = trained.model((images - mean) / std).softmax(1)
         assert torch.allclose(exported.run(images), expected, atol=1e-5), count
-    other = load_trained(checkpoint, "raw" if exported.weights == "ema" else "ema")
+    other = load_model(checkpoint, "raw" if exported.weights == "ema" else "ema")
     with torch.inference_mode():
         assert not torch.allclose(other.model((images - mean) / std).softmax(1), expected, atol=1e-2)
 
@@ -146,7 +169,7 @@ def test_metadata(exported: Exported) -> None:
     }
 
 
-def test_what_it_says(exported: Exported) -> None:
+def test_output(exported: Exported) -> None:
     lines = exported.output.splitlines()
     title = "ONNX" if exported.path.suffix == ".onnx" else "torch.export"
     # Without the auxiliary heads, whose weights would make it 40 MB.
@@ -157,14 +180,14 @@ def test_what_it_says(exported: Exported) -> None:
     )
     assert lines[1:3] == ["input:  images, float32 (N, 3, 32, 32), RGB from 0 to 1", "output: probabilities, float32 (N, 3)"]
     assert lines[3].startswith("check:  at most ")
-    images = "25 images" if exported.weights == "ema" else "11 drawn images"
+    images = "25 images" if exported.weights == "ema" else "11 synthetic images"
     assert lines[3].endswith(f" from the network's on {images}")
 
 
-def test_the_documentations_code(
+def test_code_in_the_documentation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, onnx: Exported, pt2: Exported, image_folder: Path
 ) -> None:
-    """Gives what `tools.predict` gives, or nearly."""
+    """Its probabilities are close to those of `predict`."""
     monkeypatch.chdir(tmp_path)
     Path("shapes.onnx").symlink_to(onnx.path)
     Path("shapes.pt2").symlink_to(pt2.path)
@@ -174,9 +197,8 @@ def test_the_documentations_code(
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(block, names)
-        [prediction] = predict(checkpoint, "photo.jpg", "--json", "--weights", names["about"]["weights"]).predictions
-        expected = [entry["probability"] for entry in sorted(prediction["predictions"], key=lambda entry: entry["class"])]
-        assert names["probabilities"][0].tolist() == pytest.approx(expected, abs=0.02)
+        [prediction] = predictions(checkpoint, "photo.jpg", "--weights", names["about"]["weights"])
+        assert names["probabilities"][0].tolist() == pytest.approx(probabilities(prediction).tolist(), abs=0.02)
         assert names["about"]["classes"] == ["ant", "bee", "cat"]
         if "onnxruntime" in block:
             assert out.getvalue().split()[0] == prediction["predictions"][0]["name"]
@@ -184,25 +206,19 @@ def test_the_documentations_code(
     assert "module" in names
 
 
-def test_a_file_that_gives_something_else_is_not_written(tmp_path: Path, checkpoint: Path, pt2: Exported) -> None:
-
-    class Stale(TorchExport):
-        """Writes what it wrote of other weights."""
-
-        def write(self, module: torch.nn.Module, example: Tensor, metadata: Any, path: Path) -> None:
-            path.write_bytes(pt2.path.read_bytes())
-
+def test_mismatch_is_not_written(tmp_path: Path, checkpoint: Path, pt2: Exported) -> None:
+    stale = TORCH_EXPORT._replace(write=lambda module, example, metadata, path: path.write_bytes(pt2.path.read_bytes()))
     path = tmp_path / "model.pt2"
-    path.write_bytes(b"an older one")
-    with pytest.raises(DifferentError, match="not written: the file's probabilities differ from the network's by up to 0"):
-        export(load_trained(checkpoint, "ema"), path, Stale())
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt2", b"an older one")]
+    path.write_bytes(b"an existing file")
+    with pytest.raises(MismatchError, match="not written: the file's probabilities differ from the network's by up to 0"):
+        export(load_model(checkpoint, "ema"), path, stale)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt2", b"an existing file")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_comparison(checkpoint: Path, count: int) -> None:
-    """One wrong image is enough; so is one that is no number."""
-    trained = load_trained(checkpoint)
+    """A single wrong probability is a mismatch, and so is a NaN."""
+    trained = load_model(checkpoint)
     images = torch.rand(count, 3, SIZE, SIZE)
     seen: list[int] = []
 
@@ -218,7 +234,7 @@ def test_comparison(checkpoint: Path, count: int) -> None:
     assert seen[0] == 1
     for change in (1e-3, float("nan")):
         seen.clear()
-        with pytest.raises(DifferentError):
+        with pytest.raises(MismatchError):
             largest_difference(lambda batch, change=change: run(batch, change), trained, images, images)
 
 
@@ -231,7 +247,7 @@ def test_comparison(checkpoint: Path, count: int) -> None:
         (["best.pt", "-o", "model.pt2", "--check", "none.jpg"], "error: none.jpg: no such file or folder"),
         (
             ["best.pt", "-o", "model.pt2", "--check", "text.jpg"],
-            "error: --check text.jpg: not one of the first 64 images",
+            "error: --check text.jpg: none of the first 64 images",
         ),
     ],
 )
@@ -241,17 +257,17 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     Path("best.pt").symlink_to(checkpoint)
     Path("text.jpg").write_text("hello")
-    status, output, errors = command(*arguments)
+    status, output, errors = run_main(cli.main, *arguments)
     assert (status, output) == (2, "")
     assert errors.startswith(message)
     assert errors.count("\n") == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "text.jpg"]
 
 
-def test_without_the_libraries(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnxr") else find_spec(name))
-    status, _, errors = command(checkpoint, "-o", tmp_path / "model.onnx")
+    status, _, errors = run_main(cli.main, checkpoint, "-o", tmp_path / "model.onnx")
     assert status == 2
-    message = "onnxruntime not installed; pip install 'googlenet-dali[export]'"
+    message = "onnxruntime not installed; pip install -e '.[export]'"
     assert errors == f"error: --output {tmp_path / 'model.onnx'}: {message}\n"

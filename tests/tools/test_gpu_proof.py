@@ -1,4 +1,4 @@
-"""The proof for a GPU, rehearsed on a CPU: what is measured there says nothing, but every step has to run."""
+"""The proof for a GPU, rehearsed on a CPU. Its measurements mean nothing, but every step has to run."""
 
 import json
 import subprocess
@@ -70,8 +70,7 @@ def test_an_unknown_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_step_is_there(plan: str) -> None:
-    for step in PLANS[plan]:  # type: ignore[index]
-        assert getattr(steps, step.name.replace("-", "_")).__doc__
+    assert set(PLANS[plan]) <= set(steps.STEPS)  # type: ignore[index]
 
 
 def test_the_tests_that_a_gpu_runs_are_there() -> None:

@@ -1,10 +1,8 @@
-"""`shards info`, against what independent readers find in the same tars."""
+"""`shards info`, compared with independent readers of the same tars."""
 
 import collections
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,27 +11,21 @@ from PIL import Image
 
 from pipelines.shards.shard_set import open_shards
 from tests.conftest import write_image
+from tests.tools.test_shards_command import add_member, call_shards, shards_command
 from tools.shards.info import as_json, as_text, collect
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of the tars made here are of no use to others
-
-
-def info_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.shards", "info", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of these tars are useless to others
 
 
 def write_shard(path: Path, images: list[tuple[bytes, int]]) -> Path:
-    """A tar as somebody else's tool may write it, with images of any kind and their class numbers."""
+    """Writes a tar as another tool might, with images of any kind and their class numbers."""
     with tarfile.open(path, "w") as tar:
         for i, (image, label) in enumerate(images):
             for name, data in ((f"{i:04d}.jpg", image), (f"{i:04d}.cls", f"{label}\n".encode()), (f"{i:04d}.json", b"{}")):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                add_member(tar, name, data)
     return path
 
 
@@ -43,7 +35,7 @@ def encoded(folder: Path, size: tuple[int, int], suffix: str = ".jpg") -> bytes:
 
 
 def test_text_of_a_converted_data_set(shards: Path) -> None:
-    done = info_command(shards)
+    done = shards_command("info", shards)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -51,7 +43,7 @@ def test_text_of_a_converted_data_set(shards: Path) -> None:
     assert lines[1].split()[:4] == ["train", "4", "61", "3"]
     assert lines[2].split()[:4] == ["valid", "3", "25", "3"]
     valid = "\n".join(lines[lines.index("valid") :])
-    assert "3: 8.3 samples on average, smallest bee 8, largest ant 9; none without samples" in valid
+    assert "3: 8.3 samples on average, smallest bee 8, largest ant 9; no class is empty" in valid
     assert "ant 9, bee 8, cat 8" in valid
     assert "5 to 10 samples" in valid
     assert "jpg 25; median " in valid
@@ -60,8 +52,8 @@ def test_text_of_a_converted_data_set(shards: Path) -> None:
     assert max(map(len, lines)) <= 120
 
 
-def test_json_equals_what_other_readers_find(shards: Path) -> None:
-    done = info_command(shards, "--json")
+def test_json_equals_what_other_readers_find(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call_shards(capsys, "info", shards, "--json")
     assert done.returncode == 0, done.stderr
     splits = json.loads(done.stdout)["splits"]
     assert set(splits) == {"train", "valid"}
@@ -104,8 +96,8 @@ def test_foreign_shards_of_many_sizes_and_damaged_images(tmp_path: Path) -> None
     assert split.formats == {"jpg": 11, "png": 1}
     assert split.unreadable == {"not an image": 1, "jpeg image cut short": 1}
     text = as_text(splits)
-    assert "5: 2.8 samples on average, smallest class 0 1, largest class 2 11; 2 classes without samples" in text
-    assert "training could not decode 2 (1 not an image; 1 jpeg image cut short)" in text
+    assert "5: 2.8 samples on average, smallest class 0 1, largest class 2 11; 2 classes are empty" in text
+    assert "training cannot decode 2 (1 not an image; 1 jpeg image cut short)" in text
     assert as_json(collect(str(tmp_path), num_workers=2)) == as_json(splits)
 
 
@@ -118,7 +110,7 @@ def test_a_sample_is_spread_evenly_and_said_to_be_one(tmp_path: Path) -> None:
     assert splits["s"].shorter_sides["128-255"] == 2
     assert splits["s"].class_counts == [40]  # labels are counted in full
     assert splits["s"].image_bytes == 30 * len(small) + 10 * len(large)
-    assert "of a sample of 6 of 40 images, evenly spaced:" in as_text(splits)
+    assert "in an evenly spaced sample of 6 of 40 images:" in as_text(splits)
 
 
 def test_options_of_the_conversion_are_shown(tmp_path: Path) -> None:
@@ -128,7 +120,7 @@ def test_options_of_the_conversion_are_shown(tmp_path: Path) -> None:
     splits = collect(str(tmp_path))
     assert splits["train"].conversion == {"seed": 3, "resize": None, "check": "decode"}
     assert "converted with  seed 3, check decode" in as_text(splits)
-    assert "1: 1 sample each; none without samples" in as_text(splits)
+    assert "1: 1 sample each; no class is empty" in as_text(splits)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +133,10 @@ def test_options_of_the_conversion_are_shown(tmp_path: Path) -> None:
         (["{1}", "--index-dir", "{0}/nowhere"], "nowhere: no such folder"),
     ],
 )
-def test_bad_input_gets_one_clear_line(tmp_path: Path, shards: Path, arguments: list[str], message: str) -> None:
-    done = info_command(*[argument.format(tmp_path, shards) for argument in arguments])
+def test_bad_input_gets_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shards: Path, arguments: list[str], message: str
+) -> None:
+    done = call_shards(capsys, "info", *[argument.format(tmp_path, shards) for argument in arguments])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -1,6 +1,5 @@
-"""`shards preview`: the pixels of the sheet are those of the image, of the training pipeline and of validation."""
+"""`shards preview`: the sheet shows the pixels of the image, of the training pipeline and of validation."""
 
-import io
 import itertools
 import json
 import subprocess
@@ -15,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.augment import HorizontalFlip, RandomResizedCrop, VerticalFlip
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD
 from pipelines.mix import MixConfig
 from tests.conftest import write_image
+from tests.tools.test_shards_command import add_member
 from tools.shards.preview import CAPTION_HEIGHT, CELL, GAP, MARGIN, cell_corner, choose, preview
 
 SIZES = [(100, 100), (100, 60), (50, 90)]
@@ -27,36 +27,30 @@ SIZES = [(100, 100), (100, 60), (50, 90)]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of the tars made here are of no use to others
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # indices of these tars are useless to others
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A shard of three PNGs, which every decoder decodes alike, with class names that Pillow's font cannot draw."""
+    """A shard of three PNGs, for which all decoders agree, with class names that Pillow's font cannot draw."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         for i, size in enumerate(SIZES):
             write_image(tmp_path / f"{i}.png", i, size)
-            add(tar, f"größe {i}.png", (tmp_path / f"{i}.png").read_bytes())
-            add(tar, f"größe {i}.cls", str(i).encode())
+            add_member(tar, f"größe {i}.png", (tmp_path / f"{i}.png").read_bytes())
+            add_member(tar, f"größe {i}.cls", str(i).encode())
     (tmp_path / "_info.json").write_text(json.dumps({"classes": ["größe", "日本\n日本", "\udcff" + "long " * 100]}))
     return tmp_path
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 def cells(sheet: Path, num_views: int, cell: int, num_rows: int = 3) -> NDArray[np.uint8]:
-    """The pixels of all cells, `(rows, columns, cell, cell, 3)`."""
+    """Returns the pixels of all cells, `(rows, columns, cell, cell, 3)`."""
     image = Image.open(sheet)
     corners = [[cell_corner(row, column, num_views, cell) for column in range(num_views + 2)] for row in range(num_rows)]
     return np.array([[np.asarray(image.crop((x, y, x + cell, y + cell))) for x, y in row] for row in corners])
 
 
 def test_the_sheet_shows_what_is_stored_and_what_the_loaders_give(folder: Path) -> None:
-    line = preview(str(folder), folder / "sheet.png", num_views=4, image_size=100)
+    line = preview(str(folder), folder / "sheet.png", views=4, image_size=100)
     assert line.startswith(f"{folder / 'sheet.png'}: 3 samples, 0 of them unreadable; ")
     sheet = cells(folder / "sheet.png", 4, 100)
     for row, (width, height) in enumerate(SIZES):
@@ -66,16 +60,18 @@ def test_the_sheet_shows_what_is_stored_and_what_the_loaders_give(folder: Path) 
         np.testing.assert_array_equal(sheet[row, 0], stored)
         assert all((first != second).any() for first, second in itertools.combinations(sheet[row, 1:], 2))
     config = DataConfig(valid=str(folder))
-    with build_loader(config, "valid", batch_size=3, image_size=100, device=torch.device("cpu"), num_threads=1) as loader:
+    with build_loader(
+        config, LoaderSpec(split="valid", batch_size=3, image_size=100, device=torch.device("cpu"), num_threads=1)
+    ) as loader:
         [batch] = loader
     normalized = batch["image"].permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(sheet[:, -1], 255 * (normalized * STD + MEAN), atol=0.51)
 
 
 def test_views_are_random_crops_as_configured_and_flipped(folder: Path) -> None:
-    """Crops of the whole of a square image leave the flip as all that can happen to it."""
+    """A crop of a whole square image changes nothing, so only the flip does."""
     whole = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    preview(str(folder), folder / "sheet.png", num_samples=3, num_views=8, image_size=100, crop=whole)
+    preview(str(folder), folder / "sheet.png", samples=3, views=8, image_size=100, crop=whole)
     stored, *views = cells(folder / "sheet.png", 8, 100)[0, :-1].astype(int)
     flips = [(view == stored[:, ::-1]).all() for view in views]
     assert all(flip or (view == stored).all() for flip, view in zip(flips, views, strict=True))
@@ -83,15 +79,15 @@ def test_views_are_random_crops_as_configured_and_flipped(folder: Path) -> None:
 
 
 def test_views_show_the_listed_augmentations_and_mixed_columns(folder: Path) -> None:
-    """A column is a batch: with its rows reversed, the middle one of three is its own partner."""
+    """A column is a batch. Its rows are mixed with the reversed ones, so the middle row of three is its own partner."""
     whole = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))
     steps = (VerticalFlip(1.0), HorizontalFlip(1.0))
     for name, mix_config in (("plain", MixConfig()), ("mixed", MixConfig(mixup_alpha=1.0))):
-        options = {"crop": whole, "augmentations": steps, "mix_config": mix_config}
-        preview(str(folder), folder / f"{name}.png", num_views=2, image_size=100, **options)  # type: ignore[arg-type]
+        options = {"crop": whole, "augment": steps, "mix": mix_config}
+        preview(str(folder), folder / f"{name}.png", views=2, image_size=100, **options)  # type: ignore[arg-type]
     plain, mixed = (cells(folder / f"{name}.png", 2, 100).astype(float) for name in ("plain", "mixed"))
     assert (plain[0, 1] == plain[0, 0, ::-1, ::-1]).all()
-    np.testing.assert_array_equal(mixed[:, [0, 3]], plain[:, [0, 3]])  # what is stored, and validation
+    np.testing.assert_array_equal(mixed[:, [0, 3]], plain[:, [0, 3]])  # stored images and validation views
     np.testing.assert_array_equal(mixed[1], plain[1])
     for column in (1, 2):
         first, last = plain[0, column], plain[2, column]
@@ -103,7 +99,7 @@ def test_views_show_the_listed_augmentations_and_mixed_columns(folder: Path) -> 
 
 def test_the_same_seed_gives_the_same_sheet(folder: Path) -> None:
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        preview(str(folder), folder / f"{name}.png", num_samples=1, num_views=2, image_size=32, seed=seed)
+        preview(str(folder), folder / f"{name}.png", samples=1, views=2, image_size=32, seed=seed)
     first, again, other = ((folder / f"{name}.png").read_bytes() for name in ("first", "again", "other"))
     assert first == again
     assert first != other
@@ -118,10 +114,10 @@ def test_samples_are_chosen_all_over_the_split() -> None:
 
 def test_a_damaged_image_gets_a_row_and_the_command_a_sheet_of_every_row(folder: Path) -> None:
     with tarfile.open(folder / "broken-1.tar", "w") as tar:
-        add(tar, "a.jpg", b"no image")
-        add(tar, "a.cls", b"0")
-        add(tar, "b.png", (folder / "0.png").read_bytes())
-        add(tar, "b.cls", b"17")
+        add_member(tar, "a.jpg", b"no image")
+        add_member(tar, "a.cls", b"0")
+        add_member(tar, "b.png", (folder / "0.png").read_bytes())
+        add_member(tar, "b.cls", b"17")
     output = folder / "sheet.JPG"
     command = [sys.executable, "-m", "tools.shards", "preview", f"{folder}/broken-1.tar", "-o", str(output)]
     augment = ["--augment", "rotate:degrees=5", "horizontal-flip", "--crop.scale", "0.5", "1", "--mix.cutmix-alpha", "1"]
@@ -135,7 +131,7 @@ def test_a_damaged_image_gets_a_row_and_the_command_a_sheet_of_every_row(folder:
         assert x == MARGIN + 7 * (224 + GAP) + 2 * GAP
         assert y - cell_corner(0, 7, 6, 224)[1] == 224 + GAP + CAPTION_HEIGHT
     sheet_cells = cells(output, 6, 224, num_rows=2)
-    assert sheet_cells[0, 1:].std() < 2  # grey, but for the compression
+    assert sheet_cells[0, 1:].std() < 2  # grey, except for compression
     assert all(cell.std() > 10 for cell in sheet_cells[1])
     assert not list(folder.glob(".*"))
 
@@ -143,14 +139,14 @@ def test_a_damaged_image_gets_a_row_and_the_command_a_sheet_of_every_row(folder:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "sheet.gif"}, r"--output .*sheet\.gif: the name has to end in \.png, \.jpg, \.jpeg"),
-        ({"output": "nowhere/sheet.png"}, r"there is no folder .*nowhere; make it first"),
-        ({"num_samples": 0}, "--samples 0: from 1 to 100 are possible"),
-        ({"num_views": 25}, "--views 25: from 1 to 24 are possible"),
-        ({"image_size": 16}, "--image-size 16: from 32 to 1024 are possible"),
+        ({"output": "sheet.gif"}, r"--output .*sheet\.gif: the name must end in \.png, \.jpg, \.jpeg"),
+        ({"output": "nowhere/sheet.png"}, r"there is no folder .*nowhere; create it first"),
+        ({"samples": 0}, "--samples 0: 1 to 100 is the range"),
+        ({"views": 25}, "--views 25: 1 to 24 is the range"),
+        ({"image_size": 16}, "--image-size 16: 32 to 1024 is the range"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(folder: Path, options: dict[str, object], message: str) -> None:
+def test_bad_input_gets_one_clear_line(folder: Path, options: dict[str, object], message: str) -> None:
     output = folder / str(options.pop("output", "sheet.png"))
     with pytest.raises(ValueError, match=message):
         preview(str(folder), output, **options)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""`python -m tools.report`, run as a user runs it: what the page says and shows of runs in every state."""
+"""The `report` command: pages and pictures of runs in every state."""
 
 import base64
+import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.helpers.command import Done, run_main
+from tools.report import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +30,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]], **settings: object) -> 
 
 
 def train_line(epoch: int, step: int, **more: object) -> dict[str, object]:
-    """As of a run on a GPU today."""
+    """A line of a current run on a GPU."""
     loss = 4.0 - step / 100
     return {
         "split": "train",
@@ -55,7 +58,7 @@ def valid_line(epoch: int, step: int, top1: float, loss: float) -> dict[str, obj
 
 
 def old_line(line: dict[str, object]) -> dict[str, object]:
-    """As of a run before there were heads and gradients to see."""
+    """The line as an older version wrote it, without the losses of the heads and the gradient norm."""
     train = ("loss", "lr", "images_per_second", "data_wait_percent", "step")
     kept = train if line["split"] == "train" else ("top1", "top5", "ema_top1", "ema_top5", "loss")
     return {name: line[name] for name in ("split", "epoch", *kept)}
@@ -67,19 +70,12 @@ WHOLE = [
 ]
 
 
-def report(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tools.report", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+def report(*arguments: object) -> Done:
+    return run_main(cli.main, *arguments)
 
 
 class Page(HTMLParser):
-    """What of a page is of interest: the tables, titles and pictures of the charts, whatever has to be loaded."""
+    """The tables, charts and external links of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -113,7 +109,7 @@ class Page(HTMLParser):
             self._rows[-1] += [self._text] * self._span
 
     def column(self, table: str, heading: str) -> list[str]:
-        """The cells below a heading, those of several rows being read as one."""
+        """Returns the cells of a column. Headings of several rows are joined."""
         headings = [" ".join(filter(None, cells)) for cells in zip(*self.tables[table]["thead"], strict=True)]
         return [row[headings.index(heading)] for row in self.tables[table]["tbody"]]
 
@@ -122,7 +118,7 @@ class Page(HTMLParser):
 
 
 def points(chart: ElementTree.Element) -> list[int]:
-    """How many points each line of a chart has; those of axes, ticks and legends have two or fewer."""
+    """Counts the points of each line of a chart. Lines of axes, ticks and legends have at most two and are left out."""
     numbers = []
     for path in chart.iter("{http://www.w3.org/2000/svg}path"):
         commands = [word for word in path.get("d", "").split() if word in "MLCQZz"]
@@ -131,8 +127,14 @@ def points(chart: ElementTree.Element) -> list[int]:
     return sorted(number for number in numbers if number > 2)
 
 
-def test_a_page_with_results_state_and_charts_of_one_run(tmp_path: Path) -> None:
-    done = report(write_run(tmp_path / "run", WHOLE))
+def test_usage() -> None:
+    done = report("--help")
+    assert (done.status, done.stdout.split("\n")[0]) == (0, "usage: report [-h] RUN [RUN ...] [-o FILE]")
+
+
+def test_page_of_one_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tools.report", str(write_run(tmp_path / "run", WHOLE))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'run' / 'report.html'}: 1 run, ")
     page = Page(tmp_path / "run" / "report.html")
@@ -163,15 +165,15 @@ def test_a_page_with_results_state_and_charts_of_one_run(tmp_path: Path) -> None
     assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["config.json", "metrics.jsonl", "report.html"]
 
 
-def test_runs_over_each_other_old_new_and_going_on(tmp_path: Path) -> None:
-    """Names are as long as it takes, what a run has not is missing, and of a line being written nothing is seen."""
+def test_old_new_and_unfinished_runs(tmp_path: Path) -> None:
+    """Names are as long as they must be to differ, missing values show as "-", and an incomplete line is ignored."""
     new = write_run(tmp_path / "a" / "<run> & $x$", [*WHOLE[:3], train_line(2, 60, skipped_steps=3, bad_samples=2)], seed=1)
     old = write_run(tmp_path / "b" / "<run> & $x$", [old_line(line) for line in WHOLE], seed=0)
     with open(new / "metrics.jsonl", "a") as file:
         file.write('{"split": "train", "epoch": 2, "st')
     output = tmp_path / "both.html"
     done = report(new, old, new, "-o", output)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     page = Page(output)
     assert page.column("state", "run") == ["a/<run> & $x$", "b/<run> & $x$"]
     assert page.column("state", "state") == ["not finished", "finished"]
@@ -186,9 +188,9 @@ def test_runs_over_each_other_old_new_and_going_on(tmp_path: Path) -> None:
     assert points(page.charts["Training loss, all heads"]) == [3, 4]
 
 
-def test_what_only_old_runs_have_is_all_that_is_shown_of_them(tmp_path: Path) -> None:
+def test_old_run_shows_only_what_it_has(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [old_line(line) for line in WHOLE])
-    assert report(run).returncode == 0
+    assert report(run).status == 0
     page = Page(run / "report.html")
     assert list(page.charts) == [
         *("Training loss, all heads", "Validation loss", "Learning rate", "Top-1 accuracy", "Top-5 accuracy"),
@@ -197,11 +199,11 @@ def test_what_only_old_runs_have_is_all_that_is_shown_of_them(tmp_path: Path) ->
     assert not {"gradient norm", "GPU memory (GB)", "loss scale", "skipped steps"} & set(page.headings("state"))
 
 
-def test_a_run_with_one_line_and_values_that_are_no_numbers(tmp_path: Path) -> None:
+def test_single_line_with_values_that_are_not_finite(tmp_path: Path) -> None:
     run = write_run(tmp_path / "日本", [train_line(1, 20, gradient_norm=float("inf"), main_loss=None)])
     for output in (tmp_path / "report.html", tmp_path / "report.png"):
         done = report(run, "-o", output)
-        assert done.returncode == 0, done.stderr
+        assert done.status == 0, done.stderr
     page = Page(tmp_path / "report.html")
     assert page.column("state", "run") == ["日本"]
     assert page.column("state", "state") == ["not finished"]
@@ -210,14 +212,14 @@ def test_a_run_with_one_line_and_values_that_are_no_numbers(tmp_path: Path) -> N
     assert not {"Gradient norm", "Training loss, main head", "Top-1 accuracy"} & set(page.charts)
 
 
-def test_a_picture_of_six_runs(tmp_path: Path) -> None:
+def test_picture_of_six_runs(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"_{i}", WHOLE) for i in range(6)]
     done = report(*runs, "-o", tmp_path / "all.PNG")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     with Image.open(tmp_path / "all.PNG") as picture:
         assert picture.format == "PNG"
         assert picture.size == (3 * 520, 4 * 330 + 3 * 28)  # 12 panels in 3 columns, 6 names in 2
-        # Where six runs are alike only the last one's line is seen; the legend has all colours, in this order.
+        # Six equal runs show only the last one's line. The legend has all colors, in this order.
         pixels = np.asarray(picture.convert("RGB"))
     for color, top in zip(("0072b2", "d55e00", "009e73"), (0, 28, 56), strict=True):
         rows, columns = (pixels[:84, :100] == list(bytes.fromhex(color))).all(2).nonzero()
@@ -227,13 +229,13 @@ def test_a_picture_of_six_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
-    noise = random.Random(0)  # with a trend, or matplotlib would leave out what lies on a straight line
+def test_long_curves_are_thinned(tmp_path: Path) -> None:
+    noise = random.Random(0)  # with a trend, because matplotlib drops points on a straight line
     losses = [i / 1000 + noise.uniform(2, 3) for i in range(5000)]
     lines = [{"split": "train", "epoch": 1, "step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
     many, few = (write_run(tmp_path / name, lines[:number]) for name, number in (("many", 5000), ("few", 600)))
     for run in (many, few):
-        assert report(run).returncode == 0
+        assert report(run).status == 0
     page = Page(many / "report.html")
     [number] = points(page.charts["Training loss, all heads"])
     assert 150 < number <= 300
@@ -242,18 +244,18 @@ def test_many_points_are_thinned_to_what_can_be_seen(tmp_path: Path) -> None:
     assert (many / "report.html").stat().st_size < 100_000
 
 
-def test_a_run_that_has_only_begun_is_passed_over(tmp_path: Path) -> None:
+def test_run_without_lines_is_skipped(tmp_path: Path) -> None:
     run, empty = write_run(tmp_path / "run", WHOLE), write_run(tmp_path / "empty", [])
     done = report(run, empty, "-o", tmp_path / "all.html")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"passed over: {empty / 'metrics.jsonl'}: the run has not written a line yet")
+    assert done.status == 0, done.stderr
+    assert done.stderr.startswith(f"skipped: {empty / 'metrics.jsonl'}: the run has not written a line yet")
     assert "1 run" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no run is named"),
+        ([], "no runs given"),
         (["nowhere"], "nowhere: there is no such folder"),
         (["run/metrics.jsonl"], "there is no such folder"),
         ([""], "there is no metrics.jsonl in it"),
@@ -265,12 +267,12 @@ def test_a_run_that_has_only_begun_is_passed_over(tmp_path: Path) -> None:
         (["broken"], "metrics.jsonl, line 2: not JSON"),
         (["odd"], 'metrics.jsonl, line 1: "loss" is not a number'),
         (["list"], "metrics.jsonl, line 1: not an object with"),
-        (["nothing", "-o", "report.png"], "nothing: no line of metrics.jsonl has a number that could be drawn"),
+        (["nothing", "-o", "report.png"], "nothing: no line of metrics.jsonl has a number that can be plotted"),
         (["no-step"], 'metrics.jsonl, line 1: no whole number "step"'),
         (["bad-config"], "config.json: not JSON"),
     ],
 )
-def test_a_mistake_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_run(tmp_path / "run", WHOLE)
     write_run(tmp_path / "empty", [])
     (tmp_path / "folder.html").mkdir()
@@ -286,22 +288,16 @@ def test_a_mistake_is_said_in_one_line(tmp_path: Path, arguments: list[str], mes
     before = sorted(tmp_path.rglob("*"))
     paths = [word if word.startswith("-") else tmp_path / word for word in arguments]
     done = report(*paths)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.status, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_matplotlib(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", WHOLE)
-    script = (
-        "import importlib.machinery, sys\n"
-        "find = importlib.machinery.PathFinder.find_spec\n"
-        "importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
-        "from tools.report.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: matplotlib is not installed, which draws the charts; pip install 'googlenet-dali[plot]'\n"
+def test_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    done = report(write_run(tmp_path / "run", WHOLE))
+    assert done.status == 2, done.stderr
+    assert done.stderr == "error: matplotlib, which draws the charts, is not installed; pip install -e '.[plot]'\n"

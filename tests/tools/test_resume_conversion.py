@@ -1,4 +1,4 @@
-"""Conversions killed, repeated, changed, spread over machines, short of space: the same bytes in the end, or one line."""
+"""Conversions that are killed, repeated, changed, distributed or out of space end with the same bytes or a one-line error."""
 
 import concurrent.futures
 import contextlib
@@ -17,13 +17,13 @@ import pytest
 
 from tests.conftest import write_image, write_tree
 from tests.helpers.runs import environment
-from tests.tools.test_shards_command import digests, shards_command
+from tests.tools.test_shards_command import call_shards, digests, shards_command
 from tools.shards.storage import open_storage
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 images, one of them damaged, and a GIF: enough for the tests to stop a conversion in the middle."""
+    """240 images, one of them damaged, and a GIF. They are enough for stopping a conversion in the middle."""
     folder = write_tree(tmp_path_factory.mktemp("many") / "images", 240)
     damaged = folder / "ant" / "000.jpg"
     damaged.write_bytes(damaged.read_bytes()[:900])
@@ -65,26 +65,26 @@ def test_killed_and_run_again(
     process.kill()
     process.wait()
     assert not (tmp_path / "out" / "_info.json").exists()
-    for tar in (tmp_path / "out").glob("train-*.tar"):  # whole, or not there
+    for tar in (tmp_path / "out").glob("train-*.tar"):  # complete, or missing
         assert digests(tmp_path / "out")[tar.name] == undisturbed[tar.name]
     kept = {tar: tar.stat().st_mtime_ns for tar in (tmp_path / "out").glob("train-*.tar")}
     done = shards_command(*arguments)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == undisturbed
     if count == 9:
-        assert sum(tar.stat().st_mtime_ns == modified for tar, modified in kept.items()) >= 9  # these were not built again
+        assert sum(tar.stat().st_mtime_ns == modified for tar, modified in kept.items()) >= 9  # these were not rebuilt
     done = shards_command(*arguments)
-    assert "complete already, nothing to do" in done.stdout
+    assert "already complete, nothing to do" in done.stdout
     assert digests(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_workers_end_with_the_command(images: Path, tmp_path: Path, busy: bool) -> None:
-    """When they are at work, and when they are only starting."""
+    """Busy workers and starting workers both end."""
     process = start("convert", images, tmp_path / "out", "--shard-samples", 1, "--workers", 2)
     wait_for(tmp_path / "out", "train-*.tar" if busy else ".train.convert/plan.json", 1)
     task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children := [int(child) for child in task.read_text().split()]) < 3:  # one tracks resources
+    while len(children := [int(child) for child in task.read_text().split()]) < 3:  # one is the resource tracker
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -100,19 +100,19 @@ def _alive(pid: int) -> bool:
     return False
 
 
-def test_interrupted_says_how_to_go_on(images: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_interruption_says_how_to_continue(images: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.shards", "convert", images, tmp_path / "out", "--shard-samples", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "out", "train-*.tar", 1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, also to the workers
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors == "interrupted; what `convert` has done so far is kept for when it is run again\n"
+    assert errors == "interrupted; to continue an interrupted `convert`, run the same command again\n"
     assert shards_command(*command[3:]).returncode == 0
     assert digests(tmp_path / "out") == undisturbed
 
 
-def test_a_worker_that_is_killed_is_said_so(images: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported(images: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.shards", "convert", images, tmp_path / "out", "--shard-samples", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "out", "train-*.tar", 1)
@@ -120,14 +120,14 @@ def test_a_worker_that_is_killed_is_said_so(images: Path, undisturbed: dict[str,
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors == "error: a worker process was killed, perhaps for lack of memory; the same command goes on\n"
+    assert errors == "error: a worker process was killed, perhaps for lack of memory; run the same command again to continue\n"
     assert shards_command(*command[3:]).returncode == 0
     assert digests(tmp_path / "out") == undisturbed
 
 
 @pytest.fixture
 def half_done(images: Path, tmp_path: Path) -> Path:
-    """A conversion that was killed on the way."""
+    """A conversion that was killed in the middle."""
     process = start("convert", images, tmp_path / "out", "--shard-samples", 4, "--workers", 1)
     wait_for(tmp_path / "out", "train-*.tar", 2)
     process.kill()
@@ -135,13 +135,18 @@ def half_done(images: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_other_options_are_refused_and_named(images: Path, half_done: Path, undisturbed: dict[str, str]) -> None:
+def test_other_options_are_refused_and_named(
+    images: Path, half_done: Path, undisturbed: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = digests_of_files(half_done)
-    done = shards_command("convert", images, half_done, "--shard-samples", 5, "--seed", 1, "--resize", 32)
+    done = call_shards(capsys, "convert", images, half_done, "--shard-samples", 5, "--seed", 1, "--resize", 32)
     assert done.returncode == 2
-    assert "the conversion of split 'train' was begun otherwise: " in done.stderr
+    assert "the conversion of split 'train' was started differently: " in done.stderr
     assert "--resize was not given and is 32" in done.stderr
-    assert "--seed was 0 and is 1; --shard-samples was 4 and is 5; run it as it was begun, or --overwrite" in done.stderr
+    assert (
+        "--seed was 0 and is 1; --shard-samples was 4 and is 5; restore what changed, or start over with --overwrite"
+        in done.stderr
+    )
     assert digests_of_files(half_done) == before
     done = shards_command("convert", images, half_done, "--shard-samples", 4, "--overwrite")
     assert done.returncode == 0, done.stderr
@@ -154,7 +159,9 @@ def test_a_complete_split_that_lost_a_shard_is_noticed(images: Path, undisturbed
     (tmp_path / "out" / "train-000003.tar").write_bytes(b"")
     done = shards_command(*arguments)
     assert done.returncode == 2
-    assert "1 shards are missing or cut short, as train-000003.tar; --overwrite makes all anew" in done.stderr
+    assert (
+        "1 shards are missing or cut short, for example train-000003.tar; --overwrite writes all of them again" in done.stderr
+    )
     assert shards_command(*arguments, "--overwrite").returncode == 0
     assert digests(tmp_path / "out") == undisturbed
 
@@ -175,7 +182,7 @@ def test_a_changed_source_is_refused_and_named(tmp_path: Path) -> None:
     write_image(images / "bee" / "new.jpg", 1)
     done = shards_command(*arguments)
     assert done.returncode == 2
-    found = "of the source's images 1 gone (ant/000.jpg), 1 new (bee/new.jpg), 1 changed (ant/003.jpg)"
+    found = "the images of the source have changed: 1 missing (ant/000.jpg), 1 new (bee/new.jpg), 1 changed (ant/003.jpg)"
     assert found in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -185,16 +192,16 @@ def test_two_at_once_do_not_mix(images: Path, undisturbed: dict[str, str], tmp_p
     wait_for(tmp_path / "out", "train-*.tar", 1)
     done = shards_command("convert", images, tmp_path / "out", "--shard-samples", 4)
     assert process.wait() == 0
-    if done.returncode:  # else the first was done before the second looked
+    if done.returncode:  # otherwise the first had finished before the second started
         assert "another process is at work there" in done.stderr
     assert digests(tmp_path / "out") == undisturbed
 
 
-def test_a_refused_run_leaves_the_lock_alone(images: Path, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_the_lock_alone(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = open_storage(str(tmp_path / "out"))
     with storage.lock(".train.convert"):
         for _ in range(2):
-            done = shards_command("convert", images, tmp_path / "out")
+            done = call_shards(capsys, "convert", images, tmp_path / "out")
             assert done.returncode == 2
             assert "another process is at work there" in done.stderr
 
@@ -218,7 +225,7 @@ def test_odd_names_in_lists_do_not_stop_later_splits(tmp_path: Path) -> None:
     for split in ("train", "valid", "train"):
         done = shards_command("convert", images, tmp_path / "out", "--name", split)
         assert done.returncode == 0, done.stderr
-    assert "complete already" in done.stdout
+    assert "already complete" in done.stdout
     assert len((tmp_path / "out" / "rejected.jsonl").read_bytes().split(b"\n")) == 9
 
 
@@ -232,7 +239,7 @@ def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     images: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands in for the disk: writes fail in the middle, as they do there."""
+    """A limit on the size of files stands in for a full disk: writes fail in the middle."""
 
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
@@ -247,12 +254,12 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert digests(tmp_path / "out") == undisturbed
 
 
-def test_too_little_space_is_seen_beforehand(tmp_path: Path) -> None:
-    """The image is a hole: it takes no space, and its copy would."""
+def test_too_little_space_is_noticed_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The image is a sparse file. It takes no space, but its copy would."""
     write_tree(tmp_path / "images", 3)
     with open(tmp_path / "images" / "ant" / "huge.jpg", "wb") as file:
         file.truncate(1 << 42)
-    done = shards_command("convert", tmp_path / "images", tmp_path / "out")
+    done = call_shards(capsys, "convert", tmp_path / "images", tmp_path / "out")
     assert done.returncode == 2
     assert "4,398,047 MB are needed and " in done.stderr
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -283,7 +290,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]
     processes = [subprocess.Popen(dask, **quiet)]
     processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # asyncio's loop stays out of this thread
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # keeps asyncio's loop out of this thread
             thread.submit(_wait_for_workers, Client, address).result()
         yield address, processes[1:]
     finally:
@@ -304,7 +311,7 @@ def test_a_dask_cluster_that_loses_a_worker(
     cluster: tuple[str, list["subprocess.Popen[bytes]"]],
 ) -> None:
     address, workers = cluster
-    relative = Path(os.path.relpath(tmp_path / "out"))  # the workers' current folder is another one
+    relative = Path(os.path.relpath(tmp_path / "out"))  # the workers have another current folder
     command = [sys.executable, "-m", "tools.shards", "convert", images, relative, "--shard-samples", "4"]
     process = subprocess.Popen([*command, "--executor", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "out", ".train.convert/0*.json", 3)
@@ -315,8 +322,8 @@ def test_a_dask_cluster_that_loses_a_worker(
     assert digests(tmp_path / "out") == undisturbed
 
 
-def test_no_dask_scheduler_there(images: Path, tmp_path: Path) -> None:
-    done = shards_command("convert", images, tmp_path / "out", "--executor", "tcp://127.0.0.1:9")
+def test_no_dask_scheduler_there(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call_shards(capsys, "convert", images, tmp_path / "out", "--executor", "tcp://127.0.0.1:9")
     assert done.returncode == 2
     assert "--executor tcp://127.0.0.1:9: no Dask scheduler answers there" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -339,7 +346,7 @@ def test_shards_in_an_object_store(images: Path, undisturbed: dict[str, str], tm
     files.get(f"{s3_bucket}/sets/mine/", f"{tmp_path}/copy/", recursive=True)
     assert digests(tmp_path / "copy") == undisturbed
     assert json.loads((tmp_path / "copy" / "_info.json").read_text())["splits"]["train"]["num_samples"] == 240
-    assert "complete already, nothing to do" in shards_command(*arguments).stdout
+    assert "already complete, nothing to do" in shards_command(*arguments).stdout
     done = shards_command("convert", images, "s3://no-such-bucket/x")
     assert done.returncode == 2
     assert "s3://no-such-bucket/x: cannot be written to" in done.stderr

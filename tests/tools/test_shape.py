@@ -1,4 +1,4 @@
-"""What `shards convert` does to images: nothing, unless it is asked to or training could not read them."""
+"""`shards convert` keeps images unchanged, unless options require otherwise or training cannot read them."""
 
 import io
 import json
@@ -14,11 +14,11 @@ from tests.tools.test_shards_command import digests, read_with_webdataset, shard
 
 
 def convert_and_read(folder: Path, *options: object) -> dict[str, tuple[str, bytes]]:
-    """Extension and bytes of each stored image, by the end of its key."""
+    """Returns extension and bytes of each stored image, by the end of its key."""
     out = folder.parent / "out"
     done = shards_command("convert", folder, out, "--overwrite", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # libjpeg and libpng have their say in messages of ours
+    assert done.stderr == ""  # no messages of libjpeg and libpng
     stored = {}
     for sample in read_with_webdataset(open_shards(str(out), "train").tars):
         extension = next(key for key in sample if key not in ("cls", "__key__", "__url__", "__local_path__"))
@@ -38,7 +38,7 @@ def test_resize_shrinks_the_shorter_side_and_never_enlarges(tmp_path: Path) -> N
     write_image(folder / "a" / "lossless.png", 9, (200, 100))
     write_image(folder / "a" / "bitmap.bmp", 10, (200, 100))
     rotated = Image.Exif()
-    rotated[0x0112] = 6  # EXIF orientation: turn by 90 degrees
+    rotated[0x0112] = 6  # EXIF orientation: rotated by 90 degrees
     write_image(folder / "a" / "turned.jpg", 11, (150, 100), exif=rotated)
     stored = convert_and_read(folder, "--resize", 64)
     assert {name: opened(data).size for name, data in stored.items()} == {
@@ -75,7 +75,7 @@ def test_quality_and_format(tmp_path: Path) -> None:
     assert {opened(data).size for data in webp.values()} == {(133, 100)}
 
 
-def test_what_training_cannot_decode_is_encoded_anew_and_counted(tmp_path: Path) -> None:
+def test_what_training_cannot_decode_is_reencoded_and_counted(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for name in ("one.gif", "two.gif", "three.avif"):
         write_image(folder / "a" / name, 1)
@@ -83,7 +83,7 @@ def test_what_training_cannot_decode_is_encoded_anew_and_counted(tmp_path: Path)
     moving = (folder / "a" / "one.gif").read_bytes()
     (folder / "a" / "broken.gif").write_bytes(moving[: len(moving) // 2])
     photo = bytearray((folder / "a" / "three.avif").read_bytes())
-    photo[photo.index(b"iloc")] ^= 1  # Pillow's plugin has an error of its own for that
+    photo[photo.index(b"iloc")] ^= 1  # Pillow's plugin raises an error of its own for this
     (folder / "a" / "broken.avif").write_bytes(photo)
     done = shards_command("convert", folder, tmp_path / "out", "--json")
     summary = json.loads(done.stdout)
@@ -102,7 +102,7 @@ def test_levels_of_checking(tmp_path: Path, level: str) -> None:
     (folder / "ant" / "short.jpg").write_bytes(good[: len(good) // 2])
     write_image(folder / "ant" / "hole.png", 7)
     whole = (folder / "ant" / "hole.png").read_bytes()
-    (folder / "ant" / "hole.png").write_bytes(whole[:500] + bytes(500) + whole[1000:])  # header and end are as they were
+    (folder / "ant" / "hole.png").write_bytes(whole[:500] + bytes(500) + whole[1000:])  # header and end are intact
     (folder / "ant" / "text.jpg").write_text("no image")
     (folder / "ant" / "text.txt").write_text("no image")
     stored = convert_and_read(folder, "--check", level)

@@ -1,4 +1,4 @@
-"""From what the user types to shards."""
+"""Finding the shards of a path, a glob or a brace pattern."""
 
 import json
 from pathlib import Path
@@ -37,13 +37,13 @@ def test_a_folder_gives_the_split_of_that_name(shards: Path) -> None:
         ("{1}", r"no \.tar files in folder"),
     ],
 )
-def test_what_is_not_there_is_named(shards: Path, tmp_path: Path, pattern: str, message: str) -> None:
+def test_missing_shards_are_named(shards: Path, tmp_path: Path, pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.format(shards)):
         open_shards(pattern.format(shards, tmp_path), "train")
 
 
 def test_a_folder_without_the_split(tmp_path: Path) -> None:
-    """Also where there is but one: training data is not taken for validation in silence."""
+    """Even if there is only one split, training data is not silently used for validation."""
     splits = {name: {"filenames": [f"{name}-000000.tar"]} for name in ("val", "test")}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     with pytest.raises(ValueError, match=r"has the splits test, val and none called 'valid'; name the shards"):

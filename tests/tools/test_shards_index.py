@@ -1,7 +1,6 @@
-"""`shards index`: index files for other people's tars, local and in an object store."""
+"""`shards index`: index files for tars from other tools, local and in an object store."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import wds2idx
 from pipelines.remote.object_store import is_url, open_remote
 from pipelines.shards.index import group_samples, iter_components, scan_tar
 from pipelines.shards.shard_set import open_shards
-from tests.tools.test_shards_command import shards_command
+from tests.tools.test_shards_command import add_member, call_shards, shards_command
 from tools.shards.index import index_shards
 
 
@@ -27,9 +26,7 @@ def write_tar(path: Path, names: list[str], size: int = 900) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for i, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size = size + i
-            tar.addfile(member, io.BytesIO(bytes(member.size)))
+            add_member(tar, name, bytes(size + i))
 
 
 def dalis_index(tar: Path) -> str:
@@ -58,7 +55,7 @@ def test_an_existing_index_is_kept_or_replaced_when_asked(tmp_path: Path) -> Non
     (tmp_path / "x-1.idx").write_text(partial)
     done = shards_command("index", tmp_path / "x-*.tar", "--json")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}/x-1.idx: differs from what {tmp_path}/x-1.tar holds")
+    assert done.stderr.startswith(f"error: {tmp_path}/x-1.idx: differs from the contents of {tmp_path}/x-1.tar")
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "x-1.idx").read_text() == partial
     report = json.loads(done.stdout)
@@ -70,7 +67,7 @@ def test_an_existing_index_is_kept_or_replaced_when_asked(tmp_path: Path) -> Non
         "num_samples": 4,
     }
     done = shards_command("index", tmp_path / "x-*.tar", "--overwrite")
-    assert (done.returncode, done.stdout) == (0, "index files of 3 tars: 1 replaced, 2 kept, being up to date; 6 samples\n")
+    assert (done.returncode, done.stdout) == (0, "index files of 3 tars: 1 replaced, 2 kept (up to date); 6 samples\n")
     assert (tmp_path / "x-1.idx").read_text() == good
 
 
@@ -85,10 +82,10 @@ def test_a_damaged_tar_does_not_stop_the_others(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.idx")) == ["x-0.idx", "x-2.idx"]
 
 
-def test_index_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_index_in_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
         write_tar(tmp_path / folder / "x.tar", ["1.jpg", "1.cls"])
-    done = shards_command("index", f"{tmp_path}/{{a,b}}/x.tar", "--index-dir", tmp_path / "indices")
+    done = call_shards(capsys, "index", f"{tmp_path}/{{a,b}}/x.tar", "--index-dir", tmp_path / "indices")
     assert done.returncode == 2
     assert f"error: {tmp_path}/a/x.tar and {tmp_path}/b/x.tar would share {tmp_path}/indices/x.idx" in done.stderr
     report = index_shards(str(tmp_path / "a"), index_dir=tmp_path / "new" / "indices")
@@ -100,7 +97,7 @@ def test_index_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def read_only_folder() -> Iterator[Path]:
-    """A folder that this process may not write to, also where it runs as root."""
+    """Yields a folder that this process may not write to, even as root."""
     folder = Path(tempfile.mkdtemp())
     user = os.geteuid()
     try:
@@ -131,10 +128,12 @@ def test_read_only_folders_are_named_with_a_way_out() -> None:
         (["nosuch://bucket/x.tar", "--index-dir", "{0}"], "Protocol not known: nosuch"),
     ],
 )
-def test_bad_input_gets_one_clear_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_gets_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     if "--workers" in arguments:
         write_tar(tmp_path / "x.tar", ["1.jpg", "1.cls"])
-    done = shards_command("index", *[argument.format(tmp_path) for argument in arguments])
+    done = call_shards(capsys, "index", *[argument.format(tmp_path) for argument in arguments])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -182,7 +181,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: s3://bucket/x.tar: ")
-    assert done.stderr.endswith("pip install 'googlenet-dali[remote]'\n")
+    assert done.stderr.endswith("pip install -e '.[remote]'\n")
 
 
 def test_what_is_url() -> None:

@@ -1,6 +1,5 @@
-"""Every kind of image collection gives the same data set: the same bytes under the same class names."""
+"""Every kind of image collection gives the same data set, with the same bytes and class names."""
 
-import io
 import json
 import os
 import tarfile
@@ -12,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.shards.shard_set import open_shards
 from tests.conftest import write_image
-from tests.tools.test_shards_command import read_with_webdataset, shards_command
+from tests.tools.test_shards_command import add_member, call_shards, read_with_webdataset, shards_command
 
 CLASSES = ["ant", "bee", "cat"]
 CPU = torch.device("cpu")
@@ -26,9 +25,7 @@ Arguments = list[object]
 def make_tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            add_member(tar, name, data)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -40,7 +37,7 @@ def class_folders(images: Path, tmp: Path) -> Arguments:
 
 
 def flat_folder(images: Path, tmp: Path) -> dict[str, str]:
-    """The images in one folder; returns the class of each."""
+    """Copies the images into one folder, and returns the class of each."""
     (tmp / "flat").mkdir()
     for name, data in files_of(images).items():
         (tmp / "flat" / Path(name).name).write_bytes(data)
@@ -61,7 +58,7 @@ def label_tsv_without_header(images: Path, tmp: Path) -> Arguments:
 
 
 def kaggle_solution(images: Path, tmp: Path) -> Arguments:
-    """`LOC_val_solution.csv`: names without extension, the class and boxes in one column."""
+    """`LOC_val_solution.csv`: names without extension, with class and boxes in one column."""
     labels = flat_folder(images, tmp)
     rows = "".join(f"{Path(name).stem},{label} 1 2 30 40 {label} 5 6 7 8 \n" for name, label in labels.items())
     (tmp / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\n{rows}")
@@ -77,7 +74,7 @@ def caffe_list(images: Path, tmp: Path) -> Arguments:
 
 
 def devkit_ground_truth(images: Path, tmp: Path) -> Arguments:
-    """`ILSVRC2012_validation_ground_truth.txt`: one number a line, from 1, in an order of its own; here with the flat tar."""
+    """`ILSVRC2012_validation_ground_truth.txt`: one number per line, from 1, for the images of a flat tar."""
     labels = flat_folder(images, tmp)
     numbers = {"cat": 1, "ant": 2, "bee": 3}
     (tmp / "ground_truth.txt").write_text("".join(f"{numbers[labels[name]]}\n" for name in sorted(labels)))
@@ -112,7 +109,7 @@ def webdataset_shards(images: Path, tmp: Path) -> Arguments:
 
 
 def webdataset_with_json(images: Path, tmp: Path) -> Arguments:
-    """As others have them: `imagenet1k-train-0000.tar`, the class name in `.json`, extensions in upper case."""
+    """Shards from another tool: `imagenet1k-train-0000.tar`, class names in `.json`, extensions in upper case."""
     for shard in range(2):
         members = {}
         for number, (name, data) in enumerate(files_of(images).items()):
@@ -124,7 +121,7 @@ def webdataset_with_json(images: Path, tmp: Path) -> Arguments:
 
 
 def parquet(images: Path, tmp: Path) -> Arguments:
-    """Hugging Face's layout: a struct of bytes and path, a number, the names in the metadata."""
+    """Hugging Face's layout: structs of bytes and path, class numbers, and class names in the metadata."""
     (tmp / "data").mkdir()
     rows = list(files_of(images).items())
     features = {"label": {"names": CLASSES, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
@@ -168,12 +165,14 @@ def test_every_byte_under_its_class(make: Callable[[Path, Path], Arguments], ima
     assert labels != sorted(labels)
     leftovers = {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")}
     assert leftovers == set()
-    with build_loader(DataConfig(train=str(tmp_path / "out")), "train", batch_size=5, image_size=32, device=CPU) as loader:
+    with build_loader(
+        DataConfig(train=str(tmp_path / "out")), LoaderSpec(split="train", batch_size=5, image_size=32, device=CPU)
+    ) as loader:
         assert sum(len(batch["target"]) for batch in loader) == 25
 
 
 def test_numbers_stay_what_they_are(image_folder: Path, tmp_path: Path) -> None:
-    """Shards without class names: class 7 does not become class 0, and later splits agree."""
+    """In shards without class names, class 7 does not become class 0, and later splits agree."""
     data = next(iter(files_of(image_folder).values()))
     make_tar(tmp_path / "x-000.tar", {"a.jpg": data, "a.cls": b"7", "b.jpg": data, "b.cls": b"2\n"})
     done = shards_command("convert", tmp_path / "x-000.tar", tmp_path / "out")
@@ -186,8 +185,8 @@ def test_numbers_stay_what_they_are(image_folder: Path, tmp_path: Path) -> None:
     assert open_shards(str(tmp_path / "out"), "valid").labels() == [5]
 
 
-def test_numbers_are_places_among_the_names_that_are_there(image_folder: Path, tmp_path: Path) -> None:
-    """Caffe's `val.txt` after a training set in class folders; a number beyond is refused."""
+def test_numbers_index_existing_class_names(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Caffe's `val.txt` can follow a training set in class folders. A number out of range is refused."""
     out = tmp_path / "out"
     assert shards_command("convert", image_folder, out).returncode == 0
     labels = flat_folder(image_folder, tmp_path)
@@ -200,13 +199,13 @@ def test_numbers_are_places_among_the_names_that_are_there(image_folder: Path, t
     assert stored == {(name.split("/")[0], data) for name, data in files_of(image_folder).items()}
     first = next(iter(labels))
     (tmp_path / "val.txt").write_text(f"{first} 3\n")
-    done = shards_command(*arguments, "--overwrite")
+    done = call_shards(capsys, *arguments, "--overwrite")
     assert done.returncode == 2
     assert "classes that the other splits in" in done.stderr
 
 
-def test_what_has_no_bytes_of_its_own_is_listed(image_folder: Path, tmp_path: Path) -> None:
-    """Links in tars; loose files, links to nowhere and pipes in folders."""
+def test_images_without_bytes_of_their_own_are_listed(image_folder: Path, tmp_path: Path) -> None:
+    """Links in tars, and loose files, broken links and pipes in folders, are reported."""
     data = next(iter(files_of(image_folder).values()))
     make_tar(tmp_path / "x.tar", {"ant/1.jpg": data, "bee/2.jpg": data})
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
@@ -220,18 +219,18 @@ def test_what_has_no_bytes_of_its_own_is_listed(image_folder: Path, tmp_path: Pa
     (folder / "ant" / "gone.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(folder / "ant" / "pipe.jpg")
     for source, count, expected in (
-        (tmp_path / "x.tar", 2, {"bee/3.jpg": "a link or a sparse file within the tar, without bytes of its own"}),
-        (folder, 1, {"ant/gone.jpg": "link to a file that is not there", "ant/pipe.jpg": "not a regular file"}),
+        (tmp_path / "x.tar", 2, {"bee/3.jpg": "a link or sparse file in the tar, without bytes of its own"}),
+        (folder, 1, {"ant/gone.jpg": "broken symbolic link", "ant/pipe.jpg": "not a regular file"}),
     ):
         done = shards_command("convert", source, tmp_path / "out", "--overwrite")
         assert f"train: {count} images" in done.stdout, done.stderr
         rejected = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
         assert {entry["path"]: entry["reason"] for entry in rejected} == expected
-    assert f"warning: 1 files in {folder} that lie in no class folder were passed over" in done.stdout
+    assert f"warning: skipped 1 files in {folder} that are in no class folder" in done.stdout
 
 
 def test_other_class_names(image_folder: Path, tmp_path: Path) -> None:
-    """Kaggle's list of names, which has blanks and commas, as two classes of one name, which are refused."""
+    """Names in Kaggle's list may have blanks and commas. Two classes of one name are refused."""
     data = next(iter(files_of(image_folder).values()))
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -270,7 +269,7 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
     ("source", "arguments", "message"),
     [
         ("flat", {"x.csv": "1.jpg,a\nnot_there.jpg,a\n"}, "names 1 images that are not in {0}/flat: not_there.jpg (line 2)"),
-        ("flat", {"x.csv": "1.jpg,a\n1.jpg,b\n"}, "x.csv, line 2: 1.jpg is there twice"),
+        ("flat", {"x.csv": "1.jpg,a\n1.jpg,b\n"}, "x.csv, line 2: 1.jpg occurs twice"),
         ("flat", {"x.csv": "1.jpg,a\n2.jpg,\n"}, "x.csv, line 2: '2.jpg ' has no path and class"),
         ("flat", {"x.csv": ""}, "x.csv: empty"),
         ("flat", {"x.csv": "1.jpg,1\n2.jpg,-1\n"}, "the label of 2.jpg is '-1'; a class number below 1,000,000 is needed"),
@@ -279,19 +278,19 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
         (
             "flat",
             {"x.csv": "image_id,width,species\n1.jpg,640,cat\n"},
-            "none of its columns image_id, width, species is called",
+            "none of its columns image_id, width, species has the name of a label column",
         ),
         ("flat", {"x.csv": '1.jpg,"a\n' + "x" * 200_000}, "is there a stray quotation mark?"),
         ("flat", {"flat": ""}, "flat: cannot be read (Is a directory)"),
         ("bit.tar", {}, "bit.tar: damaged; at byte"),
-        ("two", {}, "two: several sets of files (train*, valid*); name one"),
-        ("both", {}, "both: has both folders and .tar files; say what it is with --source"),
-        ("flat", {"x.csv": "path,class\n"}, "x.csv: a line of column names and nothing else"),
-        ("flat", {"x.txt": "1\n"}, "1 lines of a class each for 2 images"),
+        ("two", {}, "two: several sets of files (train*, valid*); name one of them"),
+        ("both", {}, "both: has both folders and .tar files; give its kind with --source"),
+        ("flat", {"x.csv": "path,class\n"}, "x.csv: has only a header line"),
+        ("flat", {"x.txt": "1\n"}, "1 lines without image paths for 2 images"),
         ("flat", {"x.csv": "1.jpg,1\n"}, None),
         ("cut.tar", {}, "not a readable, uncompressed tar; unpack a compressed one (unexpected end of data)"),
         ("packed.tar", {}, "not a readable, uncompressed tar; unpack a compressed one"),
-        ("flat.tar", {}, "flat.tar: 1.jpg lies in no class folder; give the classes in a file, as --labels"),
+        ("flat.tar", {}, "flat.tar: 1.jpg is in no class folder; give the classes in a file with --labels"),
         ("notes.txt", {}, "neither a folder nor a .tar nor a .parquet file"),
         ("no-*.tar", {}, "no-*.tar: no such file or folder"),
         ("broken.parquet", {}, "broken.parquet: not a readable Parquet file"),
@@ -299,7 +298,12 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
     ],
 )
 def test_bad_sources_get_one_clear_line(
-    image_folder: Path, tmp_path: Path, source: str, arguments: dict[str, str], message: str | None
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    arguments: dict[str, str],
+    message: str | None,
 ) -> None:
     data = next(iter(files_of(image_folder).values()))
     (tmp_path / "flat").mkdir()
@@ -327,11 +331,11 @@ def test_bad_sources_get_one_clear_line(
         if text or name == "x.csv":
             (tmp_path / name).write_text(text)
         options += ["--labels", tmp_path / name]
-    done = shards_command("convert", tmp_path / source, tmp_path / "out", *options)
+    done = call_shards(capsys, "convert", tmp_path / source, tmp_path / "out", *options)
     if message is None:
         assert done.returncode == 0, done.stderr
-        assert "warning: 1 images in" in done.stdout, done.stderr
-        assert "does not name were passed over" in done.stdout
+        assert "warning: skipped 1 images in" in done.stdout, done.stderr
+        assert "does not name" in done.stdout
         return
     assert done.returncode == 2, done.stdout
     assert done.stderr.count("\n") == 1

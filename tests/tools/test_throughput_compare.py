@@ -1,4 +1,4 @@
-"""`throughput compare`, run as a user runs it; what it measures is for no test to judge."""
+"""`throughput compare`, run as a user runs it. No test judges what it measures."""
 
 import dataclasses
 import io
@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipelines.loader import MEAN, STD
 from tools.throughput import peer_loaders
+from tools.throughput.cli import main
 from tools.throughput.turn import Task, check
 
 NAMES = ["ours", "dali", "pillow", "webdataset", "torchvision", "litdata", "mds", "spdl", "ffcv", "ffcv-encoded", "decode"]
@@ -22,7 +23,21 @@ NAMES = ["ours", "dali", "pillow", "webdataset", "torchvision", "litdata", "mds"
 
 def compare(shards: Path, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.throughput", "compare", shards, *options]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def mistake(capsys: pytest.CaptureFixture[str], shards: Path, *options: object) -> str:
+    """The error message of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, (shards, *options))])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
 
 
 def test_table_and_figures(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> None:
@@ -90,11 +105,10 @@ def test_a_loader_that_gives_something_else_is_said_so(tmp_path: Path, shards: P
         (["--json", "."], "--json .: this is a folder; name a file in it"),
     ],
 )
-def test_mistakes(shards: Path, options: list[object], message: str) -> None:
-    done = compare(shards, *options)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+def test_mistakes(shards: Path, capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
+    error = mistake(capsys, shards, *options)
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
 
 
 def add_sample(tar: tarfile.TarFile, key: str, image_format: str, label: bytes) -> None:
@@ -120,16 +134,15 @@ def test_images_of_several_kinds_from_the_tars_alone(tmp_path: Path) -> None:
     assert [result["error"] for result in report["results"]] == [None, None, None]
 
 
-def test_labels_that_others_cannot_read_are_refused(tmp_path: Path) -> None:
+def test_labels_that_others_cannot_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar_path = tmp_path / "train-0.tar"
     with tarfile.open(tar_path, "w") as tar:
         for number, label in enumerate([b"0", b"ant"]):
             add_sample(tar, str(number), "PNG", label)
     (tmp_path / "_info.json").write_text('{"classes": ["ant", "bee"]}')
-    done = compare(tar_path, "--batch-size", 1)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tar_path}:")
-    assert done.stderr.endswith("1.cls: the label is b'ant'; other loaders need the numbers that `shards convert` writes\n")
+    error = mistake(capsys, tar_path, "--batch-size", 1)
+    assert error.startswith(f"error: {tar_path}:")
+    assert error.endswith("1.cls: the label is b'ant'; other loaders need the numbers that `shards convert` writes\n")
 
 
 TASK = Task(
@@ -162,7 +175,7 @@ def test_a_batch_as_it_was_asked_for(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("images", "num_labels", "message"),
     [
-        (PIXELS, 4, "gives values from 0.00 to 1.00; normalized ones are from -2.12 to 2.64"),
+        (PIXELS, 4, "gives values from 0.00 to 1.00; normalized values are from -2.12 to 2.64"),
         (PIXELS * 255, 4, "gives values from 0.00 to 255.00"),
         (PIXELS * 255 - 128, 4, "gives values from -128.00 to 127.00"),
         (NORMALIZED * torch.nan, 4, "gives values from nan to nan"),
@@ -201,6 +214,6 @@ def test_what_a_peer_prepares_appears_when_it_is_whole(tmp_path: Path, monkeypat
     assert {path.name for path in tmp_path.rglob("*")} == {"space", "mds", "shard"}
 
 
-def test_too_few_samples(shards: Path) -> None:
-    done = compare(shards, "--batch-size", 62)
-    assert (done.returncode, done.stderr) == (2, f"error: {shards}: at least 62 samples in local shards are needed\n")
+def test_too_few_samples(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = mistake(capsys, shards, "--batch-size", 62)
+    assert error == f"error: {shards}: at least 62 samples in local shards are needed\n"

@@ -1,4 +1,4 @@
-"""`throughput train`, run as a user runs it, and beside train.py's own verdict; how fast things are is for no test to judge."""
+"""`throughput train`, run as a user runs it, and compared with the verdict of train.py. No test judges what it measures."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import ROOT, arguments
+from tools.throughput.cli import main
 
 SMALL = ("--device", "cpu", "--torch-threads", 1, "--image-size", 32, "--batch-size", 8, "--model.no-aux-logits")
 
@@ -23,6 +24,14 @@ def run(command: list[str], *options: object) -> subprocess.CompletedProcess[str
 
 def throughput(*options: object) -> subprocess.CompletedProcess[str]:
     return run(["-m", "tools.throughput", "train"], *options)
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """The error message of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *map(str, options)])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
 
 
 def rounds(result: dict[str, Any]) -> list[float]:
@@ -66,7 +75,7 @@ STEP_SECONDS, WAIT_SECONDS = 0.16, 0.08
 # The step computes nothing, and takes its time; so does each batch, but for those of smaller images a quarter of it.
 SLOW = f"""
 import sys, time
-import tools.throughput.cli, tools.throughput.jobs, train
+import tools.throughput.cli, tools.throughput.jobs, tools.throughput.loops, train
 
 def lasting(seconds, function):
     def slow(*arguments):
@@ -87,7 +96,7 @@ def build_loader(config, *arguments, **options):
 
 build = train.build_loader
 train.build_loader = tools.throughput.jobs.build_loader = build_loader
-train.train_step = tools.throughput.jobs.train_step = lasting({STEP_SECONDS}, train_step)
+train.train_step = tools.throughput.loops.train_step = lasting({STEP_SECONDS}, train_step)
 """
 
 
@@ -116,20 +125,18 @@ def test_train_says_online_what_is_measured_here(tmp_path: Path, shards: Path) -
         ([], "--data.train is needed, the shards to train on"),
         (
             ["--data.train", "shards", "--rounds", 2, "--device", "cpu"],
-            "--steps 2 --rounds 2: at least 1 step and 3 rounds are needed",
+            "--rounds 2: at least 3 is needed",
         ),
         (
             ["--data.train", "shards", "--data.size-schedule", "1:64"],
-            "--data.size-schedule: one size is measured, that of --image-size",
+            "--data.size-schedule: only one size is measured, --image-size",
         ),
     ],
 )
-def test_mistakes(options: list[object], message: str) -> None:
-    done = throughput(*options)
-    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
+    assert mistake(capsys, *options) == f"error: {message}\n"
 
 
-def test_too_few_samples(shards: Path) -> None:
-    done = throughput("--data.train", shards, "--batch-size", 16)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --data.train {shards}: 64 samples in local shards, 4 batches, are needed; ")
+def test_too_few_samples(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = mistake(capsys, "--data.train", shards, "--batch-size", 16)
+    assert error.startswith(f"error: --data.train {shards}: 64 samples in local shards, 4 batches, are needed; ")

@@ -1,6 +1,5 @@
-"""`shards verify`: what it finds, what it lets pass, and training on what its quarantine leaves."""
+"""`shards verify`: what it finds, what it accepts, and training on the samples that its quarantine leaves."""
 
-import io
 import json
 import shutil
 import tarfile
@@ -11,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.shards.index import read_index, scan_tar, write_index
 from pipelines.shards.shard_set import ShardSet, open_shards
 from tests.conftest import write_image
-from tests.tools.test_shards_command import shards_command
-from tools.shards.tarcheck import Finding
+from tests.tools.test_shards_command import add_member, call_shards, shards_command
 from tools.shards.verify import LINES_PER_KIND, Report, verify
+from tools.shards.verify_tar import Finding
 
 Member = tuple[str, bytes]
 
@@ -34,9 +33,7 @@ def write_tar(path: Path, members: Iterable[Member], index: bool = True) -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            add_member(tar, name, data)
     if index:
         write_index(path.with_suffix(".idx"), scan_tar(path))
     return path
@@ -63,9 +60,11 @@ def found(report: Report) -> list[tuple[str, str, str]]:
 
 
 def targets(shards: ShardSet) -> list[int]:
-    """The labels that validation gives, through a real pipeline."""
+    """Returns the labels from the validation loader."""
     device = torch.device("cpu")
-    with build_loader(DataConfig(), "valid", batch_size=4, image_size=32, device=device, shards=shards) as loader:
+    with build_loader(
+        DataConfig(), LoaderSpec(split="valid", batch_size=4, image_size=32, device=device), shards=shards
+    ) as loader:
         return [int(label) for batch in loader for label in batch["target"]]
 
 
@@ -160,7 +159,7 @@ def test_training_goes_on_without_the_quarantined(tmp_path: Path, image: bytes, 
     options = ["--index-dir", indices] if with_index_dir else []
     done = shards_command("verify", folder, "--quarantine", *options)
     assert done.returncode == 3
-    assert "note: 3 bad samples left out by 2 index files written" in done.stdout
+    assert "note: wrote 2 index files, which leave out 3 bad samples" in done.stdout
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     written = {name for name in after if after[name] != before.get(name)}
     assert written == (set() if with_index_dir else {"x-0.idx", "x-1.idx"})
@@ -173,7 +172,9 @@ def test_training_goes_on_without_the_quarantined(tmp_path: Path, image: bytes, 
     assert usable.num_samples == 5
     assert targets(usable) == [1, 1, 1, 0, 2]
     device = torch.device("cpu")
-    with build_loader(DataConfig(), "train", batch_size=5, image_size=32, device=device, shards=usable) as loader:
+    with build_loader(
+        DataConfig(), LoaderSpec(split="train", batch_size=5, image_size=32, device=device), shards=usable
+    ) as loader:
         for _ in range(3):
             assert sorted(label for batch in loader for label in batch["target"].tolist()) == [0, 1, 1, 1, 2]
 
@@ -187,7 +188,7 @@ def test_of_a_damaged_tar_the_whole_samples_are_kept(tmp_path: Path, image: byte
         shutil.copy(tar.with_suffix(".idx"), short.with_suffix(".idx"))
         report = verify(str(short), quarantine=True, num_workers=1)
         assert found(report) == [("damaged-tar", short.name, "")]
-        assert f"{short} stays damaged: its index lists the {kept} good samples before the damage and no more" in report.notes
+        assert f"{short} stays damaged: its index lists only the {kept} good samples before the damage" in report.notes
         assert read_index(short.with_suffix(".idx")) == scan_tar(tar)[:kept]
         assert targets(open_shards(str(short), "train")) == [1] * kept
         assert found(verify(str(short), num_workers=1)) == [("damaged-tar", short.name, "")]
@@ -199,9 +200,9 @@ def test_of_a_damaged_tar_the_whole_samples_are_kept(tmp_path: Path, image: byte
         (lambda text: text.replace("v1.2 3", "v1.2 4"), "4 samples announced, 3 listed"),
         (
             lambda text: text.replace("jpg 512", "jpg 513"),
-            "1 of its 3 samples are not in the tar like that; the first is that of",
+            "1 of its 3 samples differ from the tar, the first at",
         ),
-        (lambda text: text.replace("cls", "txt"), "3 of its 3 samples are not in the tar like that"),
+        (lambda text: text.replace("cls", "txt"), "3 of its 3 samples differ from the tar"),
         (lambda text: "v1.2 2\n" + text.splitlines()[1] + "\n" + text.splitlines()[1] + "\n", "1 of its 2 samples"),
         (lambda text: "v1.2 1\n" + " ".join(text.splitlines()[1:]) + "\n", "1 of its 1 samples"),
         (lambda text: "\x00\xff", "not an index file"),
@@ -221,7 +222,7 @@ def test_wrong_indices(tmp_path: Path, image: bytes, change: Any, message: str) 
 def test_an_index_that_leaves_samples_out_is_fine(tmp_path: Path, image: bytes) -> None:
     members = [*good(image, "1"), ("2.jpg", b"text"), ("2.cls", b"none"), *good(image, "3 x")]
     tar = write_tar(tmp_path / "x.tar", members)
-    write_index(tar.with_suffix(".idx"), scan_tar(tar)[::2])  # its own blanks it writes so that they do no harm
+    write_index(tar.with_suffix(".idx"), scan_tar(tar)[::2])  # `write_index` replaces blanks
     report = verify(str(tmp_path), num_workers=1)
     assert (report.findings, report.num_samples, report.num_left_out) == ((), 2, 1)
 
@@ -233,7 +234,7 @@ def test_blanks_in_keys_are_mended_by_an_index(tmp_path: Path, image: bytes) -> 
     assert targets(open_shards(str(tar), "train")) == [1, 1]
 
 
-def test_keys_that_start_anew_in_each_tar_are_not_quarantined(tmp_path: Path, image: bytes) -> None:
+def test_keys_that_restart_in_each_tar_are_not_quarantined(tmp_path: Path, image: bytes) -> None:
     for i in range(3):
         write_tar(tmp_path / f"x-{i}.tar", good(image, "1", "2"))
     report = verify(str(tmp_path), num_workers=1, quarantine=True)
@@ -267,7 +268,7 @@ def test_a_long_list_is_cut_and_says_so() -> None:
 
 def test_a_broken_info_is_a_finding(tmp_path: Path, image: bytes) -> None:
     write_tar(tmp_path / "train-0.tar", good(image, "1"))
-    write_tar(tmp_path / "valid-0.tar", good(image, "1"))  # another split by its name: the key may come again
+    write_tar(tmp_path / "valid-0.tar", good(image, "1"))  # another split by its name, so the key may occur again
     (tmp_path / "_info.json").write_text("{")
     assert found(verify(str(tmp_path), num_workers=1)) == [("wrong-info", "_info.json", "")]
 
@@ -278,12 +279,14 @@ def test_a_broken_info_is_a_finding(tmp_path: Path, image: bytes) -> None:
         (["{0}/nowhere"], "no such shard"),
         (["{0}"], "no .tar files in folder"),
         (["{0}/data/x.tar", "--workers", "0"], "--workers 0: at least 1 is needed"),
-        (["{0}/data", "--index-dir", "{0}/nowhere"], "nowhere: no such folder; --quarantine makes it"),
+        (["{0}/data", "--index-dir", "{0}/nowhere"], "nowhere: no such folder; --quarantine or"),
     ],
 )
-def test_bad_input_gets_one_clear_line(tmp_path: Path, image: bytes, arguments: list[str], message: str) -> None:
+def test_bad_input_gets_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: bytes, arguments: list[str], message: str
+) -> None:
     write_tar(tmp_path / "data" / "x.tar", good(image, "1"))
-    done = shards_command("verify", *[argument.format(tmp_path) for argument in arguments])
+    done = call_shards(capsys, "verify", *[argument.format(tmp_path) for argument in arguments])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Tars as the standard library writes them, and the plan's cost."""
+"""The tar writer, compared with the standard library, and the memory that planning takes."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from tools.shards.write import BUFFER_BYTES, ShardWriter
 
 
 def test_the_bytes_are_those_of_tarfile(tmp_path: Path) -> None:
-    """With images of all kinds of sizes, some larger than the writer's buffer."""
+    """The images have all kinds of sizes, and some are larger than the writer's buffer."""
     expected = io.BytesIO()
     sizes = [0, 1, 511, 512, 513, 70_000, BUFFER_BYTES - 2048, BUFFER_BYTES + 1, 3, 2 * BUFFER_BYTES, 100]
     with (
@@ -38,7 +38,7 @@ def test_the_bytes_are_those_of_tarfile(tmp_path: Path) -> None:
             assert (component.offset, component.size) == (member.offset_data, member.size)
 
 
-def test_what_cannot_be_read_leaves_no_trace(tmp_path: Path) -> None:
+def test_unreadable_images_leave_no_trace(tmp_path: Path) -> None:
     def fail(into: memoryview) -> None:
         into[:2] = b"xx"
         raise PermissionError
@@ -53,8 +53,8 @@ def test_what_cannot_be_read_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_planning_takes_little_memory() -> None:
-    command = [sys.executable, "-m", "tools.throughput", "plan", "--images", "200000", "--json"]
+    command = [sys.executable, "-m", "tools.bench.plan", "--images", "200000", "--json"]
     cost = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert cost["images"] == 200_000
     assert cost["shards"] == 200
-    assert cost["peak_memory_bytes"] < 600e6 / 1_281_167 * 200_000 + 40e6  # and the interpreter
+    assert cost["peak_memory_bytes"] < 600e6 / 1_281_167 * 200_000 + 40e6  # of the interpreter

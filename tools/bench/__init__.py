@@ -1,1 +1,1 @@
-"""Measurements for the developers of this project, one script each: `python -m tools.bench.NAME --help`."""
+"""Measurements for developers, each a script: `python -m tools.bench.convert|scale|remote|step|plan`."""

@@ -1,44 +1,41 @@
-"""Data sets of any number of shards and samples that take hardly any room: many names for a few tars.
+"""Data sets of any number of shards and samples that take little space: many names for a few tars.
 
-Each shard is a pair of symbolic links, to one of a few tars and to an index that lists the tar's samples again and again. To
-whoever reads them they are shards like any others.
+Each shard is a pair of symbolic links, to one of a few tars and to an index that lists the samples of the tar over and over.
+Readers see no difference from other shards.
 """
 
+import io
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pipelines.shards.find_tars import INFO_FILE
 from pipelines.shards.index import Sample, write_index
-from pipelines.shards.shard_set import INFO_FILE
 from tools.shards.drawing import FIGURES, draw_jpeg
 from tools.shards.write import ShardWriter
 
-NUM_TARS, IMAGES_A_TAR = 4, 32
+NUM_TARS, IMAGES_PER_TAR = 4, 32
 CLASSES = sorted(FIGURES)
 
 Encode = Callable[[str, np.random.Generator], bytes]
 
 
 def small(figure: str, rng: np.random.Generator) -> bytes:
-    """A JPEG of some 3 KB, so that decoding costs little beside all else."""
+    """Draws a JPEG of about 3 KB, so that decoding costs little compared with everything else."""
     return draw_jpeg(figure, rng)
 
 
 def photograph(figure: str, rng: np.random.Generator) -> bytes:
-    """A JPEG as ImageNet has them on average: 500 x 375 pixels, some 110 KB."""
+    """Draws a JPEG like an average one of ImageNet: 500 x 375 pixels, about 110 KB."""
     return draw_jpeg(figure, rng, size=(500, 375), noise=33, quality=96)
 
 
 class LinkedShards:
-    """Makes data sets out of a few tars.
-
-    Args:
-        folder: For the tars and the data sets; made.
-        encode: Draws the images.
-    """
+    """Makes data sets in a new folder from a few tars, whose images `encode` draws."""
 
     def __init__(self, folder: Path, encode: Encode) -> None:
         self._folder = folder
@@ -46,9 +43,8 @@ class LinkedShards:
         self._samples = [self._write_tar(number, encode) for number in range(NUM_TARS)]
 
     def make(self, num_shards: int, num_samples: int) -> Path:
-        """The folder of a data set, made where it is not there: a training split of so many samples, parted evenly."""
-        name = f"{num_shards}-{num_samples}"
-        folder = self._folder / name
+        """Returns the folder of a data set, and makes it if necessary: a training split, divided evenly into shards."""
+        folder = self._folder / f"{num_shards}-{num_samples}"
         if folder.exists():
             return folder
         folder.mkdir()
@@ -68,14 +64,9 @@ class LinkedShards:
     def _write_tar(self, number: int, encode: Encode) -> list[Sample]:
         rng = np.random.default_rng(number)
         with ShardWriter(self._folder / f"{number}.tar") as writer:
-            for row in range(IMAGES_A_TAR):
+            for row in range(IMAGES_PER_TAR):
                 label = row % len(CLASSES)
-                _add(writer, f"{number}_{row:04d}", encode(CLASSES[label], rng), b"%d" % label)
+                image = encode(CLASSES[label], rng)
+                fill: Any = io.BytesIO(image).readinto
+                writer.add(f"{number}_{row:04d}", "jpg", len(image), fill, b"%d" % label)
         return writer.samples
-
-
-def _add(writer: ShardWriter, key: str, image: bytes, label: bytes) -> None:
-    def fill(room: memoryview) -> None:
-        room[:] = image
-
-    writer.add(key, "jpg", len(image), fill, label)

@@ -1,27 +1,26 @@
-"""The peers' writers, each as its documentation has it, run by an interpreter that has them installed.
+"""The writers of the peers, each as its documentation shows, for an interpreter that has the peers and nothing else.
 
-`python -m tools.bench.peer_writers WRITER LIST DST [--workers N] [--resize S --codec pillow|opencv]`; the last line
-printed is a JSON object. It imports nothing of this project, so that the interpreter needs nothing but the peer.
+`python -m tools.bench.peer_writers WRITER LIST DST [--workers N] [--resize S --codec pillow|opencv]`; the last line of output
+is a JSON object.
 """
 
 import argparse
 import csv
 import functools
+import importlib
 import io
 import json
 import multiprocessing
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-Work = Callable[[str], bytes]
-Entry = tuple[str, int]
+from tools.throughput.peer_loaders import Entry, Work, read_bytes, write_litdata, write_mds
+from tools.throughput.turn import read_list
 
-SHARD_SAMPLES = 1000  # what `shards convert` has by default
-CHUNK_BYTES = 64 << 20  # MDSWriter's default
-IMG2DATASET_THREADS = 16  # a process; its default of 256 is for slow servers
+SHARD_SAMPLES = 1000  # the default of `shards convert`
+IMG2DATASET_THREADS = 16  # per process; the default of 256 is for slow servers
 
 
 def main() -> None:
@@ -31,41 +30,28 @@ def main() -> None:
     parser.add_argument("list")
     parser.add_argument("destination")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--check", action="store_true", help="decode, and keep the bytes")
+    parser.add_argument("--check", action="store_true", help="decode the images, and keep their bytes")
     parser.add_argument("--resize", type=int)
     parser.add_argument("--quality", type=int, default=90)
     parser.add_argument("--codec", choices=("pillow", "opencv"), default="pillow")
     options = parser.parse_args()
-    work = check_with_peer if options.check else read_bytes
+    work: Work = check_with_peer if options.check else read_bytes
     if options.resize:
         shape = {"pillow": shape_with_pillow, "opencv": shape_with_opencv}[options.codec]
         work = functools.partial(shape, resize=options.resize, quality=options.quality)
-    write = WRITERS[options.writer]()
+    importlib.import_module(MODULES.get(options.writer, options.writer))
     started = time.perf_counter()
-    write(read_list(options.list), options.destination, options.workers, work)
+    WRITERS[options.writer](read_list(options.list), options.destination, options.workers, work)
     print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
-def read_list(path: str) -> list[Entry]:
-    """Paths and labels of a file with a line `LABEL PATH` for each image."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        pairs = [line.rstrip("\n").split(" ", 1) for line in file]
-    return [(name, int(label)) for label, name in pairs]
-
-
-def read_bytes(path: str) -> bytes:
-    """The file as it is."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def check_with_peer(path: str) -> bytes:
-    """The file as it is, once it has been decoded; for the peer that does so itself."""
+    """Marks work that the peer does itself: to decode the file and keep its bytes."""
     raise NotImplementedError(path)
 
 
 def shape_with_pillow(path: str, *, resize: int, quality: int) -> bytes:
-    """The image with its shorter side of that length, as a JPEG."""
+    """Returns the image as a JPEG with a shorter side of `resize` pixels."""
     from PIL import Image
 
     with Image.open(path) as file:
@@ -79,7 +65,7 @@ def shape_with_pillow(path: str, *, resize: int, quality: int) -> bytes:
 
 
 def shape_with_opencv(path: str, *, resize: int, quality: int) -> bytes:
-    """The same with OpenCV, whose antialiasing filter is INTER_AREA."""
+    """Does the same with OpenCV, whose antialiasing filter is INTER_AREA."""
     import cv2  # type: ignore[import-not-found]
 
     cv2.setNumThreads(1)  # there is a process for each core
@@ -91,101 +77,63 @@ def shape_with_opencv(path: str, *, resize: int, quality: int) -> bytes:
     return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
 
 
-def _webdataset() -> Callable[[list[Entry], str, int, Work], None]:
-    import webdataset  # type: ignore[import-untyped]  # noqa: F401  (imported before the clock starts)
-
-    return lambda entries, destination, workers, work: _spread(_write_webdataset, entries, destination, workers, work)
+def webdataset(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
+    _spread(_write_webdataset, entries, destination, workers, work)
 
 
 def _write_webdataset(part: int, entries: Iterable[Entry], destination: str, work: Work) -> None:
-    import webdataset
+    import webdataset  # type: ignore[import-untyped]
 
-    pattern = os.path.join(destination, f"train-{part:02d}-%06d.tar")
-    with webdataset.ShardWriter(pattern, maxcount=SHARD_SAMPLES, verbose=0) as writer:
+    with webdataset.ShardWriter(f"{destination}/train-{part:02d}-%06d.tar", maxcount=SHARD_SAMPLES, verbose=0) as writer:
         for number, (path, label) in enumerate(entries):
             writer.write({"__key__": f"{part:02d}{number:08d}", "jpg": work(path), "cls": label})
 
 
-def _mds() -> Callable[[list[Entry], str, int, Work], None]:
+def mds(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
     from streaming.base.util import merge_index  # type: ignore[import-not-found]
 
-    def write(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
-        _spread(_write_mds, entries, destination, workers, work)
-        merge_index(destination, keep_local=True)
-
-    return write
+    _spread(_write_mds, entries, destination, workers, work)
+    merge_index(destination, keep_local=True)
 
 
 def _write_mds(part: int, entries: Iterable[Entry], destination: str, work: Work) -> None:
-    from streaming import MDSWriter  # type: ignore[import-not-found]
-
-    folder = os.path.join(destination, f"{part:02d}")
-    with MDSWriter(columns={"image": "bytes", "label": "int"}, out=folder, size_limit=CHUNK_BYTES) as writer:
-        for path, label in entries:
-            writer.write({"image": work(path), "label": label})
+    write_mds(entries, f"{destination}/{part:02d}", work)
 
 
-def _litdata() -> Callable[[list[Entry], str, int, Work], None]:
-    import litdata  # type: ignore[import-not-found]
-
-    def write(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
-        litdata.optimize(
-            fn=functools.partial(_litdata_sample, work=work),
-            inputs=entries,
-            output_dir=destination,
-            chunk_bytes=CHUNK_BYTES,
-            num_workers=workers,
-        )
-
-    return write
-
-
-def _litdata_sample(entry: Entry, *, work: Work) -> dict[str, Any]:
-    path, label = entry
-    return {"image": work(path), "label": label}
-
-
-def _img2dataset() -> Callable[[list[Entry], str, int, Work], None]:
+def img2dataset(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
     import img2dataset  # type: ignore[import-not-found]
 
-    def write(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
-        table = os.path.join(destination, "images.csv")
-        with open(table, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("url", "label"), *((pathlib.Path(path).as_uri(), label) for path, label in entries)])
-        shaping: dict[str, Any] = {"disable_all_reencoding": True}
-        if work is check_with_peer:
-            shaping = {"resize_mode": "no", "skip_reencode": True}
-        elif isinstance(work, functools.partial):
-            shaping = {
-                "resize_mode": "keep_ratio",
-                "resize_only_if_bigger": True,
-                "image_size": work.keywords["resize"],
-                "encode_quality": work.keywords["quality"],
-            }
-        img2dataset.download(
-            table,
-            output_folder=os.path.join(destination, "shards"),
-            input_format="csv",
-            caption_col="label",
-            output_format="webdataset",
-            number_sample_per_shard=SHARD_SAMPLES,
-            processes_count=workers,
-            thread_count=IMG2DATASET_THREADS,
-            extract_exif=False,
-            compute_hash=None,
-            **shaping,
-        )
-        # It reports failed images in files, and never in its exit status.
-        reports = [json.loads(report.read_text()) for report in pathlib.Path(destination, "shards").glob("*_stats.json")]
-        written = sum(report["successes"] for report in reports)
-        if written < len(entries):
-            raise RuntimeError(f"img2dataset wrote {written} of {len(entries)} images: {[r['status_dict'] for r in reports]}")
-
-    return write
+    table, shards = Path(destination, "images.csv"), Path(destination, "shards")
+    with table.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("url", "label"), *((Path(path).as_uri(), label) for path, label in entries)])
+    shaping: dict[str, Any] = {"disable_all_reencoding": True}
+    if work is check_with_peer:
+        shaping = {"resize_mode": "no", "skip_reencode": True}
+    elif isinstance(work, functools.partial):
+        shaping = {"resize_mode": "keep_ratio", "resize_only_if_bigger": True}
+        shaping |= {"image_size": work.keywords["resize"], "encode_quality": work.keywords["quality"]}
+    img2dataset.download(
+        str(table),
+        output_folder=str(shards),
+        input_format="csv",
+        caption_col="label",
+        output_format="webdataset",
+        number_sample_per_shard=SHARD_SAMPLES,
+        processes_count=workers,
+        thread_count=IMG2DATASET_THREADS,
+        extract_exif=False,
+        compute_hash=None,
+        **shaping,
+    )
+    # It reports failed images in files, and never in its exit status.
+    reports = [json.loads(report.read_text()) for report in shards.glob("*_stats.json")]
+    written = sum(report["successes"] for report in reports)
+    if written < len(entries):
+        raise RuntimeError(f"img2dataset wrote {written} of {len(entries)} images: {[r['status_dict'] for r in reports]}")
 
 
 def _spread(write_part: Callable[..., None], entries: list[Entry], destination: str, workers: int, work: Work) -> None:
-    """One writer a process, each with a part of the images."""
+    """Runs one writer per process, each with a part of the images."""
     if workers == 1:
         write_part(0, entries, destination, work)
         return
@@ -193,7 +141,13 @@ def _spread(write_part: Callable[..., None], entries: list[Entry], destination: 
         pool.starmap(write_part, [(part, entries[part::workers], destination, work) for part in range(workers)])
 
 
-WRITERS = {"webdataset": _webdataset, "mds": _mds, "litdata": _litdata, "img2dataset": _img2dataset}
+WRITERS: dict[str, Callable[[list[Entry], str, int, Work], None]] = {
+    "webdataset": webdataset,
+    "mds": mds,
+    "litdata": write_litdata,
+    "img2dataset": img2dataset,
+}
+MODULES = {"mds": "streaming.base.util"}  # that a writer imports, if its name differs
 
 if __name__ == "__main__":
     main()

@@ -1,63 +1,50 @@
-"""`throughput plan`: what planning a conversion costs, shown with names that are made up, without files."""
+"""`python -m tools.bench.plan` measures the planning of a conversion, with made-up names and without files."""
 
-import dataclasses
-import json
 import re
 import time
 from array import array
-from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 
+import tyro
+
+from tools.cli import run_command
 from tools.shards.plan import Options, make_plan
 from tools.shards.sources.listing import WHOLE_FILE, Extent, Extents, Listing
 
 
-@dataclass(frozen=True)
-class PlanCost:
-    """What was measured; `peak_memory_bytes` is the process's largest resident set, interpreter and listing included."""
+def measure_plan(*, images: int = 1_281_167, classes: int = 1000, json: bool = False) -> int:
+    """Plan a conversion as `shards convert` does: shuffle, shards, the record of the source, the task of each shard.
 
-    images: int
-    shards: int
-    seconds: float
-    peak_memory_bytes: int
+    The memory is the largest resident set of the process, with interpreter and listing.
 
-    def as_json(self) -> str:
-        """One JSON object with the attributes as keys."""
-        return json.dumps(dataclasses.asdict(self))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.images:,} images into {self.shards:,} shards: planned in {self.seconds:.1f} s, "
-            f"{self.peak_memory_bytes / 1e6:,.0f} MB in all"
-        )
-
-
-def measure_plan(images: int, classes: int) -> PlanCost:
-    """Plans a conversion as `shards convert` does: shuffle, shards, the record of the source, every shard's task."""
-    listing = _made_up(images, classes)
+    Args:
+        images: Number of images; by default ImageNet's.
+        classes: Number of classes.
+        json: Print one JSON object.
+    """
+    extents, labels = Extents("/data/imagenet/train"), array("i")
+    names = tuple(f"n{1_000_000 + 7 * i:08d}" for i in range(classes))
+    for i in range(images):  # a listing that resembles ImageNet's training set
+        label = i * classes // images
+        extents.append(Extent(f"{names[label]}/{names[label]}_{i}.JPEG", "", WHOLE_FILE, 50_000 + i * 7919 % 120_000, i))
+        labels.append(label)
+    listing = Listing("made up", extents, labels, names)
     started = time.perf_counter()
     plan = make_plan(listing, listing.labels, listing.classes, Options())
     plan.describe()
     for number in range(plan.num_shards):
         tuple(plan.samples(number))
     seconds = time.perf_counter() - started
-    return PlanCost(images, plan.num_shards, seconds, _peak_memory_bytes())
-
-
-def _peak_memory_bytes() -> int:
-    """`getrusage` counts what the parent had before this program was loaded into its copy."""
+    # `getrusage` would count the memory that the parent had before this program was loaded.
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    memory = 1024 * int(found[1]) if found else 0
+    if json:
+        print(dumps({"images": images, "shards": plan.num_shards, "seconds": seconds, "peak_memory_bytes": memory}))
+    else:
+        print(f"{images:,} images into {plan.num_shards:,} shards: planned in {seconds:.1f} s, {memory / 1e6:,.0f} MB in total")
+    return 0
 
 
-def _made_up(images: int, classes: int) -> Listing:
-    """A listing like that of ImageNet's training set."""
-    extents, labels = Extents("/data/imagenet/train"), array("i")
-    names = tuple(f"n{1_000_000 + 7 * i:08d}" for i in range(classes))
-    for i in range(images):
-        label = i * classes // images
-        name = f"{names[label]}/{names[label]}_{i}.JPEG"
-        extents.append(Extent(name, "", WHOLE_FILE, 50_000 + i * 7919 % 120_000, i))
-        labels.append(label)
-    return Listing("made up", extents, labels, names)
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(measure_plan, prog="python -m tools.bench.plan"))

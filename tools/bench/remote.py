@@ -1,139 +1,92 @@
-"""`throughput remote`: training from a bucket against training from the disk, at a given time for each request."""
+"""`python -m tools.bench.remote SHARDS` compares training from a bucket with training from the disk."""
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
-from pipelines.augment import validation_images
-from pipelines.build import build_loader
+from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.dali.operators import validation_images
 from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, open_shards
 from tools.bench.bucket import serve
+from tools.cli import run_command
 from tools.throughput.hardware import versions
-from tools.throughput.report import Bar, Report
-from tools.throughput.rounds import Statistic, summarize, take_turns
+from tools.throughput.report import RATE, RATIO, Column, Report, Row, Table
+from tools.throughput.rounds import Turn, take_turns
 
-DALI_BATCH_SIZE = 8  # its own reader is so slow that a few samples tell
+DALI_BATCH_SIZE = 8  # DALI's own reader is so slow that a few samples suffice
 DALI_BATCHES = 4
+LOCAL, COPIED, DIRECT = "local disk", "bucket, shards copied ahead", "bucket, DALI's own reader"
+COLUMNS = (RATE, RATIO, Column("first_seconds", "first batch s", ",.1f"))
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One epoch from a loader just made: time to its first batch, and images a second from there on."""
-
-    first_seconds: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """Of one way to read, over the rounds; `ratio` is to the local disk in the same round."""
-
-    name: str
-    first_seconds: Statistic
-    images_per_second: Statistic
-    ratio: Statistic
-
-
-@dataclass(frozen=True)
-class RemoteReport(Report):
-    """All that was measured."""
-
-    shards: str
-    images: int
-    latency_seconds: float
-    block_shards: int | None
-    batch_size: int
-    image_size: int
-    threads: int
-    results: tuple[Result, ...]
-
-    def bars(self) -> Iterable[Bar]:
-        return [Bar("", result.name, result.images_per_second) for result in self.results]
-
-    def __str__(self) -> str:
-        blocks = "blocks as by default" if self.block_shards is None else f"blocks of {self.block_shards:,} shards"
-        lines = [
-            f"{self.shards}: {self.images:,} images, {1000 * self.latency_seconds:g} ms a request, {blocks}, "
-            f"batches of {self.batch_size}, {self.threads} threads; {self.hardware}",
-            f"{'':<34}{'images/s':>10}{'ratio':>8}{'':>16}{'first batch':>13}",
-        ]
-        for result in self.results:
-            ratio = result.ratio
-            lines.append(
-                f"{result.name:<34}{result.images_per_second.median:>10,.0f}{ratio.median:>8.2f}"
-                f"{f'({ratio.low:.2f}-{ratio.high:.2f})':>16}{result.first_seconds.median:>11.1f} s"
-            )
-        return "\n".join(lines)
-
-
-def benchmark(
-    folder: Path,
+def remote(
+    shards: tyro.conf.Positional[Path],
+    /,
     *,
-    latency_seconds: float,
-    block_shards: int | None,
-    batch_size: int,
-    image_size: int,
-    threads: int,
-    rounds: int,
-) -> RemoteReport:
-    """Reads one epoch of the training split of a folder of shards in each way, in turns.
+    latency: float = 30.0,
+    block_shards: int | None = None,
+    batch_size: int = 64,
+    image_size: int = 224,
+    threads: int = 2,
+    rounds: int = 5,
+    json: Path | None = None,
+) -> int:
+    """Compare training from a bucket with training from the disk, one epoch per turn.
 
-    Raises:
-        ValueError: There are no such shards.
+    This machine serves the folder as a bucket, with a latency for each request like a distant object store.
+
+    Args:
+        shards: Folder of shards with a training split, as `shards convert` writes it.
+        latency: Milliseconds until the bucket answers a request.
+        block_shards: As --data.block-shards. A small data set has several blocks only if this is small.
+        batch_size: Images per batch.
+        image_size: Image side, in pixels.
+        threads: CPU threads that decode.
+        rounds: Turns of each competitor.
+        json: File for all figures.
     """
-    shards = open_shards(str(folder), "train")
-    tars = [Path(tar).name for tar in shards.tars]
+    settings = {**locals(), "latency_seconds": latency / 1000}
+    opened = open_shards(str(shards), "train")
+    tars = [Path(tar).name for tar in opened.tars]
     names = f"{{{','.join(tars)}}}" if len(tars) > 1 else tars[0]
-    with serve(folder, latency_seconds) as bucket:
+    device = torch.device("cpu")
+    spec = LoaderSpec(split="train", batch_size=batch_size, image_size=image_size, device=device, num_threads=threads)
+    with serve(shards, latency / 1000) as bucket:
 
         def epoch(location: str) -> Turn:
             config = DataConfig(train=location, order="blocks", block_shards=block_shards)
             started = time.perf_counter()
-            loader = build_loader(
-                config, "train", batch_size=batch_size, image_size=image_size, device=torch.device("cpu"), num_threads=threads
-            )
-            with loader:
+            with build_loader(config, spec) as loader:
                 loader.next()
                 first = time.perf_counter()
                 images = sum(len(batch["target"]) for batch in iter(loader.next, None))
-                return Turn(first - started, images / (time.perf_counter() - first))
+                seconds = time.perf_counter() - first
+            return {"first_seconds": first - started, "images_per_second": images / seconds}
 
         competitors: dict[str, Callable[[], Turn]] = {
-            "local disk": lambda: epoch(str(folder)),
-            "bucket, shards copied ahead": lambda: epoch(f"{bucket}/{names}"),
-            "bucket, DALI's own reader": lambda: _dali_itself(shards, bucket, image_size, threads),
+            LOCAL: lambda: epoch(str(shards)),
+            COPIED: lambda: epoch(f"{bucket}/{names}"),
+            DIRECT: lambda: _dali_reader(opened, bucket, image_size, threads),
         }
         outcomes = take_turns(competitors, rounds)
-    local = [turn.images_per_second for turn in outcomes["local disk"].turns]
-    results = [
-        Result(
-            name,
-            summarize([turn.first_seconds for turn in outcome.turns]),
-            summarize([turn.images_per_second for turn in outcome.turns]),
-            summarize([turn.images_per_second / base for turn, base in zip(outcome.turns, local, strict=True)]),
-        )
-        for name, outcome in outcomes.items()
-    ]
-    return RemoteReport(
-        str(folder),
-        shards.num_samples,
-        latency_seconds,
-        block_shards,
-        batch_size,
-        image_size,
-        threads,
-        tuple(results),
-        versions=versions(("nvidia-dali-cuda120", "torch", "s3fs", "aiohttp")),
-    )
+    rows = [Row.of(name, outcome, COLUMNS, outcomes[LOCAL], name=name) for name, outcome in outcomes.items()]
+    Report(
+        heading=f"{shards}: {opened.num_samples:,} images, {latency:g} ms per request, {block_shards or 'default'} shards per "
+        f"block, batches of {batch_size}, {threads} threads",
+        tables=[Table("", COLUMNS, rows)],
+        settings={**settings, "images": opened.num_samples},
+        versions=versions("nvidia-dali-cuda120", "torch", "s3fs", "aiohttp"),
+    ).publish(json)
+    return 0
 
 
-def _dali_itself(shards: ShardSet, bucket: str, image_size: int, threads: int) -> Turn:
-    """DALI's reader at the bucket, a few batches in order, decoded and cropped to the centre as validation does."""
+def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -> Turn:
+    """Reads a few batches from the bucket in order with DALI's reader, and decodes them as validation does."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
 
@@ -148,9 +101,14 @@ def _dali_itself(shards: ShardSet, bucket: str, image_size: int, threads: int) -
         return validation_images(encoded, size=image_size, device="cpu", dtype=types.FLOAT)
 
     started = time.perf_counter()
-    made = pipeline()
-    made.run()
+    built = pipeline()
+    built.run()
     first = time.perf_counter()
     for _ in range(DALI_BATCHES):
-        made.run()
-    return Turn(first - started, DALI_BATCHES * DALI_BATCH_SIZE / (time.perf_counter() - first))
+        built.run()
+    images = DALI_BATCHES * DALI_BATCH_SIZE
+    return {"first_seconds": first - started, "images_per_second": images / (time.perf_counter() - first)}
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(remote, prog="python -m tools.bench.remote"))

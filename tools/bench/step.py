@@ -1,182 +1,108 @@
-"""`throughput step`: the trainer's step against the barest loop that does the same arithmetic."""
+"""`python -m tools.bench.step` compares the trainer's step with the barest loop that does the same arithmetic."""
 
 import copy
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 from torch import Tensor
 from torch.optim import SGD
 
 from model.distributed import World, alone, choose_device
-from model.googlenet import googlenet
-from model.job import build_job, global_batch_size, train_step
+from model.googlenet import GoogLeNet
 from model.loss import googlenet_loss
 from model.optim import build_scheduler
-from pipelines.meter import Meter
-from pipelines.mix import mix
-from pipelines.shards.order import Deal, InOrder
-from pipelines.synthetic import SyntheticLoader
-from tools.run.config import Config, choose_autocast_dtype, choose_batch_size, image_dtype
+from tools.cli import run_command
+from tools.run.config import Config
+from tools.run.resources import choose_autocast_dtype, with_batch_size
+from tools.shards.parallel import require_positive
 from tools.throughput.hardware import versions
-from tools.throughput.report import Bar, Report
-from tools.throughput.rounds import Statistic, summarize, take_turns
+from tools.throughput.loops import NUM_CLASSES, device_name, make_loader, make_trainer, measured
+from tools.throughput.report import Column, Report, Row, Table
+from tools.throughput.rounds import take_turns
 
-NUM_CLASSES = 1000
-MANY_SAMPLES = 1_281_167  # ImageNet's, where the batch size is chosen
-WARM_UP_STEPS = 3  # in which memory is found and kernels are chosen
-TRAINER, BAREST = "trainer", "barest loop"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Of one step, a mean over those of the turn: time on the clock, and of this process's threads on the CPU."""
-
-    seconds: float
-    cpu_seconds: float
+MANY_SAMPLES = 1_281_167  # ImageNet's; the default batch size depends on it
+COLUMNS = (
+    Column("seconds", "ms", ",.2f", scale=1000),
+    Column("ratio", "ratio", ".3f", interval=True, of="seconds"),
+    Column("cpu_seconds", "CPU ms", ",.2f", scale=1000),
+    Column("cpu_ratio", "ratio", ".3f", interval=True, of="cpu_seconds"),
+)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Of one loop, over the rounds; the ratios are to the barest loop in the same round."""
+def step(
+    *,
+    batch_size: int = 0,
+    image_size: int = 224,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto",
+    torch_threads: int | None = None,
+    steps: int | None = None,
+    rounds: int = 10,
+    json: Path | None = None,
+) -> int:
+    """Compare the trainer's step with the barest loop that does the same arithmetic.
 
-    name: str
-    seconds: Statistic
-    ratio: Statistic
-    cpu_seconds: Statistic
-    cpu_ratio: Statistic
-
-
-@dataclass(frozen=True)
-class StepReport(Report):
-    """All that was measured."""
-
-    device: str
-    arithmetic: str
-    batch_size: int
-    image_size: int
-    steps: int
-    torch_threads: int
-    results: tuple[Result, ...]
-    unit: ClassVar[str] = "seconds a step"
-
-    def bars(self) -> Iterable[Bar]:
-        return [Bar("", result.name, result.seconds) for result in self.results]
-
-    def __str__(self) -> str:
-        lines = [
-            f"steps of {self.batch_size} images of {self.image_size} pixels, {self.steps} a turn; {self.arithmetic} on "
-            f"{self.device}, {self.torch_threads} threads; {self.hardware}",
-            f"{'':<14}{'ms':>10}{'ratio':>8}{'':>16}{'CPU ms':>10}{'ratio':>8}",
-        ]
-        for result in self.results:
-            cells = "".join(
-                f"{1000 * seconds.median:>10,.2f}{ratio.median:>8.3f}{f'({ratio.low:.3f}-{ratio.high:.3f})':>16}"
-                for seconds, ratio in ((result.seconds, result.ratio), (result.cpu_seconds, result.cpu_ratio))
-            )
-            lines.append(f"{result.name:<14}{cells}")
-        return "\n".join(lines)
-
-
-def benchmark(config: Config, *, steps: int, rounds: int) -> StepReport:
-    """Takes turns of so many steps with both loops, on the same batch, which lies on the device.
+    Both take the same batch, which lies on the device. The difference is the trainer's bookkeeping.
 
     Args:
-        config: Of its settings those count that make a step.
-        steps: Of a turn.
+        batch_size: As --batch-size of train.py.
+        image_size: Image side, in pixels.
+        device: As --device of train.py.
+        precision: As --precision of train.py.
+        torch_threads: As --torch-threads of train.py. One thread is disturbed least by other processes.
+        steps: Steps per turn; by default 20 on a GPU, 1 on a CPU.
         rounds: Turns of each loop.
-
-    Raises:
-        ValueError: A setting that this device does not have.
+        json: File for all figures.
     """
-    if config.torch_threads is not None:
-        torch.set_num_threads(config.torch_threads)
-    device = choose_device(config.device)
-    world = alone(device)
-    config = choose_batch_size(config, world, MANY_SAMPLES)
-    autocast_dtype = choose_autocast_dtype(config.precision, device)
-    loader = make_loader(config, device, autocast_dtype, steps)
-    loops = {
-        BAREST: make_barest(config, world, autocast_dtype, loader, steps),
-        TRAINER: make_trainer(config, world, autocast_dtype, loader, steps),
-    }
-    outcomes = take_turns({name: measured(loop, steps, device) for name, loop in loops.items()}, rounds)
-    base = outcomes[BAREST].turns
-    results = [
-        Result(
-            name,
-            summarize([turn.seconds for turn in outcome.turns]),
-            summarize([turn.seconds / other.seconds for turn, other in zip(outcome.turns, base, strict=True)]),
-            summarize([turn.cpu_seconds for turn in outcome.turns]),
-            summarize([turn.cpu_seconds / other.cpu_seconds for turn, other in zip(outcome.turns, base, strict=True)]),
-        )
-        for name, outcome in outcomes.items()
-    ]
-    return StepReport(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
-        str(autocast_dtype or torch.float32).removeprefix("torch."),
-        config.batch_size,
-        config.image_size,
-        steps,
-        torch.get_num_threads(),
-        tuple(results),
-        versions=versions(("torch",)),
-    )
+    for option, number in {"steps": steps, "rounds": rounds}.items():
+        require_positive(option, number)
+    chosen = choose_device(device)
+    steps = steps or (20 if chosen.type == "cuda" else 1)
+    if torch_threads is not None:
+        torch.set_num_threads(torch_threads)
+    # The epochs only matter for the schedule, which must not end.
+    config = Config(epochs=1000, batch_size=batch_size, image_size=image_size, precision=precision)
+    world = alone(chosen)
+    config = with_batch_size(config, world, MANY_SAMPLES)
+    autocast_dtype = choose_autocast_dtype(precision, chosen)
+    loops = [make(config, world, autocast_dtype, steps) for make in (make_barest, make_trainer)]
+    barest, trainer = (measured(loop, steps, chosen) for loop in loops)
+    outcomes = take_turns({"barest loop": barest, "trainer": trainer}, rounds)
+    rows = [Row.of(name, outcome, COLUMNS, outcomes["barest loop"], name=name) for name, outcome in outcomes.items()]
+    arithmetic, threads = str(autocast_dtype or torch.float32).removeprefix("torch."), torch.get_num_threads()
+    settings = {"device": device_name(chosen), "arithmetic": arithmetic, "batch_size": config.batch_size}
+    settings |= {"image_size": image_size, "steps": steps, "torch_threads": threads}
+    Report(
+        heading="{steps} steps of {batch_size} images of {image_size} pixels per turn; {arithmetic} on {device}, "
+        "{torch_threads} threads".format(**settings),
+        tables=[Table("", COLUMNS, rows)],
+        settings=settings,
+        versions=versions("torch"),
+    ).publish(json)
+    return 0
 
 
-def make_loader(config: Config, device: torch.device, autocast_dtype: torch.dtype | None, steps: int) -> SyntheticLoader:
-    """Of as many batches as steps, which lie on the device."""
-    return SyntheticLoader(
-        Deal(InOrder([steps * config.batch_size], 1), True, config.batch_size, 0, 1),
-        image_size=config.image_size,
-        device=device,
-        dtype=image_dtype(autocast_dtype, device),
-        num_classes=NUM_CLASSES,
-    )
-
-
-def make_trainer(
-    config: Config, world: World, autocast_dtype: torch.dtype | None, loader: SyntheticLoader, steps: int
-) -> Callable[[], None]:
-    """What train.py does in an epoch of `steps` steps and one log line, but for writing that."""
-    job = build_job(config, world, num_classes=NUM_CLASSES, classes=None, autocast_dtype=autocast_dtype, steps_per_epoch=steps)
-    job.model.train()
-    meter = Meter(world.device)
-
-    def run() -> None:
-        for batch in meter.batches(loader):
-            options = {"num_classes": NUM_CLASSES, "step": job.step, "seed": config.seed}
-            train_step(job, *mix(config.mix, batch["image"], batch["target"], **options))
-        meter.take()
-        job.sums.tolist()
-        job.sums.zero_()
-
-    return run
-
-
-def make_barest(
-    config: Config, world: World, autocast_dtype: torch.dtype | None, loader: SyntheticLoader, steps: int
-) -> Callable[[], None]:
-    """The network, the loss, the optimizer, the schedule and the average, on a batch that is at hand, and nothing else."""
+def make_barest(config: Config, world: World, autocast_dtype: torch.dtype | None, steps: int) -> Callable[[], None]:
+    """Returns a loop of network, loss, optimizer, schedule, and weight average on one batch, and nothing else."""
     torch.manual_seed(config.seed)
     device_type = world.device.type
-    model = googlenet(NUM_CLASSES, config.model.aux_logits, dropout=config.model.dropout)
+    model = GoogLeNet(NUM_CLASSES, config.model.aux_logits, dropout=config.model.dropout)
     model = model.to(world.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     parameters = [*model.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = config.optim.scaled(config.optim.lr, global_batch_size(config, world))
+    lr = config.optim.scaled(config.optim.lr, config.global_batch_size(world.size))
     optimizer = SGD(groups, lr=lr, momentum=config.optim.momentum, nesterov=config.optim.momentum > 0, fused=True)
     scheduler = build_scheduler(optimizer, config.optim, epochs=config.epochs, steps_per_epoch=steps)
     scaler = torch.amp.GradScaler(device_type, enabled=autocast_dtype == torch.float16)
     newest = [tensor.detach() for tensor in (*parameters, *model.buffers()) if tensor.is_floating_point()]
     averaged: list[Tensor] = copy.deepcopy(newest)
-    batch = loader.next()
-    assert batch is not None
+    [batch] = make_loader(config, world.device, autocast_dtype, 1)
     image, target = batch["image"], batch["target"]
 
     def run() -> None:
@@ -194,20 +120,9 @@ def make_barest(
     return run
 
 
-def measured(loop: Callable[[], None], steps: int, device: torch.device) -> Callable[[], Turn]:
-    """The loop as a competitor, warm."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(lambda: tyro.cli(step, prog="python -m tools.bench.step", args=arguments))
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    def turn() -> Turn:
-        wait()
-        clock, cpu = time.perf_counter(), time.process_time()
-        loop()
-        wait()
-        return Turn((time.perf_counter() - clock) / steps, (time.process_time() - cpu) / steps)
-
-    for _ in range(-(-WARM_UP_STEPS // steps)):
-        loop()
-    return turn
+if __name__ == "__main__":
+    main()

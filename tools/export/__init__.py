@@ -1,1 +1,1 @@
-"""`python -m tools.export`: a trained network as a file that needs none of this project. Its command line is `cli.py`."""
+"""The `export` command: writes a trained network to an ONNX or torch.export file. Its command line is `cli.py`."""

@@ -1,6 +1,5 @@
-"""The command line of `python -m tools.export`."""
+"""The command line of `export`."""
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,48 +10,45 @@ import tyro
 
 from tools.cli import run_command
 
-EPILOG = """Exit status: 0 written; 1 not written, since something failed on the way or the file does not give what the network
-gives; 2 a mistake in the command or its input, said in one line; 130 interrupted."""
-
 
 @dataclass(frozen=True)
 class Export:
-    """Write a trained network to a file that needs none of this project: ONNX, or torch.export's.
+    """Write a trained network to an ONNX or torch.export file, which runs without this project.
 
-    Input: `images`, float32 (N, 3, SIZE, SIZE), RGB from 0 to 1; the normalization is inside. N is free, SIZE is that of the
-    checkpoint. Output: `probabilities`, float32 (N, classes). The file holds the classes' names and how images are to be
-    resized. Before it gets its name its outputs are compared with those of the network.
+    The input `images` is float32 (N, 3, SIZE, SIZE), RGB from 0 to 1; the file includes the normalization. N is free, and SIZE
+    comes from the checkpoint. The output `probabilities` is float32 (N, classes). The file also stores the class names and how
+    images are resized. It is written only if its outputs agree with those of the network.
+
+    Exit status: 0 if the file was written; 1 if an error occurred or the outputs differ; 2 for a mistake in the command or its
+    input; 130 if interrupted.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """best.pt or last.pt of a run."""
+    """The best.pt or last.pt of a run."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """File to write, .onnx or .pt2; replaced where there is one."""
+    """File to write, .onnx or .pt2. An existing file is replaced."""
     weights: Literal["ema", "raw"] = "ema"
-    """ema: averaged over the steps of training. raw: those of the last step."""
+    """ema: averaged over the training steps. raw: from the last step."""
     check: tuple[str, ...] = ()
-    """Image files, folders or shards to compare the outputs on, the first 64 images; by default on drawn ones."""
+    """Image files, folders or shards whose first 64 images are used to compare outputs. Default: synthetic images."""
     split: str = "valid"
-    """Of shards in a folder with several splits."""
+    """Split to read from a folder of shards that holds several."""
 
     def run(self) -> int:
-        from model.load_model import load_trained
-        from tools.export.export import DifferentError, export
-        from tools.export.formats import format_of
+        from model.load_model import load_model
+        from tools.export.export import MismatchError, export
+        from tools.export.formats import choose_format
 
-        file_format = format_of(self.output)
-        trained = load_trained(self.checkpoint, self.weights)
+        file_format = choose_format(self.output)
+        trained = load_model(self.checkpoint, self.weights)
         try:
             print(export(trained, self.output, file_format, self.check, self.split))
-        except DifferentError as error:
+        except MismatchError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit statuses are listed by `--help`."""
-    description = f"{inspect.getdoc(Export)}\n\n{EPILOG}"
-    run_command(
-        lambda: tyro.cli(Export, prog="python -m tools.export", description=description, args=arguments).run(),
-    )
+    """Runs the command. `--help` lists the exit statuses."""
+    run_command(lambda: tyro.cli(Export, prog="export-model", args=arguments).run())

@@ -1,1 +1,1 @@
-"""`python -m tools.predict`: what a trained network makes of images. Its command line is `cli.py`."""
+"""The `predict` command: classifies images with a trained network. Its command line is `cli.py`."""

@@ -1,6 +1,5 @@
-"""The command line of `python -m tools.predict`."""
+"""The command line of `predict`."""
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,63 +10,64 @@ import tyro
 
 from tools.cli import run_command
 
-EPILOG = """Exit status: 0 at least one image was predicted; 1 not one was, or something failed on the way; 2 a mistake in the
-command or its input, said in one line; 130 interrupted. Images that cannot be used are named on the standard error, with the
-reason, and passed over."""
-
-MOST = 1024  # of threads, for one: DALI ends the process over numbers that no machine has
+MAX_VALUE = 1024  # DALI ends the process if, for example, the number of threads exceeds what a machine can have
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Say what a trained network makes of images: the likeliest classes of each, with their probabilities.
+    """Classify images with a trained network: print the most probable classes of each image.
 
-    Images are decoded and resized as in validation, and come out in the order in which they go in.
+    Images are decoded and resized as in validation. The output keeps the order of the input. Unusable images are skipped, and
+    reported on standard error with the reason.
+
+    Exit status: 0 if at least one image was predicted; 1 if none was, or if an error occurred; 2 for a mistake in the command
+    or its input; 130 if interrupted.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """best.pt or last.pt of a run."""
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES ...")]
-    """Image files, or a quoted glob of them; folders, of which all images at any depth are taken; shards, as a folder, a
-    tar, a glob or a brace pattern, here or at a URL."""
+    """The best.pt or last.pt of a run."""
+    images: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
+    ]
+    """Image files or a quoted glob; folders, searched recursively; shards: a folder, tar, glob or brace pattern, or its URL."""
     top: int = 5
-    """How many classes of each image."""
+    """Number of classes to print per image."""
     weights: Literal["ema", "raw"] = "ema"
-    """ema: averaged over the steps of training. raw: those of the last step."""
+    """ema: averaged over the training steps. raw: from the last step."""
     json: bool = False
-    """Print one JSON object a line; docs/after-training.md has its keys."""
+    """Print one JSON object per line; docs/after-training.md lists its keys."""
     split: str = "valid"
-    """Of shards in a folder with several splits."""
+    """Split to read from a folder of shards that holds several."""
     label_key: str = ""
-    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls, if any."""
+    """Key of the label in each sample's .json, a.b for nested keys. By default, the label is read from .cls if there is one."""
     batch_size: int = 32
-    """Images that are decoded and looked at together."""
+    """Images per batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
+    """Device to compute on. auto: the GPU if there is one."""
     threads: int | None = None
-    """CPU threads that decode; by default one a CPU, 16 at the most."""
+    """CPU threads for decoding. Default: one per CPU, at most 16."""
 
     def run(self) -> int:
         self._check()
         from model.distributed import choose_device
-        from model.load_model import load_trained
+        from model.load_model import load_model
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict
 
         device = choose_device(self.device)
-        trained = load_trained(self.checkpoint, self.weights, device)
-        sources = open_inputs(self.images, self.split, self.label_key, trained.classes)
+        trained = load_model(self.checkpoint, self.weights, device)
+        images = open_inputs(self.images, self.split, self.label_key, trained.classes)
         count = 0
         for prediction in predict(
-            trained, sources, top=self.top, batch_size=self.batch_size, device=device, num_threads=self.threads
+            trained, images, top=self.top, batch_size=self.batch_size, device=device, num_threads=self.threads
         ):
-            if prediction.complaint:
-                print(f"{prediction.image.name}: {prediction.complaint}", file=sys.stderr)
-            if prediction.classes:
+            if prediction.problem:
+                print(f"{prediction.image.name}: {prediction.problem}", file=sys.stderr)
+            if prediction.scores:
                 print(prediction.as_json() if self.json else prediction.as_text(), flush=True)
                 count += 1
         if not count:
-            print("error: not one image could be predicted", file=sys.stderr)
+            print("error: no image could be predicted", file=sys.stderr)
         return 0 if count else 1
 
     def _check(self) -> None:
@@ -75,13 +75,10 @@ class Predict:
             raise ValueError("name images, folders or shards after the checkpoint")
         for name in ("top", "batch_size", "threads"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MOST:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: a number from 1 to {MOST} is needed")
+            if value is not None and not 1 <= value <= MAX_VALUE:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a number from 1 to {MAX_VALUE} is needed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit statuses are listed by `--help`."""
-    description = f"{inspect.getdoc(Predict)}\n\n{EPILOG}"
-    run_command(
-        lambda: tyro.cli(Predict, prog="python -m tools.predict", description=description, args=arguments).run(),
-    )
+    """Runs the command. `--help` lists the exit statuses."""
+    run_command(lambda: tyro.cli(Predict, prog="predict", args=arguments).run())

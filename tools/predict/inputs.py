@@ -1,163 +1,80 @@
-"""What is to be predicted: image files, folders of them and shards, read one image after the other."""
+"""Reads the images to classify, one at a time: from image files, folders and shards."""
 
 import contextlib
 import glob
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from pipelines.remote.cache import open_cache
 from pipelines.remote.object_store import is_url
+from pipelines.shards.find_tars import INFO_FILE
 from pipelines.shards.index import Sample, read_index, split_name
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, INFO_FILE, ShardSet, image_or_first, open_shards, read_label
+from pipelines.shards.labels import LabelReader
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, image_or_first, open_shards, read_label
 from tools.shards.sources.folders import list_files
 from tools.shards.sources.listing import Extents
 
-CACHE_GIGABYTES = 64.0  # of copies of remote shards, which are deleted at the end
+CACHE_GIGABYTES = 64.0  # for copies of remote shards, which are deleted at the end
 
 
 @dataclass(frozen=True)
-class Label:
-    """What a shard says about a sample: the number of its class, and the class's name where that is known."""
-
-    number: int
-    name: str | None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An image as it is stored.
+class EncodedImage:
+    """An encoded image and its location.
 
     Attributes:
-        place: Where it is: `path`, or `tar` and `key`.
-        content: The bytes of its file; nothing, where they cannot be had.
-        label: Of a sample of a shard that has one.
-        problem: Why the bytes cannot be had, or else empty.
-        note: What else is wrong with it, or empty.
+        place: Its location: `path`, or `tar` and `key`.
+        content: Encoded bytes; empty if they cannot be read.
+        label: Class number and name (None if unknown) of a shard's sample, if it has a label.
+        problem: Why the image cannot be read; empty if it can.
+        warning: Any other problem, such as a bad label; empty if there is none.
     """
 
     place: dict[str, str]
     content: bytes = b""
-    label: Label | None = None
+    label: tuple[int, str | None] | None = None
     problem: str = ""
-    note: str = ""
+    warning: str = ""
 
     @property
     def name(self) -> str:
-        """The place, for people."""
+        """The location as text."""
         return ":".join(self.place.values())
 
 
-class Source(Protocol):
-    """Images in an order."""
-
-    def read(self) -> Iterator[Encoded]: ...
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Files that are images, whatever their names."""
-
-    paths: Sequence[str]
-
-    def read(self) -> Iterator[Encoded]:
-        return map(_read_file, self.paths)
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """All images below a folder, in the order of `shards convert`: sorted, a folder's own files before its folders."""
-
-    folder: str
-    extents: Extents
-    left_out: Sequence[tuple[str, str]]
-
-    def read(self) -> Iterator[Encoded]:
-        for name, reason in self.left_out:
-            yield Encoded({"path": os.path.join(self.folder, name)}, problem=reason)
-        for name in self.extents.names:
-            yield _read_file(os.path.join(self.folder, name))
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The samples of shards, in their order; remote ones are copied to a temporary folder on the way."""
-
-    shards: ShardSet
-
-    def read(self) -> Iterator[Encoded]:
-        shards = self.shards
-        with contextlib.ExitStack() as held:
-            cache = held.enter_context(open_cache("", CACHE_GIGABYTES)) if shards.is_remote else None
-            urls = list(zip(shards.tars, shards.sizes, strict=True))
-            for number, (tar, index) in enumerate(zip(shards.tars, shards.indices, strict=True)):
-                with contextlib.ExitStack() as copy:
-                    path = tar
-                    if cache is not None:
-                        [path] = map(str, copy.enter_context(cache.hold([urls[number]])))
-                        cache.prefetch(urls[number + 1 : number + 2])
-                    file = copy.enter_context(open(path, "rb"))
-                    for sample in read_index(index):
-                        yield self._read_sample(file, tar, sample)
-
-    def _read_sample(self, file: BinaryIO, tar: str, sample: Sample) -> Encoded:
-        place = {"tar": tar, "key": split_name(sample[0].name)[0]}
-        image, reader = image_or_first(sample), self.shards.label_reader
-        if image.extension.lower() not in IMAGE_EXTENSIONS:
-            return Encoded(place, problem=f"no image among its members, .{' .'.join(part.extension for part in sample)}")
-        label, note = None, ""
-        if any(part.extension.lower() == reader.extension for part in sample):
-            try:
-                number = read_label(file, sample, tar, reader)
-                label = Label(number, reader.classes[number] if reader.classes and number < len(reader.classes) else None)
-            except ValueError as error:
-                note = f"predicted, but without its label; {error}"
-        file.seek(image.offset)
-        content = file.read(image.size)
-        if len(content) < image.size:
-            raise OSError(f"{tar} ends in the middle of {image.name}; it was cut short: copy or convert it again")
-        return Encoded(place, content, label, note=note)
-
-
-def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tuple[str, ...] | None) -> list[Source]:
-    """What the command line names, in its order.
+def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tuple[str, ...] | None) -> Iterator[EncodedImage]:
+    """Checks all inputs, then reads their images in order.
 
     Args:
-        inputs: Image files and patterns for them, folders of images, and shards as for `open_shards`.
-        split: Which, of a folder of shards with several.
-        label_key: See `open_shards`.
-        classes: Names of classes by number, where shards have none of their own.
+        inputs: Image files, globs and folders of images, and shards as for `open_shards`.
+        split: Split to read from a folder of shards that holds several.
+        label_key: Key of the labels in `.json`, see `open_shards`.
+        classes: Class names by number, for shards without names of their own.
 
     Raises:
-        ValueError: One of them is not there, or has no image or no sample.
+        ValueError: An input does not exist, or holds no image or sample.
+        OSError: A shard cannot be read; raised while reading.
     """
-    return [_open_input(location, split, label_key, classes) for location in inputs]
+    return itertools.chain.from_iterable([_open_input(location, split, label_key, classes) for location in inputs])
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
-
-
-def _open_input(location: str, split: str, label_key: str, classes: tuple[str, ...] | None) -> Source:
+def _open_input(location: str, split: str, label_key: str, classes: tuple[str, ...] | None) -> Iterable[EncodedImage]:
     path = Path(location)
-    has_tars = path.is_dir() and any(path.glob("*.tar"))
-    if has_tars and not (path / INFO_FILE).exists() and any(map(_is_image, os.listdir(path))):
-        raise ValueError(f"{location}: holds images and tars; name the tars ('{path / '*.tar'}'), or the images, or both")
-    if path.is_dir() and not (path / INFO_FILE).exists() and not has_tars:
-        extents, left_out = Extents(location), list[tuple[str, str]]()
-        list_files(path, "", extents, left_out, images_only=True)
-        if not extents and not left_out:
-            raise ValueError(f"{location}: no images in this folder, nor shards")
-        return ImageFolder(location, extents, left_out)
+    if path.is_dir() and not (path / INFO_FILE).exists():
+        if not any(path.glob("*.tar")):
+            return _open_folder(location)
+        if any(map(_is_image, os.listdir(path))):
+            raise ValueError(f"{location}: holds images and tars; name the tars ('{path / '*.tar'}'), or the images, or both")
     if path.is_file() and path.suffix != ".tar":
-        return ImageFiles([location])
+        return map(_read_file, [location])
     if not path.exists() and not is_url(location):
-        # A pattern that the shell has left as it is.
+        # The shell leaves a quoted pattern to us.
         paths = [match for match in sorted(glob.glob(location, recursive=True)) if not Path(match).is_dir()]
         if paths and not any(match.endswith(".tar") for match in paths):
-            return ImageFiles(paths)
+            return map(_read_file, paths)
         if glob.has_magic(location) and _is_image(location):
             raise ValueError(f"{location}: no such image")
         if not set(location) & set("*?[{"):
@@ -165,11 +82,60 @@ def _open_input(location: str, split: str, label_key: str, classes: tuple[str, .
     shards = open_shards(location, split, label_key=label_key)
     if shards.classes is None:
         shards = replace(shards, label_reader=replace(shards.label_reader, classes=classes))
-    return Shards(shards)
+    return _read_shards(shards)
 
 
-def _read_file(path: str) -> Encoded:
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
+def _read_file(path: str) -> EncodedImage:
     try:
-        return Encoded({"path": path}, Path(path).read_bytes())
+        return EncodedImage({"path": path}, Path(path).read_bytes())
     except OSError as error:
-        return Encoded({"path": path}, problem=f"cannot be read ({error.strerror})")
+        return EncodedImage({"path": path}, problem=f"cannot be read ({error.strerror})")
+
+
+def _open_folder(folder: str) -> Iterable[EncodedImage]:
+    """Lists all images below a folder in the order of `shards convert`: sorted, a folder's own files before its subfolders."""
+    extents, left_out = Extents(folder), list[tuple[str, str]]()
+    list_files(Path(folder), "", extents, left_out, images_only=True)
+    if not extents and not left_out:
+        raise ValueError(f"{folder}: no images in this folder, nor shards")
+    unusable = [EncodedImage({"path": os.path.join(folder, name)}, problem=reason) for name, reason in left_out]
+    return itertools.chain(unusable, (_read_file(os.path.join(folder, name)) for name in extents.names))
+
+
+def _read_shards(shards: ShardSet) -> Iterator[EncodedImage]:
+    """Reads the samples of shards in order. Remote shards are copied to a temporary folder, one shard ahead."""
+    with contextlib.ExitStack() as held:
+        cache = held.enter_context(open_cache("", CACHE_GIGABYTES)) if shards.is_remote else None
+        urls = list(zip(shards.tars, shards.sizes, strict=True))
+        for number, (tar, index) in enumerate(zip(shards.tars, shards.indices, strict=True)):
+            with contextlib.ExitStack() as copy:
+                path = tar
+                if cache is not None:
+                    [path] = map(str, copy.enter_context(cache.hold([urls[number]])))
+                    cache.prefetch(urls[number + 1 : number + 2])
+                file = copy.enter_context(open(path, "rb"))
+                for sample in read_index(index):
+                    yield _read_sample(file, tar, sample, shards.label_reader)
+
+
+def _read_sample(file: BinaryIO, tar: str, sample: Sample, reader: LabelReader) -> EncodedImage:
+    place = {"tar": tar, "key": split_name(sample[0].name)[0]}
+    image = image_or_first(sample)
+    if image.extension.lower() not in IMAGE_EXTENSIONS:
+        return EncodedImage(place, problem=f"no image among its members, .{' .'.join(part.extension for part in sample)}")
+    label, warning = None, ""
+    if any(part.extension.lower() == reader.extension for part in sample):
+        try:
+            number = read_label(file, sample, tar, reader)
+            label = (number, reader.classes[number] if reader.classes and number < len(reader.classes) else None)
+        except ValueError as error:
+            warning = f"predicted without its label; {error}"
+    file.seek(image.offset)
+    content = file.read(image.size)
+    if len(content) < image.size:
+        raise OSError(f"{tar} ends in the middle of {image.name}; it was cut short: copy or convert it again")
+    return EncodedImage(place, content, label, warning=warning)

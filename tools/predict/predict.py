@@ -1,21 +1,21 @@
-"""What a trained network makes of images, one batch after the other."""
+"""Classifies images in batches."""
 
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
-from model.load_model import Trained
+from model.load_model import TrainedModel
 from pipelines.dali.validation_decoder import ValidationDecoder
-from tools.predict.inputs import Encoded, Source
+from tools.predict.inputs import EncodedImage
 
 
-@dataclass(frozen=True)
-class Likely:
-    """A class of an image, and its probability."""
+class ClassScore(NamedTuple):
+    """A class (its name is None if unknown) and its probability."""
 
     number: int
     name: str | None
@@ -24,72 +24,76 @@ class Likely:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network makes of one image.
+    """The result for one image.
 
     Attributes:
         image: The image.
-        classes: The likeliest first; none, where the image cannot be used.
-        complaint: What is wrong with the image, or empty.
+        scores: The most probable classes, best first; empty if the image is unusable.
+        problem: The problem with the image or its label; empty if there is none.
     """
 
-    image: Encoded
-    classes: tuple[Likely, ...]
-    complaint: str
+    image: EncodedImage
+    scores: Sequence[ClassScore]
+    problem: str
 
     def as_json(self) -> str:
-        """One line."""
-        label = self.image.label
-        fields = {
-            **self.image.place,
-            **({} if label is None else {"label": {"class": label.number, "name": label.name}}),
-            "predictions": [{"class": c.number, "name": c.name, "probability": c.probability} for c in self.classes],
-        }
+        """Formats the prediction as a JSON object on one line."""
+        fields: dict[str, object] = {**self.image.place}
+        if self.image.label is not None:
+            number, name = self.image.label
+            fields["label"] = {"class": number, "name": name}
+        fields["predictions"] = [{"class": s.number, "name": s.name, "probability": s.probability} for s in self.scores]
         return json.dumps(fields)
 
     def as_text(self) -> str:
-        """A line for the image, and one for each class."""
-        label = self.image.label
-        shown = "" if label is None else f"  (label: {_shown(label.number, label.name)})"
-        lines = [f"  {100 * c.probability:5.1f} %  {_shown(c.number, c.name)}" for c in self.classes]
-        return "\n".join([f"{self.image.name}{shown}", *lines])
+        """Formats the prediction as one line for the image and one for each class."""
+        label = "" if self.image.label is None else f"  (label: {_class_text(*self.image.label)})"
+        lines = [f"  {100 * s.probability:5.1f} %  {_class_text(s.number, s.name)}" for s in self.scores]
+        return "\n".join([f"{self.image.name}{label}", *lines])
 
 
 def predict(
-    trained: Trained, sources: Iterable[Source], *, top: int, batch_size: int, device: torch.device, num_threads: int | None
+    trained: TrainedModel,
+    images: Iterator[EncodedImage],
+    *,
+    top: int,
+    batch_size: int,
+    device: torch.device,
+    num_threads: int | None,
 ) -> Iterator[Prediction]:
-    """A prediction for each image, in order; there is never more than a batch of images in memory.
+    """Classifies images in order. At most one batch of images is in memory.
 
     Args:
         trained: The network, on `device`.
-        sources: Where the images are.
-        top: How many classes of each image; all, where there are fewer.
-        batch_size: Images that are decoded and looked at together.
-        device: Where to compute.
-        num_threads: CPU threads that decode; by default one a CPU, 16 at the most.
+        images: Images to classify.
+        top: Number of classes to return per image; all if the network has fewer.
+        batch_size: Images per batch.
+        device: Device to compute on.
+        num_threads: CPU threads for decoding; one per CPU by default, at most 16.
 
     Raises:
-        OSError: Shards cannot be read.
+        OSError: A shard cannot be read.
     """
     decoder = validation_decoder(trained, batch_size, device, num_threads)
     model = trained.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = itertools.chain.from_iterable(source.read() for source in sources)
     while batch := list(itertools.islice(images, batch_size)):
         readable = [image for image in batch if not image.problem]
         pixels, undecodable = decoder([image.content for image in readable])
         with torch.inference_mode():
             probabilities, numbers = model(pixels).softmax(1).topk(min(top, trained.num_classes))
-        likeliest = iter(zip(numbers.tolist(), probabilities.tolist(), strict=True))
+        rows = zip(numbers.tolist(), probabilities.tolist(), strict=True)
         problems = iter([undecodable.get(i, "") for i in range(len(readable))])
         for image in batch:
             problem = image.problem or next(problems)
-            classes = () if problem else _likely(trained, *next(likeliest))
-            yield Prediction(image, classes, problem or image.note)
+            best: Iterable[tuple[int, float]] = () if problem else zip(*next(rows), strict=True)
+            scores = [ClassScore(number, trained.class_name(number), probability) for number, probability in best]
+            yield Prediction(image, scores, problem or image.warning)
 
 
 def validation_decoder(
-    trained: Trained, batch_size: int, device: torch.device, num_threads: int | None = None, *, normalized: bool = True
+    trained: TrainedModel, batch_size: int, device: torch.device, num_threads: int | None = None, *, normalized: bool = True
 ) -> ValidationDecoder:
-    """What makes images ready for the network; not normalized they are values in [0, 1]."""
+    """Builds the decoder for a network's input. If `normalized` is false, its pixels are in [0, 1] instead."""
     settings = asdict(trained.preprocessing)
     if not normalized:
         settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -97,12 +101,5 @@ def validation_decoder(
     return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=threads)
 
 
-def _likely(trained: Trained, numbers: Sequence[int], probabilities: Sequence[float]) -> tuple[Likely, ...]:
-    return tuple(
-        Likely(number, trained.class_name(number), probability)
-        for number, probability in zip(numbers, probabilities, strict=True)
-    )
-
-
-def _shown(number: int, name: str | None) -> str:
+def _class_text(number: int, name: str | None) -> str:
     return f"class {number}" if name is None else name

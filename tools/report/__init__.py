@@ -1,1 +1,1 @@
-"""`python -m tools.report`: what runs have left behind, as one page or one picture. Its command line is `cli.py`."""
+"""The `report` command: charts and tables of training runs, as an HTML page or a PNG. Its command line is `cli.py`."""

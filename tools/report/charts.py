@@ -1,11 +1,8 @@
-"""The charts: one panel a quantity, one colour a run."""
+"""Draws the charts: one panel per quantity, one color per run."""
 
 import io
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -23,10 +20,11 @@ PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.3  # inches
 COLUMNS = 3
 LEGEND_LINE = 0.28  # inches
 DOTS_PER_INCH = 100
-# Okabe and Ito's colours, which colour-blind people tell apart too; without the yellow, which is hard to see on white.
+# Okabe and Ito's palette for color-blind readers, without yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+FONT = "DejaVu Sans"  # part of matplotlib
 STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],  # matplotlib brings it along
+    "font.family": [FONT],
     "font.size": 9.0,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -37,99 +35,98 @@ STYLE: dict[Any, Any] = {
     "axes.formatter.use_mathtext": False,
     "grid.color": "#e2e2e2",
     "legend.frameon": False,
-    "svg.hashsalt": "report",  # the same input gives the same bytes
+    "svg.hashsalt": "report",  # makes the SVG a function of its input
 }
-PANEL_POINTS = 1000  # more of them than a panel has pixels
-MEANS, MEANS_OF_MANY = 300, 100  # points left of a curve that is drawn as means
-FEW_RUNS = 3  # with more of them bands cover each other, and noise covers everything
-MOST_MARKED = 30  # points of a curve that get a dot each
-LONGEST_NAME = 40  # letters
-LOG_FROM = 20.0  # times the smallest value, from which on the small ones would not be seen
+MAX_POINTS = 1000  # a panel has fewer pixels
+MEANS, MEANS_OF_MANY = 300, 100  # points of a curve drawn as means, for few and for many runs
+FEW_RUNS = 3  # the bands of more runs would cover each other
+MAX_MARKERS = 30  # longer curves have no markers
+MAX_NAME = 40  # characters
+LOG_RATIO = 20.0  # the axis is logarithmic if the largest value exceeds the smallest by more than this factor
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A metric in a panel, for each run."""
+class Panel(NamedTuple):
+    """A chart of one quantity; by default, of a noisy one.
 
-    split: Split
-    name: str
-    label: str = ""
-    dashes: Literal["-", "--"] = "-"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart; without more words, of a quantity that is noisy."""
+    Attributes:
+        title: Title.
+        unit: Label of the vertical axis.
+        split: Split of the metrics.
+        names: Metrics to plot: the first as a solid line, the second dashed.
+        labels: Their labels, if there are two.
+        is_smooth: The quantity has no noise to average.
+        is_counter: The quantity changes rarely. The panel is left out if it never changes.
+        may_be_log: The axis is logarithmic if the values span a wide range.
+        top: Smallest upper limit of an axis that starts at 0; None to fit the axis to the values.
+    """
 
     title: str
     unit: str
-    curves: tuple[Curve, ...]
+    split: Split
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     is_smooth: bool = False
-    is_counter: bool = False  # stays as it is for long, mostly for the whole of a run; then it is not drawn
+    is_counter: bool = False
     may_be_log: bool = False
-    top: float | None = None  # from 0 to here, or farther if need be
+    top: float | None = None
 
 
-def _loss(title: str, name: str) -> Panel:
-    return Panel(title, "cross-entropy, nats", (Curve("train", name),), may_be_log=True)
+def _loss(title: str, name: str, split: Split = "train") -> Panel:
+    return Panel(title, "cross-entropy, nats", split, (name,), may_be_log=True)
 
 
 def _accuracy(title: str, name: str) -> Panel:
-    curves = (Curve("valid", f"ema_{name}", "averaged weights (EMA)"), Curve("valid", name, "raw weights", "--"))
-    return Panel(title, "% of validation images", curves)
-
-
-def _counter(title: str, unit: str, name: str) -> Panel:
-    return Panel(title, unit, (Curve("train", name),), is_counter=True, top=1)
+    labels = ("averaged weights (EMA)", "raw weights")
+    return Panel(title, "% of validation images", "valid", (f"ema_{name}", name), labels)
 
 
 PANELS = (
     _loss("Training loss, all heads", "loss"),
-    Panel("Validation loss", "cross-entropy, nats", (Curve("valid", "loss"),), may_be_log=True),
-    Panel("Learning rate", "learning rate", (Curve("train", "lr"),), is_smooth=True, top=0),
+    _loss("Validation loss", "loss", "valid"),
+    Panel("Learning rate", "learning rate", "train", ("lr",), is_smooth=True, top=0),
     _loss("Training loss, main head", "main_loss"),
     _loss("Training loss, auxiliary head 2", "aux2_loss"),
     _loss("Training loss, auxiliary head 1", "aux1_loss"),
     _accuracy("Top-1 accuracy", "top1"),
     _accuracy("Top-5 accuracy", "top5"),
-    Panel("Gradient norm", "L2 norm", (Curve("train", "gradient_norm"),), may_be_log=True),
-    Panel("Throughput", "images/s", (Curve("train", "images_per_second"),), top=0),
-    Panel("Data wait", "% of the time", (Curve("train", "data_wait_percent"),), top=5),
-    Panel("GPU memory", "GB", (Curve("train", "gpu_memory_gigabytes"),), is_smooth=True, top=0),
-    Panel("Loss scale", "factor", (Curve("train", "scale"),), is_counter=True, may_be_log=True),
-    _counter("Skipped steps", "steps so far", "skipped_steps"),
-    _counter("Bad samples", "samples left out", "bad_samples"),
+    Panel("Gradient norm", "L2 norm", "train", ("gradient_norm",), may_be_log=True),
+    Panel("Throughput", "images/s", "train", ("images_per_second",), top=0),
+    Panel("Data wait", "% of the time", "train", ("data_wait_percent",), top=5),
+    Panel("GPU memory", "GB", "train", ("gpu_memory_gigabytes",), is_smooth=True, top=0),
+    Panel("Loss scale", "factor", "train", ("scale",), is_counter=True, may_be_log=True),
+    Panel("Skipped steps", "steps so far", "train", ("skipped_steps",), is_counter=True, top=1),
+    Panel("Bad samples", "samples left out", "train", ("bad_samples",), is_counter=True, top=1),
 )
 
 
 def colors(count: int) -> list[str]:
-    """A colour for each of so many runs, as `#rrggbb`."""
+    """Returns a distinct color for each of `count` runs, as `#rrggbb`."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     return [to_hex(color) for color in mpl.colormaps["viridis"](np.linspace(0, 0.93, count))]
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Those for which the runs have something to draw.
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    """Selects the panels for which the runs have values.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There are none.
     """
 
     def is_shown(panel: Panel) -> bool:
-        values = _values(panel, runs)
-        return bool(len(values)) and not (panel.is_counter and all(_is_constant(run, panel.curves[0]) for run in runs))
+        values = [run.series[panel.split, name].values for run in runs for name in panel.names]
+        return any(len(np.unique(each)) > 1 if panel.is_counter else len(each) for each in values)
 
     shown = [panel for panel in PANELS if is_shown(panel)]
     if not shown:
-        raise ValueError(f"{runs[0].path}: no line of metrics.jsonl has a number that could be drawn")
+        raise ValueError(f"{runs[0].path}: no line of metrics.jsonl has a number that can be plotted")
     return shown
 
 
-def charts(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
-    """Title and SVG of each panel."""
+def draw_svgs(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
+    """Draws each panel; yields its title and SVG."""
     with mpl.rc_context(STYLE):
-        for panel in panels(runs):
+        for panel in _panels(runs):
             figure = Figure(figsize=(PANEL_WIDTH, PANEL_HEIGHT), layout="constrained")
             _draw(figure.add_subplot(), panel, runs)
             buffer = io.BytesIO()
@@ -137,84 +134,79 @@ def charts(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
             yield panel.title, buffer.getvalue()
 
 
-def write_picture(runs: Sequence[Run], output: Path) -> None:
-    """All panels below a legend of the runs, as a PNG that appears whole or not at all."""
-    shown = panels(runs)
+def draw_png(runs: Sequence[Run]) -> bytes:
+    """Draws all panels below a legend of the runs; returns the PNG."""
+    shown = _panels(runs)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     with mpl.rc_context(STYLE):
         legend_columns = 2 if len(runs) > FEW_RUNS and columns > 1 else 1
         size = (columns * PANEL_WIDTH, rows * PANEL_HEIGHT + -(-len(runs) // legend_columns) * LEGEND_LINE)
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), dpi=DOTS_PER_INCH)
-        places = figure.subplots(rows, columns, squeeze=False).flat
-        for place in list(places)[len(shown) :]:
+        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for place in places[len(shown) :]:
             place.set_axis_off()
-        for place, panel in zip(figure.axes, shown, strict=False):
+        for place, panel in zip(places, shown, strict=False):
             _draw(place, panel, runs)
         handles = [Line2D([], [], color=color, linewidth=2.5) for color in colors(len(runs))]
         names = [_caption(run) for run in runs]
         legend = figure.legend(handles, names, loc="outside upper left", fontsize=10, ncols=legend_columns)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a folder may be called a$b$c
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
-            figure.savefig(temporary, format="png")
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+            text.set_parse_math(False)  # a folder's name may contain dollar signs
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
 def _caption(run: Run) -> str:
-    """A run's name in letters that the font has, and how far it has come."""
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    """Formats a run's name, limited to the font's characters, with its progress and scores."""
+    known = get_font(findfont(FONT)).get_charmap()
     name = "".join(letter if ord(letter) in known else "?" for letter in run.name)
-    name = name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+    name = name if len(name) <= MAX_NAME else f"...{name[3 - MAX_NAME :]}"
     scores = {"top-1": run.last("valid", "top1"), "EMA": run.last("valid", "ema_top1")}
     shown = [f"{label} {score:.2f} %" for label, score in scores.items() if score is not None]
     return "   ".join([name, f"epoch {run.epoch} of {run.epochs}, step {run.step:,}", *shown])
 
 
-def _values(panel: Panel, runs: Sequence[Run]) -> Floats:
-    return np.concatenate([run.series[curve.split, curve.name].values for run in runs for curve in panel.curves])
-
-
-def _is_constant(run: Run, curve: Curve) -> bool:
-    values = run.series[curve.split, curve.name].values
-    return not len(values) or bool((values == values[0]).all())
-
-
 def _draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    for run, color in zip(runs, colors(len(runs)), strict=True):
-        for curve in panel.curves:
-            _draw_curve(axes, panel, run.series[curve.split, curve.name], color, curve.dashes, len(runs))
-    values = _values(panel, runs)
+    curves = [
+        (run.series[panel.split, name], color, style)
+        for run, color in zip(runs, colors(len(runs)), strict=True)
+        for name, style in zip(panel.names, ("-", "--"), strict=False)
+    ]
+    for series, color, style in curves:
+        _draw_curve(axes, panel, series, color, style, len(runs))
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit, xlim=(0, 1.02 * max(1, *(run.step for run in runs))))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if panel.may_be_log and values.min() > 0 and values.max() > LOG_FROM * values.min():
+    _scale(axes, panel, np.concatenate([series.values for series, _, _ in curves]))
+    if panel.labels:
+        styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
+        axes.legend(styles, panel.labels, loc="lower right", fontsize=8)
+
+
+def _scale(axes: Axes, panel: Panel, values: Floats) -> None:
+    if panel.may_be_log and values.min() > 0 and values.max() > LOG_RATIO * values.min():
         axes.set_yscale("log")
         axes.set_ylabel(f"{panel.unit} (log scale)")
         is_wide = values.max() > 1000 * values.min()
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=panel.is_counter))
-        if values.max() >= 1000:
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        if panel.top is not None:
-            axes.set_ylim(0, max(panel.top, 1.05 * values.max()) or 1)
-    if len(panel.curves) > 1:
-        styles = [Line2D([], [], color="#555555", linestyle=curve.dashes) for curve in panel.curves]
-        axes.legend(styles, [curve.label for curve in panel.curves], loc="lower right", fontsize=8)
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=panel.is_counter))
+    if values.max() >= 1000:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if panel.top is not None:
+        axes.set_ylim(0, max(panel.top, 1.05 * values.max()) or 1)
 
 
-def _draw_curve(axes: Axes, panel: Panel, series: Series, color: str, dashes: Literal["-", "--"], num_runs: int) -> None:
-    """A line; of a noisy quantity with many points the means of equal stretches, on a band from the least to the greatest."""
+def _draw_curve(axes: Axes, panel: Panel, series: Series, color: str, style: str, num_runs: int) -> None:
+    """Draws a line. A long noisy curve becomes the means of equal intervals, on a band from their minima to their maxima."""
     steps, values = series.steps, series.values
     means = MEANS if num_runs <= FEW_RUNS else MEANS_OF_MANY
     if panel.is_smooth or panel.is_counter:
-        kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), PANEL_POINTS)).round().astype(int))
+        kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).round().astype(int))
         steps, values = steps[kept], values[kept]
     elif len(values) > 2 * means:
         starts = np.linspace(0, len(values), means + 1).astype(int)[:-1]
@@ -226,10 +218,10 @@ def _draw_curve(axes: Axes, panel: Panel, series: Series, color: str, dashes: Li
     axes.plot(
         steps,
         values,
-        dashes,
+        style,
         color=color,
         linewidth=1.3,
-        marker="." if len(values) <= MOST_MARKED else "",
+        marker="." if len(values) <= MAX_MARKERS else "",
         markersize=9 if len(values) == 1 else 4,
         drawstyle="steps-post" if panel.is_counter else "default",
     )

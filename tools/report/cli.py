@@ -1,5 +1,6 @@
-"""The command line of the report."""
+"""The command line of `report`."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,31 +8,55 @@ from typing import Annotated
 
 import tyro
 
+from pipelines.files import replace_bytes
 from tools.cli import run_command
-
-DESCRIPTION = """Draw what runs have left behind, one over the other: losses, accuracy, learning rate, throughput.
-
-Runs that are still going are drawn as far as they have come. Needs matplotlib: pip install 'googlenet-dali[plot]'.
-
-Exit status: 0 done; 1 failed on the way, such as on a full disk; 2 a mistake in the command or its input, said in one line; 130
-interrupted."""
 
 
 @dataclass(frozen=True)
 class Report:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, as train.py writes them."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write: .html, a page with charts and tables that needs no other file, or .png, the charts alone. By default
-    report.html in the first run's folder."""
+    """Plot training runs over each other: losses, accuracy, learning rate and throughput.
+
+    A run that is still in progress is plotted up to its last line. Needs matplotlib: pip install -e '.[plot]'.
+
+    Exit status: 0 on success; 1 if an error occurred, such as a full disk; 2 for a mistake in the command or its input; 130 if
+    interrupted.
+    """
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
+    """Run folders written by train.py."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    """A self-contained .html page, or a .png of the charts. Default: report.html in the first run folder."""
 
     def run(self) -> int:
-        from tools.report.write import write_report
+        self._check()
+        from tools.report.runs import read_runs
 
-        print(write_report(self.runs, self.output))
+        runs = read_runs(self.runs)
+        from tools.report.charts import draw_png
+        from tools.report.page import page
+
+        output = self.output or self.runs[0] / "report.html"
+        replace_bytes(output, draw_png(runs) if output.suffix.lower() == ".png" else page(runs))
+        print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {output.stat().st_size / 1000:,.0f} kB")
         return 0
+
+    def _check(self) -> None:
+        output = self.output
+        if not self.runs:
+            raise ValueError("no runs given; name one or more run folders, for example runs/20260101-120000-1234")
+        if output is not None:
+            if output.suffix.lower() not in (".html", ".png"):
+                raise ValueError(f"--output {output}: the name has to end in .html or .png")
+            if not output.parent.is_dir():
+                raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+            if output.is_dir():
+                raise ValueError(f"--output {output}: a folder; name a file in it")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("matplotlib, which draws the charts, is not installed; pip install -e '.[plot]'")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit statuses are listed by `--help`."""
-    run_command(lambda: tyro.cli(Report, prog="python -m tools.report", description=DESCRIPTION, args=arguments).run())
+    """Runs the command. `--help` lists the exit statuses."""
+    run_command(lambda: tyro.cli(Report, prog="report", args=arguments).run())

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no other file: tables, and the charts as SVG."""
+"""Builds the report as a self-contained HTML page: tables, and charts as SVG."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.report.charts import charts, colors
+from tools.report.charts import colors, draw_svgs
 from tools.report.runs import Floats, Run, Split, differing_settings
 
 NONE = "-"
@@ -33,18 +33,17 @@ thead th { white-space: normal } th[colspan] { text-align: center } th:first-chi
 
 @dataclass(frozen=True)
 class Column:
-    """One of a table of runs; left out where no run has anything to say in it."""
+    """A column of a table of runs. It is left out if it is empty for all runs."""
 
     title: str
     cell: Callable[[Run], str]
     group: str = ""
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page, in ASCII."""
+def page(runs: Sequence[Run]) -> bytes:
+    """Builds the page, encoded in ASCII."""
     names = ", ".join(run.name for run in runs)
-    differing = differing_settings(runs)
-    everything = list(dict.fromkeys(name for run in runs for name in run.settings))
+    settings = list(dict.fromkeys(name for run in runs for name in run.settings))
     legend = "".join(f'<span class="run">{_label(run, color)}</span>' for run, color in _colored(runs))
     parts = [
         f"<h1>{_text(names if len(runs) == 1 else f'{len(runs)} runs')}</h1>",
@@ -53,19 +52,20 @@ def page(runs: Sequence[Run]) -> str:
         "<h2>Last state</h2>",
         _table_of_runs("state", STATE, runs),
         f"<h2>Charts</h2><div class=legend>{legend}</div>",
-        f"<div class=charts>{''.join(_chart(title, svg) for title, svg in charts(runs))}</div>",
-        "<p>Lines with many points are drawn as means of equal stretches, of up to 3 runs on a pale band of all values.</p>",
+        f"<div class=charts>{''.join(_chart(title, svg) for title, svg in draw_svgs(runs))}</div>",
+        "<p>Long curves show means over equal intervals. With up to 3 runs, a pale band shows the range of the values.</p>",
     ]
     if len(runs) > 1:
+        differing = differing_settings(runs)
         parts.append("<h2>Settings in which the runs differ</h2>")
         parts.append(_table_of_settings("differing", differing, runs) if differing else "<p>None.</p>")
-    parts.append(f"<details><summary>All settings</summary>{_table_of_settings('settings', everything, runs)}</details>")
+    parts.append(f"<details><summary>All settings</summary>{_table_of_settings('settings', settings, runs)}</details>")
     title = _text(f"Report: {names}")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{CSS}</style>'
     )
     text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    return text.encode("ascii", "xmlcharrefreplace").decode()  # the same in whatever encoding files are written here
+    return text.encode("ascii", "xmlcharrefreplace")
 
 
 def _last(split: Split, name: str, form: str) -> Callable[[Run], str]:
@@ -87,7 +87,7 @@ def _score(group: str, name: str, form: str = ".2f", where: Callable[[Floats], n
     return Column("final", _last("valid", name, form), group), Column("best", _best(name, form, where), group)
 
 
-def _middle(name: str) -> Callable[[Run], str]:
+def _median(name: str) -> Callable[[Run], str]:
     def cell(run: Run) -> str:
         values = run.series["train", name].values
         return f"{np.median(values):,.1f}" if len(values) else NONE
@@ -101,8 +101,8 @@ RESULTS = (
     *_score("top-5, EMA (%)", "ema_top5"),
     *_score("top-5, raw (%)", "top5"),
     *_score("validation loss (nats)", "loss", ".4f", np.argmin),
-    Column("images/s", _middle("images_per_second"), "median"),
-    Column("data wait (%)", _middle("data_wait_percent"), "median"),
+    Column("images/s", _median("images_per_second"), "median"),
+    Column("data wait (%)", _median("data_wait_percent"), "median"),
 )
 STATE = (
     Column("state", lambda run: "finished" if run.is_finished else "not finished"),
@@ -123,7 +123,7 @@ STATE = (
 
 
 def _table_of_runs(kind: str, columns: Sequence[Column], runs: Sequence[Run]) -> str:
-    """A row a run."""
+    """Builds a table with one row per run."""
     shown = [column for column in columns if any(column.cell(run) != NONE for run in runs)]
     groups = [column.group for column in shown]
     heads = ["<th>run</th>" + "".join(f"<th>{_text(column.title)}</th>" for column in shown)]
@@ -138,7 +138,7 @@ def _table_of_runs(kind: str, columns: Sequence[Column], runs: Sequence[Run]) ->
 
 
 def _table_of_settings(kind: str, names: Sequence[str], runs: Sequence[Run]) -> str:
-    """A row a setting, a column a run."""
+    """Builds a table with one row per setting and one column per run."""
     head = "<th>setting</th>" + "".join(f"<th>{_label(run, color)}</th>" for run, color in _colored(runs))
     rows = [
         f"<th>{_text(name)}</th>" + "".join(f"<td>{_text(run.settings.get(name, NONE))}</td>" for run in runs) for name in names
@@ -152,7 +152,7 @@ def _table(kind: str, heads: Sequence[str], rows: Sequence[str], style: str = ""
 
 
 def _chart(title: str, svg: bytes) -> str:
-    # As a picture of its own, because matplotlib calls the parts of every SVG alike, and names of a page are there once.
+    # Each SVG is a separate image, because matplotlib uses the same element IDs in all of them.
     return f'<img alt="{_text(title)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
 
 
@@ -165,5 +165,5 @@ def _label(run: Run, color: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped; bytes of file names that are no text become question marks."""
+    """Escapes text for HTML. Bytes of file names that are not text become question marks."""
     return html.escape(text.encode(errors="replace").decode())

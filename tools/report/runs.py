@@ -1,10 +1,10 @@
-"""What runs have left in their folders, as numbers: config.json and metrics.jsonl."""
+"""Reads the config.json and metrics.jsonl of run folders."""
 
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "valid"]
 Floats = NDArray[np.float64]
-# They name the run's folder, and say nothing about what happened in it.
-NAMING_SETTINGS = ("run_dir", "resume")
-
-
-# What is drawn or listed; lines may hold other things too.
+LOCATION_SETTINGS = ("run_dir", "resume")  # they say where the run is stored, not what it does
+# The metrics to plot or list; lines may hold others.
 METRICS: dict[Split, tuple[str, ...]] = {
     "train": (
         *("loss", "main_loss", "aux2_loss", "aux1_loss", "lr", "gradient_norm", "scale", "skipped_steps"),
@@ -30,7 +27,7 @@ METRICS: dict[Split, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """A metric of a run, where it was a finite number: three arrays of `(N,)`."""
+    """The finite values of a metric in a run: three arrays of shape `(N,)`."""
 
     steps: Floats
     epochs: NDArray[np.int64]
@@ -39,17 +36,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as far as it has come."""
+    """A run, up to its last complete line."""
 
     path: Path
     name: str
     settings: dict[str, str]  # "data.crop.scale" -> "[0.5, 1.0]"
-    series: dict[tuple[Split, str], Series]  # all METRICS, empty ones as well
-    newest: dict[Split, dict[str, Any]]  # lines; empty where there is none yet
-    written: float  # the newest line, seconds since 1970
+    series: dict[tuple[Split, str], Series]  # all METRICS; without values, the arrays are empty
+    newest: dict[Split, dict[str, Any]]  # the last line of each split; empty if there is none
+    written: float  # when metrics.jsonl was last written, in seconds since 1970
 
     def last(self, split: Split, name: str) -> float | None:
-        """The newest line's value of a metric; None where it has none, or none that is a finite number."""
+        """Returns a metric of the newest line, or None if it is missing or not finite."""
         value: float | None = self.newest[split].get(name)
         return value if _is_finite(value) else None
 
@@ -63,7 +60,7 @@ class Run:
 
     @property
     def epochs(self) -> str:
-        """How many it is to have."""
+        """The planned number of epochs."""
         return self.settings.get("epochs", "?")
 
     @property
@@ -72,68 +69,67 @@ class Run:
 
 
 class EmptyRunError(ValueError):
-    """A run has only just begun."""
+    """A run has not written a line yet."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, each once, in the order given; those that have only just begun are named and passed over.
+    """Reads run folders in the order given, each once. Runs without a line yet are reported on standard error and skipped.
 
     Raises:
-        ValueError: A folder is not that of a run, or one of its files cannot be understood; says where.
+        ValueError: A folder is not a run, a file is malformed (the message gives the line), or all runs are empty.
     """
-    by_place: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in paths:
-        by_place.setdefault(os.path.realpath(path), path)
-    folders = list(by_place.values())
+        folders.setdefault(os.path.realpath(path), path)
     runs, empty = list[Run](), list[EmptyRunError]()
-    for path, name in zip(folders, _names(folders), strict=True):
+    for path, name in zip(folders.values(), _names(folders), strict=True):
         try:
             runs.append(_read_run(path, name))
         except EmptyRunError as error:
             empty.append(error)
     if not runs:
         raise empty[0]
-    for begun in empty:
-        print(f"passed over: {begun}", file=sys.stderr)
+    for skipped in empty:
+        print(f"skipped: {skipped}", file=sys.stderr)
     return runs
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings in which the runs are not all alike."""
+    """Names the settings whose values differ between runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     return [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or as much of their paths as tells them apart; bytes that are no text become question marks."""
-    paths = [Path(os.path.realpath(folder)) for folder in folders]
+def _names(paths: Iterable[str]) -> list[str]:
+    """Shortens paths to distinct suffixes. Bytes that are not text become question marks."""
+    parts = [Path(path).parts for path in paths]
     depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
+    while len({each[-depth:] for each in parts}) < len(parts):
         depth += 1
-    return ["/".join(path.parts[-depth:]).encode(errors="replace").decode() for path in paths]
+    return ["/".join(each[-depth:]).encode(errors="replace").decode() for each in parts]
 
 
 def _read_run(path: Path, name: str) -> Run:
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder; name the folder of a run, as in runs/20260101-120000-1234")
-    for file in ("metrics.jsonl", "config.json"):
-        if not (path / file).is_file():
-            raise ValueError(f"{path}: there is no {file} in it; name the folder of a run, which has one")
-    metrics = path / "metrics.jsonl"
+        raise ValueError(f"{path}: there is no such folder; name a run folder, for example runs/20260101-120000-1234")
+    metrics, config = path / "metrics.jsonl", path / "config.json"
+    for file in (metrics, config):
+        if not file.is_file():
+            raise ValueError(f"{path}: there is no {file.name} in it; name a run folder, which has one")
     written, lines = metrics.stat().st_mtime, _read_lines(metrics)
     if not lines:
-        raise EmptyRunError(f"{metrics}: the run has not written a line yet; it does after its first --log-every steps")
+        raise EmptyRunError(f"{metrics}: the run has not written a line yet; it does so after its first --log-every steps")
     by_split: dict[Split, list[dict[str, Any]]] = {"train": [], "valid": []}
     step = 0
     for line in lines:
-        step = line.setdefault("step", step)  # older runs have none in valid lines, which end an epoch
+        step = line.setdefault("step", step)  # older runs give no step in valid lines, which end an epoch
         by_split[line["split"]].append(line)
     return Run(
         path=path,
         name=name,
-        settings=_read_settings(path / "config.json"),
+        settings=_read_settings(config),
         series={(split, name): _series(by_split[split], name) for split, names in METRICS.items() for name in names},
-        newest={split: of_split[-1] if of_split else {} for split, of_split in by_split.items()},
+        newest={split: split_lines[-1] if split_lines else {} for split, split_lines in by_split.items()},
         written=written,
     )
 
@@ -152,7 +148,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; without the last one where that is being written just now."""
+    """Reads metrics.jsonl, without an incomplete last line that is still being written."""
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
@@ -162,13 +158,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         if problem := _problem(line):
-            raise ValueError(f"{path}, line {number}: {problem}; lines are as the README lists them")
+            raise ValueError(f"{path}, line {number}: {problem}; docs/training.md describes the format")
         lines.append(line)
     return lines
 
 
 def _problem(line: Any) -> str:
-    """What is wrong with a line of metrics.jsonl, or nothing."""
+    """Describes what is wrong with a line of metrics.jsonl; empty if nothing is."""
     if not isinstance(line, dict) or line.get("split") not in ("train", "valid"):
         return 'not an object with "split", "train" or "valid"'
     split: Split = line["split"]
@@ -186,16 +182,15 @@ def _read_settings(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not an object of settings")
-    settings = _flat(config)
-    return {name: value for name, value in settings.items() if name not in NAMING_SETTINGS}
+    return {name: value for name, value in _flatten(config).items() if name not in LOCATION_SETTINGS}
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings under their names on the command line, as texts."""
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Maps nested settings to text, keyed by their names on the command line."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat

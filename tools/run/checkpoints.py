@@ -1,4 +1,4 @@
-"""The saved states of a run: the newest few, the best, written while training goes on."""
+"""The checkpoints of a run: the newest few and the best. A thread writes them while training continues."""
 
 import logging
 import os
@@ -17,45 +17,45 @@ log = logging.getLogger("train")
 FOLDER = "checkpoints"
 
 
-def newest_checkpoint(run_path: Path) -> Path | None:
-    """The newest saved state of a run that can be read, or None where there is none at all.
+def newest_checkpoint(run_path: Path) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
+    """Returns the newest checkpoint of a run that can be read, and its content; `(None, None)` if the run has none.
 
-    What cannot be read is said, and renamed once an older one is there to take its place: it is not to be the newest again.
+    A damaged checkpoint is reported. It is renamed if an older one takes its place, so it is not the newest again.
 
     Raises:
-        ValueError: There are some, and not one can be read, or they have been taken away.
+        ValueError: The run has checkpoints, but none can be read, or the folder of checkpoints has been removed.
     """
     damaged: dict[Path, str] = {}
     for path in sorted((run_path / FOLDER).glob("step-*.pt"), reverse=True):
         try:
-            load_checkpoint(path)
+            state = load_checkpoint(path)
         except ValueError as error:
             damaged[path] = str(error)
             continue
         for newer, what in damaged.items():
             aside = newer.with_name(f"{newer.name}.damaged")
-            log.warning("%s; taking the one before (it is kept as %s)", what, aside.name)
+            log.warning("%s; falling back to the one before (it is kept as %s)", what, aside.name)
             newer.replace(aside)
-        return path
-    if damaged:  # all stay as they are: without any, the run would begin anew when it is started again
+        return path, state
+    if damaged:  # all keep their names: without any, the next start would begin from scratch
         [what, *_] = damaged.values()
-        raise ValueError(f"{what}; not one of {len(damaged)} saved states can be read; begin in another --run-dir")
+        raise ValueError(f"{what}; none of {len(damaged)} checkpoints can be read; start in another --run-dir")
     if (run_path / "last.pt").exists():
         raise ValueError(
-            f"{run_path} has a last.pt and no saved states in {FOLDER}/; to go on from it, copy it to "
+            f"{run_path} has a last.pt and no checkpoints in {FOLDER}/; to resume from it, copy it to "
             f"{FOLDER}/step-000000000.pt"
         )
-    return None
+    return None, None
 
 
 class Checkpoints:
-    """Writes states to `RUN/checkpoints/step-STEP.pt`, `RUN/last.pt` and `RUN/best.pt`, in a thread of its own.
+    """Writes `RUN/checkpoints/step-STEP.pt`, `RUN/last.pt`, and `RUN/best.pt` in a thread.
 
-    `last.pt` and `best.pt` are hard links, so they cost no space of their own; copies where the file system has no links.
+    `last.pt` and `best.pt` are hard links, or copies if the file system has no links.
 
     Args:
-        run_path: The run's folder.
-        keep: How many of the newest stay.
+        run_path: The folder of the run.
+        keep: Number of recent checkpoints to keep.
     """
 
     def __init__(self, run_path: Path, keep: int) -> None:
@@ -64,27 +64,27 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def save(self, state: dict[str, Any], step: int, *, is_best: bool) -> None:
-        """Copies a state and has the copy written; waits only if the one before is still being written.
+        """Copies a state and writes the copy in the thread. Waits only if the thread is still writing the previous one.
 
         Raises:
-            OSError: The one before could not be written; those before that are as they were.
+            OSError: The previous checkpoint could not be written. Older ones are intact.
         """
         self.wait()
         snapshot, copied = take_snapshot(state)
         self._pending = self._writer.submit(self._write, snapshot, copied, step, is_best)
 
     def wait(self) -> None:
-        """Until everything is on the disk.
+        """Waits until everything is on the disk.
 
         Raises:
-            OSError: It could not be written.
+            OSError: A checkpoint could not be written.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """Ends the thread once it has written what it has."""
+        """Ends the thread after its last checkpoint."""
         self._writer.shutdown()
 
     def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, step: int, is_best: bool) -> None:
@@ -94,23 +94,23 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:09d}.pt"
         temporary = path.with_name(f".{path.name}.tmp")
-        for stale in folder.glob(".*.tmp"):  # of a run that was killed
+        for stale in folder.glob(".*.tmp"):  # left by a killed run
             stale.unlink(missing_ok=True)
         try:
             write_checkpoint(temporary, state)
-            if is_best:  # first: a run that is killed in between validates again, and finds it the best again
+            if is_best:  # first: a run killed in between validates again and finds the same best
                 _link(temporary, self._run_path / "best.pt")
             temporary.replace(path)
             _link(path, self._run_path / "last.pt")
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise OSError(f"{path}: the run's state could not be saved ({error}); those saved before are whole") from error
+            raise OSError(f"{path}: the checkpoint could not be saved ({error}); earlier ones are intact") from error
         for old in sorted(folder.glob("step-*.pt"))[: -self._keep]:
             old.unlink(missing_ok=True)
 
 
 def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
-    """A copy of a state on the CPU, and what to wait for before it can be read: from a GPU it is copied while that goes on."""
+    """Copies a state to the CPU. Tensors of a GPU are copied asynchronously; wait for the event before reading the copy."""
     on_gpu = False
 
     def copy(value: Any) -> Any:
@@ -135,7 +135,7 @@ def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Eve
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for a file, in place of what had that name; a copy where the file system knows no hard links."""
+    """Gives a file another name, replacing what had it. Copies the file if the file system has no hard links."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:

@@ -1,11 +1,11 @@
-"""Complete sets of settings by name: `--recipe NAME`. docs/recipes.md says why each is as it is."""
+"""Complete sets of settings by name: `--recipe NAME`. docs/recipes.md gives the reasons."""
 
 from pathlib import Path
 
-from model.optim import OptimConfig
+from model.config import ModelConfig, OptimConfig
 from pipelines.augment import ColorJitter, HorizontalFlip, RandomResizedCrop
 from pipelines.config import DataConfig
-from tools.run.config import Config, ModelConfig
+from tools.run.config import Config
 
 DEMO_DATA = Path(__file__).parents[2] / "data" / "demo"
 
@@ -16,7 +16,7 @@ RECIPES = {
         model=ModelConfig(ema_decay=0.98),
         optim=OptimConfig(lr=0.02, reference_batch_size=16),
         epochs=4,
-        batch_size=16,  # so small a set needs many steps more than it needs large ones
+        batch_size=16,  # such a small data set needs many steps rather than large ones
         image_size=48,
     ),
     "paper": Config(
@@ -33,7 +33,7 @@ RECIPES = {
         model=ModelConfig(ema_decay=0.9998),
         optim=OptimConfig(lr=0.125, reference_batch_size=256, weight_decay=5e-5, warmup_epochs=5),
         epochs=90,
-        batch_size=128,  # of eight GPUs: 1,024 images a step
+        batch_size=128,  # on eight GPUs: 1,024 images per step
     ),
     "finetune": Config(
         recipe="finetune",

@@ -1,6 +1,6 @@
-"""Pictures for TensorBoard: a batch as the network sees it, what it gets wrong, and which classes it takes for which.
+"""Images for TensorBoard: a training batch, the worst mistakes, and the confusion matrix.
 
-All are uint8 arrays of `(height, width, 3)`, RGB: `add_image(name, picture, step, dataformats="HWC")`.
+All are RGB uint8 arrays `(height, width, 3)`, for `add_image(name, picture, step, dataformats="HWC")`.
 """
 
 import math
@@ -19,26 +19,26 @@ from pipelines.loader import MEAN, STD
 Pixels = NDArray[np.uint8]
 Color = tuple[int, int, int]
 
-# Together they keep a sheet below 2,200 x 1,300 pixels.
+# These keep a sheet below 2,200 x 1,300 pixels.
 MOST_IMAGES, COLUMNS = 32, 8
-SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels; between them images keep their size
+SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels; images between these sizes are not scaled
 GAP, TEXT_SIZE, LINE_HEIGHT, CAPTION_LINES = 8, 13, 17, 2
 BACKGROUND: Color = (255, 255, 255)
 TEXT: Color = (20, 20, 20)
 
-MOST_CLASSES = 50  # in a confusion picture
+MOST_CLASSES = 50  # in a confusion matrix
 SMALLEST_SQUARE, LARGEST_SQUARE, ALL_SQUARES = 20, 64, 640  # pixels
 LONGEST_NAME = 150  # pixels
-EMPTY: Color = (238, 243, 250)  # a square that holds nothing of its row
-FULL: Color = (8, 48, 107)  # and one that holds all of it
+EMPTY: Color = (238, 243, 250)  # a cell without samples
+FULL: Color = (8, 48, 107)  # a cell with all samples of its row
 
 
 def captions(target: Tensor, classes: Sequence[str] | None) -> list[str]:
-    """The names of what images show: `cat`, or of mixed images `cat 0.7 / dog 0.3`.
+    """Returns the class names of images: `cat`, or `cat 0.7 / dog 0.3` for a mixed image.
 
     Args:
-        target: `(N,)` int64 class numbers, or `(N, C)` floating probabilities, of which the two largest are named.
-        classes: Names, or None, where numbers take their place.
+        target: `(N,)` int64 class numbers, or `(N, C)` floating probabilities. The two largest are named.
+        classes: Class names, or `None` to show numbers.
     """
     if target.ndim == 1:
         return [_name(number, classes) for number in target.tolist()]
@@ -47,13 +47,13 @@ def captions(target: Tensor, classes: Sequence[str] | None) -> list[str]:
 
 
 def mistake_captions(target: Tensor, said: Tensor, confidence: Tensor, classes: Sequence[str] | None) -> list[str]:
-    """What images show and what they were taken for: `cat, said dog 0.93`.
+    """Returns the true and the predicted classes of images: `cat, said dog 0.93`.
 
     Args:
-        target: `(N,)` int64 class numbers.
-        said: The same of the classes that were given the highest probability.
-        confidence: `(N,)` floating, that probability.
-        classes: Names, or None, where numbers take their place.
+        target: `(N,)` int64 true class numbers.
+        said: `(N,)` int64 predicted class numbers.
+        confidence: `(N,)` floating probabilities of the predictions.
+        classes: Class names, or `None` to show numbers.
     """
     pairs = zip(captions(target, classes), captions(said, classes), confidence.tolist(), strict=True)
     return [f"{shown}, said {taken_for} {probability:.2f}" for shown, taken_for, probability in pairs]
@@ -64,27 +64,27 @@ def _name(number: int, classes: Sequence[str] | None) -> str:
 
 
 def _mixed(numbers: list[int], shares: list[float], classes: Sequence[str] | None) -> str:
-    """Without shares that round to nothing, and without a share where there is one class alone."""
+    """Formats a mixed target. Shares that round to zero are omitted, as is the share of a single class."""
     named = [(_name(number, classes), round(share, 2)) for number, share in zip(numbers, shares, strict=True)]
     shown = [(name, share) for name, share in named if share > 0]
     return shown[0][0] if len(shown) == 1 and shown[0][1] == 1 else " / ".join(f"{name} {share:g}" for name, share in shown)
 
 
 def batch_picture(images: Tensor, captions: Sequence[str]) -> Pixels:
-    """A sheet of the first 32 images, each with its caption below it; for mistakes as well.
+    """Draws a sheet of the first 32 images with captions below.
 
-    Images below 128 pixels are enlarged by a whole number, those above 256 are made smaller.
+    Images below 128 pixels are enlarged by an integer factor, and images above 256 pixels are reduced.
 
     Args:
-        images: `(N, 3, H, W)` floating, normalized as loaders do it, on any device. What is not finite is drawn as black.
-        captions: N texts; two lines of each are shown.
+        images: `(N, 3, H, W)` floating, normalized as the loaders do, on any device. Non-finite values are drawn black.
+        captions: N texts. Two lines of each are shown.
 
     Returns:
-        The sheet; with no image at all an empty one.
+        The sheet. It is empty if there are no images.
     """
     assert len(images) == len(captions)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    # Of a batch that went wrong a picture is wanted more than of others, so it must not fail over NaN.
+    # A batch that went wrong is the most interesting one, so NaN must not stop the drawing.
     unit = (images[:MOST_IMAGES].detach().float().cpu() * std + mean).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
     pixels: Pixels = (255 * unit).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     width, height = _cell_size(images.shape[3], images.shape[2])
@@ -103,16 +103,16 @@ def batch_picture(images: Tensor, captions: Sequence[str]) -> Pixels:
 
 
 def confusion_picture(counts: Tensor, classes: Sequence[str] | None) -> Pixels:
-    """How often images of each class (rows) were taken for each class (columns), as a heat map.
+    """Draws a confusion matrix as a heat map: true classes as rows, predictions as columns.
 
-    The darker a square, the larger its part of the row. Counts above 0 are drawn where they fit.
+    A darker cell holds a larger share of its row. Counts above 0 are printed where they fit.
 
     Args:
         counts: `(C, C)` whole numbers of any dtype, C from 1 to 50.
-        classes: C names, or None, where numbers take their place.
+        classes: C names, or `None` to show numbers.
 
     Raises:
-        ValueError: There are more classes than can be drawn.
+        ValueError: There are more than 50 classes.
     """
     number = len(counts)
     assert counts.shape == (number, number)
@@ -131,7 +131,7 @@ def confusion_picture(counts: Tensor, classes: Sequence[str] | None) -> Pixels:
 
 
 def _draw_axes(sheet: Image.Image, names: Sequence[str], font: ImageFont.FreeTypeFont, margin: int, side: int) -> None:
-    """Titles and names, those of the columns upright, so that they fit over narrow ones too."""
+    """Draws titles and names. Column names are vertical, so they fit above narrow columns."""
     middle = margin + len(names) * side // 2
     for title, is_truth in (("truth", True), ("predicted", False)):
         word = _word(title, font)
@@ -155,7 +155,7 @@ def _word(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 def _draw_squares(draw: ImageDraw.ImageDraw, table: NDArray[np.int64], margin: int, side: int) -> None:
     font = _font(min(TEXT_SIZE, side // 2 + 1))
-    # Of a good model nearly all is on the diagonal; the root makes the few per cent beside it visible.
+    # A good model has almost all counts on the diagonal. The square root makes the few per cent beside it visible.
     shades = (table / np.maximum(table.sum(1, keepdims=True), 1)) ** 0.5
     for (row, column), count in np.ndenumerate(table):
         shade = shades[row, column]
@@ -168,14 +168,14 @@ def _draw_squares(draw: ImageDraw.ImageDraw, table: NDArray[np.int64], margin: i
 
 
 def _cell_size(width: int, height: int) -> tuple[int, int]:
-    """In which an image of this size is drawn, pixels."""
+    """Returns the size at which an image is drawn, in pixels."""
     zoom = max(1, math.ceil(SMALLEST_CELL / max(width, height)))
     scale = min(1.0, LARGEST_CELL / max(width, height))
     return max(1, round(zoom * scale * width)), max(1, round(zoom * scale * height))
 
 
 def _two_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text broken between words, and each line cut off where it is too long."""
+    """Breaks a text into two lines between words, and cuts lines that are too long."""
     words = _drawable(text).split(" ")
     first = 1
     while first < len(words) and font.getlength(" ".join(words[: first + 1])) <= width:
@@ -184,7 +184,7 @@ def _two_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or as much of its beginning as finds room before three dots."""
+    """Returns the text, shortened with three dots if it is too long."""
     if font.getlength(text) <= width:
         return text
     fitting = bisect_right(range(len(text)), float(width), key=lambda length: font.getlength(f"{text[:length]}..."))
@@ -192,12 +192,12 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _drawable(text: str) -> str:
-    """In the letters of Pillow's own font, which has no accents, and on one line; others become question marks."""
+    """Returns the text on one line in ASCII, which Pillow's font has. Accents are dropped, and other letters become `?`."""
     letters = (letter for letter in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(letter))
     return "".join(letter if letter.isascii() else "?" for letter in letters)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels include FreeType
     return font

@@ -1,6 +1,6 @@
-"""The `shards` command: image collections in, WebDataset shards out. Its command line is `cli.py`."""
+"""Runs the `shards` command."""
 
-if __name__ == "__main__":  # worker processes import this file too, and have no use for a command line
+if __name__ == "__main__":  # worker processes import this file too, and they need no command line
     from tools.shards.cli import main
 
     main()

@@ -1,4 +1,4 @@
-"""Whether an image can be decoded in training, tried with the very decoder that the pipeline uses."""
+"""Checks whether training can decode an image, with the decoder that the pipeline uses."""
 
 import io
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
 if TYPE_CHECKING:
     from nvidia import nvimgcodec
 
-PNG_END, PNG_END_WITHIN = b"IEND", 4096  # some editors leave bytes of their own behind it
+PNG_END, PNG_END_WITHIN = b"IEND", 4096  # some editors append bytes of their own
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found out about the bytes of an image file.
+    """The result of a check of the bytes of an image file.
 
     Attributes:
-        extension: That of the image's own format, where it is one that training can decode; else None.
-        reason: Why not, for people; empty where it can be.
-        foreign_format: The format's name where it is one that Pillow knows and training does not, as GIF.
-        height: Pixels, before any rotation that its EXIF data asks for; 0 where unknown.
-        width: The same.
-        pixels: uint8 `(height, width, 3)` RGB, rotated as EXIF says, from a check that decodes.
+        extension: Extension of the image's actual format, or None if training cannot decode the image.
+        reason: Why training cannot decode it. Empty if it can.
+        foreign_format: Name of a format that Pillow can read but training cannot, such as GIF.
+        height: Height in pixels before any EXIF rotation, or 0 if unknown.
+        width: Width in pixels before any EXIF rotation, or 0 if unknown.
+        pixels: uint8 `(height, width, 3)` RGB after EXIF rotation, if the check decodes.
     """
 
     extension: str | None
@@ -40,20 +40,19 @@ class Verdict:
 
 
 class ImageCheck:
-    """Tells images that training can decode from others.
+    """Finds images that training cannot decode.
 
     Args:
-        level: "decode" decodes every image completely. "structure" reads the header and, for JPEG and PNG, looks for the
-            mark at the end: it finds what is no image or was cut short, and not what is damaged within.
-        num_threads: CPU threads to decode with.
+        level: "decode" decodes every image completely, with one CPU thread. "structure" reads the header and, for JPEG and PNG,
+            looks for the end mark. It finds non-images and truncated images, but no damage in the middle.
     """
 
-    def __init__(self, level: Literal["decode", "structure"] = "decode", num_threads: int = 1) -> None:
+    def __init__(self, level: Literal["decode", "structure"] = "decode") -> None:
         self._level = level
-        self._decoder = cpu_decoder(num_threads)
+        self._decoder = cpu_decoder(1)
 
     def __call__(self, images: Sequence[bytes]) -> list[Verdict]:
-        """A verdict for each image, given as the bytes of its file."""
+        """Returns a verdict for each image, given the bytes of its file."""
         streams = [parse_header(encoded) for encoded in images]
         if self._level == "structure":
             return [_check_structure(stream, encoded) for stream, encoded in zip(streams, images, strict=True)]
@@ -82,13 +81,13 @@ def _decoded(stream: "nvimgcodec.CodeStream", image: "nvimgcodec.Image | None") 
 
 
 def _foreign(encoded: bytes) -> Verdict:
-    """Why training cannot make out these bytes, where Pillow may know more."""
+    """Returns why the decoder cannot read these bytes, as far as Pillow can tell."""
     if not encoded:
         return Verdict(None, "empty file")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             known = str(image.format)
-    except Exception:  # its plugins raise a dozen kinds for bytes that are no image or a damaged one
+    except Exception:  # its plugins raise a dozen types of errors for damaged images and for other data
         return Verdict(None, "not an image")
     if known.lower() in EXTENSIONS:
         return Verdict(None, f"damaged {known.lower()} image")

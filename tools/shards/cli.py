@@ -14,67 +14,68 @@ from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.notation import AugmentationList
 from tools.cli import run_command
-from tools.shards.errors import RejectedError
+from tools.shards.build import RejectedError
+from tools.shards.shape import Format, Level
 
-DESCRIPTION = """Image collections in, WebDataset shards out.
+DESCRIPTION = """Converts image collections to WebDataset shards, and checks, indexes and displays shards.
 
-Exit status: 0 done; 1 failed on the way (a full disk, a worker that was killed), where the same command goes on; 2 a mistake
-in the command or its input, said in one line; 3 bad samples were found (by verify, or by convert --strict); 130 interrupted."""
+Exit status: 0 success; 1 failure during the work, for example a full disk or a killed worker (run the same command again to
+continue); 2 mistake in the command or its input, reported in one line; 3 bad samples, found by verify or convert --strict; 130
+interrupted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn a collection of images into the shards of one split.
+    """Convert a collection of images to the shards of one split.
 
-    SRC is a folder with one folder a class; or a folder with a list of classes as --labels; or ImageNet's tar of class tars, a
-    tar of class folders, a flat tar with --labels; or WebDataset shards (a folder or a pattern of tars); or Parquet files as
-    Hugging Face lays them out. Samples are shuffled once over the whole set; the images' bytes are copied unchanged unless
-    --resize or --format asks for more. A conversion that was interrupted goes on when the same command is run again.
+    SRC is one of: a folder with one folder per class; a folder of images with --labels; ImageNet's tar of class tars; a tar of
+    class folders; a flat tar with --labels; WebDataset shards (a folder or a pattern of tars); Parquet files in the layout of
+    Hugging Face. The samples are shuffled once over the whole set. The bytes of the images are copied unchanged unless --resize
+    or --format requires otherwise. To continue an interrupted conversion, run the same command again.
     """
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Folder, tar, Parquet file, or a pattern of tars or Parquet files."""
-    dst: tyro.conf.Positional[str]
-    """Folder or s3:// or gs:// prefix of the data set; gets NAME-000000.tar, NAME-000000.idx, ... and _info.json."""
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder or s3:// or gs:// prefix of the data set. It receives NAME-000000.tar, NAME-000000.idx, ... and _info.json."""
     name: str = "train"
-    """Name of the split: 'train' and 'valid' are what train.py looks for. Splits of one DST share their classes."""
+    """Name of the split. train.py reads the splits 'train' and 'valid'. All splits of one DST share their classes."""
     shard_samples: int | None = None
-    """Samples planned for a shard: 1000 by default. Those that are left out make it shorter."""
+    """Number of samples per shard, 1000 by default. A shard has fewer if some of its samples are rejected."""
     shard_bytes: str | None = None
-    """Instead: largest size of a shard, as in 256MB or 1GiB, counting images as they are in SRC."""
+    """Maximum size of a shard, for example 256MB or 1GiB, instead of --shard-samples. Images count with their size in SRC."""
     seed: int = 0
     """Seed of the shuffle."""
     labels: Path | None = None
-    """CSV, TSV or blank-separated file of image path and class; or a class a line, for the images in sorted order."""
+    """CSV, TSV or blank-separated file of image path and class, or one class per line for the images in sorted order."""
     class_names: Path | None = None
-    """File of two columns, label as --labels has it and class name."""
+    """File with two columns: the label as in --labels, and the class name."""
     label_key: str | None = None
-    """Where the label is: the key in a shard's .json (a.b for nested ones), or the column of a Parquet file. By default it is
-    'label', and a shard's .cls comes first."""
+    """Key of the label in .json (a.b if nested), or column of Parquet files. By default labels are in .cls, or in 'label'."""
     class_file: str = ""
-    """For shards: file of class names, one a line in the order of their numbers; by default those beside them, or sorted."""
+    """For shards: file of class names, one per line by number. By default: _info.json beside them, or the sorted labels."""
     image_key: str = "image"
-    """The column of a Parquet file that has the images."""
+    """Column of a Parquet file that holds the images."""
     source: Literal["auto", "folders", "tar", "webdataset", "parquet"] = "auto"
-    """What SRC is, where it is not recognized."""
+    """Kind of SRC, if it is not recognized."""
     resize: int | None = None
-    """Shrink images to this length of the shorter side, pixels, antialiased; smaller ones stay as they are."""
+    """Shrink the shorter side of images to this number of pixels, with antialiasing. Smaller images stay as they are."""
     quality: int = 90
-    """Of images that are encoded anew, 1 to 100."""
-    format: Literal["keep", "jpeg", "webp"] = "keep"
-    """Format of the stored images. What training cannot decode (GIF, AVIF) becomes JPEG in any case."""
-    check: Literal["decode", "structure", "none"] = "decode"
-    """decode: every image, completely. structure: header and end mark only. none: the file's name is trusted."""
+    """Quality of re-encoded images, from 1 to 100."""
+    format: Format = "keep"
+    """Format of the stored images. What training cannot decode (GIF, AVIF) is always re-encoded, by default as JPEG."""
+    check: Level = "decode"
+    """decode: Decode every image completely. structure: Read only the header and the end mark. none: Trust the file name."""
     strict: bool = False
-    """Stop at the first image that has to be left out, with exit status 3."""
+    """Stop at the first rejected image, with exit status 3."""
     workers: int | None = None
-    """Processes; by default one a CPU."""
+    """Number of processes. By default there is one per CPU."""
     executor: str | None = None
-    """Address of a Dask scheduler, tcp://HOST:8786, whose workers build the shards instead. They must see SRC and DST."""
+    """Address of a Dask scheduler (tcp://HOST:8786) whose workers build the shards instead. They need access to SRC and DST."""
     scratch: Path | None = None
-    """Where Parquet files are unpacked; in DST by default."""
+    """Folder where Parquet files are unpacked. By default this is a folder in DST."""
     overwrite: bool = False
-    """Begin anew, replacing the split if it is there already."""
+    """Start over, and replace the split if it exists."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -82,7 +83,7 @@ class Convert:
         from tools.shards.convert import convert
         from tools.shards.plan import Options, parse_bytes
         from tools.shards.shape import Shape
-        from tools.shards.sources import SourceOptions
+        from tools.shards.sources.recognize import SourceOptions
 
         summary = convert(
             self.src,
@@ -107,24 +108,30 @@ class Convert:
         return 0
 
 
-@dataclass(frozen=True)
-class Info:
-    """Show what a data set holds: classes and their balance, sizes and formats of the images, bytes to read."""
+@dataclass(frozen=True, kw_only=True)
+class _ReadShards:
+    """The options of the verbs that read shards."""
 
-    shards: tyro.conf.Positional[str]
-    """Folder, glob, brace pattern or tar; also of shards that something else has written."""
-    json: bool = False
-    """Print one JSON object; docs/data-format.md has its keys."""
+    shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
+    """Folder, glob, brace pattern or tar. Shards from other tools are accepted, too."""
     index_dir: str = ""
-    """Folder of index files that are taken before those beside the tars."""
+    """Folder of index files. They take precedence over those beside the tars."""
     label_key: str = ""
-    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
+    """Key of the label in the .json member of each sample (a.b if nested). By default the label is the .cls member."""
     class_file: str = ""
-    """File of class names, one a line in the order of their numbers."""
+    """File of class names, one per line in the order of their numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(_ReadShards):
+    """Show the contents of a data set: classes and their balance, sizes and formats of the images, bytes to read."""
+
+    json: bool = False
+    """Print one JSON object. docs/shards.md describes its keys."""
     sample: int = 20_000
-    """Images whose headers are read for sizes and formats, evenly spaced over the data set."""
+    """Number of images whose headers are read for sizes and formats. They are evenly spaced over the data set."""
     workers: int | None = None
-    """Processes. By default one for a small data set, one a CPU for others."""
+    """Number of processes. By default there is one for a small data set, and one per CPU otherwise."""
 
     def run(self) -> int:
         from tools.shards.info import as_json, as_text, collect
@@ -141,81 +148,50 @@ class Info:
         return 0
 
 
-@dataclass(frozen=True)
-class Preview:
-    """Draw a contact sheet: samples as they are stored, and as training and validation show them to the model."""
+@dataclass(frozen=True, kw_only=True)
+class Preview(_ReadShards):
+    """Draw a contact sheet: samples as they are stored, and as training and validation present them to the model."""
 
-    shards: tyro.conf.Positional[str]
-    """Folder, glob, brace pattern or tar."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Picture to write, .png or .jpg."""
     split: str = "train"
-    """Split to show, where SHARDS is a folder with several."""
-    index_dir: str = ""
-    """Folder of index files that are taken before those beside the tars."""
-    label_key: str = ""
-    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
-    class_file: str = ""
-    """File of class names, one a line in the order of their numbers."""
+    """Split to show, if SHARDS is a folder with several."""
     samples: int = 8
-    """Rows: samples, drawn at random in equal distances."""
+    """Number of rows. The split is divided into this many equal parts, and each row shows a random sample of one part."""
     views: int = 6
-    """Random training views of each sample."""
+    """Number of random training views of each sample."""
     image_size: int = 224
-    """Side of the images that the network sees, pixels."""
+    """Side of the images that the network receives, in pixels."""
     seed: int = 0
     """Seed of the choice of samples and of the augmentation."""
     crop: RandomResizedCrop = DataConfig.crop
     augment: AugmentationList = DataConfig.augment
-    """What happens to training images after the crop, in this order; may be empty. As train.py's --data.augment."""
+    """Augmentations of training images after the crop, in this order, as in train.py --data.augment. The list may be empty."""
     mix: MixConfig = MixConfig()
 
     def run(self) -> int:
         from tools.shards.preview import preview
 
-        print(
-            preview(
-                self.shards,
-                self.output,
-                split=self.split,
-                index_dir=self.index_dir,
-                label_key=self.label_key,
-                class_file=self.class_file,
-                num_samples=self.samples,
-                num_views=self.views,
-                image_size=self.image_size,
-                seed=self.seed,
-                crop=self.crop,
-                augmentations=self.augment,
-                mix_config=self.mix,
-            )
-        )
+        print(preview(**vars(self)))
         return 0
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Look for what would disturb training: damaged tars and images, wrong indices, labels and counts.
+@dataclass(frozen=True, kw_only=True)
+class Verify(_ReadShards):
+    """Find what would disturb training: damaged tars and images, wrong index files, labels and counts.
 
-    Findings do not change anything, unless --quarantine writes index files without the bad samples; tars are never written to.
+    The command changes nothing unless --quarantine is given, which writes index files without the bad samples. Tars are never
+    changed.
     """
 
-    shards: tyro.conf.Positional[str]
-    """Folder, glob, brace pattern or tar; also of shards that something else has written."""
-    check: Literal["decode", "structure", "none"] = "decode"
-    """decode: every image completely. structure: its header and end, many times faster. none: images are not looked at."""
+    check: Level = "decode"
+    """decode: Decode images completely. structure: Read header and end only, many times faster. none: Do not read images."""
     workers: int | None = None
-    """Processes; by default one a CPU."""
+    """Number of processes. By default there is one per CPU."""
     quarantine: bool = False
-    """Write index files that leave the bad samples out."""
-    index_dir: Path | None = None
-    """Folder of index files that are taken before those beside the tars; --quarantine writes them there."""
-    label_key: str = ""
-    """Key of the label in each sample's .json, a.b for nested ones. Without it the label is the sample's .cls."""
-    class_file: str = ""
-    """File of class names, one a line in the order of their numbers."""
+    """Write index files without the bad samples, into --index-dir if it is given."""
     known: tuple[Path, ...] = ()
-    """Files quarantine.jsonl of runs, or the runs' folders: samples that training has left out are findings, too."""
+    """Run folders, or the quarantine.jsonl files in them. Samples that those runs left out are reported, too."""
     json: bool = False
     """Print one JSON object with all findings."""
 
@@ -227,27 +203,27 @@ class Verify:
             level=self.check,
             num_workers=self.workers,
             quarantine=self.quarantine,
-            index_dir=self.index_dir,
+            index_dir=Path(self.index_dir) if self.index_dir else None,
             label_key=self.label_key,
             class_file=self.class_file,
             known=self.known,
         )
-        print(report.as_json() if self.json else report)
+        print(report.to_json() if self.json else report)
         return 3 if report.findings else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Index:
-    """Write the index files that DALI reads tars by, for tars that something else has written."""
+    """Write the index files that DALI needs to read tars, for tars from other tools."""
 
-    shards: tyro.conf.Positional[str]
-    """Folder, glob, brace pattern or tar; or the URL of one of these, as in s3://bucket/train-*.tar."""
+    shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
+    """Folder, glob, brace pattern or tar, or the URL of one of these, for example s3://bucket/train-*.tar."""
     index_dir: Path | None = None
-    """Folder for the index files, for train.py --data.index-dir; by default they lie beside the tars."""
+    """Folder for the index files, for --data.index-dir of train.py. By default they are written beside the tars."""
     overwrite: bool = False
-    """Replace index files that differ from what their tar holds."""
+    """Replace index files that differ from the contents of their tar."""
     workers: int | None = None
-    """Processes; by default one a CPU. For remote tars threads; by default 16."""
+    """Number of processes, by default one per CPU. For remote tars this is the number of threads, by default 16."""
     json: bool = False
     """Print one JSON object."""
 
@@ -255,67 +231,53 @@ class Index:
         from tools.shards.index import index_shards
 
         report = index_shards(self.shards, index_dir=self.index_dir, overwrite=self.overwrite, num_workers=self.workers)
-        print(report.as_json() if self.json else report, flush=True)
+        print(report.to_json() if self.json else report, flush=True)
         for error in report.errors:
             print(f"error: {error}", file=sys.stderr)
         return 2 if report.errors else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Draw the embedded image set, ten kinds of figures, and convert it to shards."""
 
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder of the data set."""
     train_samples: int = 2000
-    """Images to train on."""
+    """Number of training images."""
     valid_samples: int = 500
-    """Images to validate with."""
+    """Number of validation images."""
     seed: int = 0
     """Seed of the drawing and of the shuffle."""
     overwrite: bool = False
-    """Replace the splits if they are there already."""
+    """Replace the splits if they exist."""
 
     def run(self) -> int:
         from tools.shards.demo import make_demo
 
-        for summary in make_demo(
-            self.dst,
-            train_samples=self.train_samples,
-            valid_samples=self.valid_samples,
-            seed=self.seed,
-            overwrite=self.overwrite,
-        ):
+        for summary in make_demo(**vars(self)):
             print(summary, flush=True)
         return 0
 
 
-Command = (
-    Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Preview, tyro.conf.subcommand("preview")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Index, tyro.conf.subcommand("index")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+Verb = Convert | Info | Preview | Verify | Index | Demo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit statuses are listed in docs/shards.md and by `shards --help`."""
+    """Runs the command and exits. `shards --help` and docs/shards.md list the exit statuses."""
     run_command(
-        lambda: _run(arguments), interrupted="interrupted; what `convert` has done so far is kept for when it is run again"
+        lambda: _run(arguments), interrupted="interrupted; to continue an interrupted `convert`, run the same command again"
     )
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        verb: Convert | Info | Preview | Verify | Index | Demo = tyro.cli(
-            Command, prog="shards", description=DESCRIPTION, args=arguments
-        )
+        verb: Verb = tyro.cli(Verb, prog="shards", description=DESCRIPTION, args=arguments)
         return verb.run()
     except RejectedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except concurrent.futures.BrokenExecutor:
-        print("error: a worker process was killed, perhaps for lack of memory; the same command goes on", file=sys.stderr)
+        message = "a worker process was killed, perhaps for lack of memory; run the same command again to continue"
+        print(f"error: {message}", file=sys.stderr)
         return 1

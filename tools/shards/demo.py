@@ -1,7 +1,6 @@
-"""`shards demo`: the embedded image set, drawn and converted."""
+"""`shards demo`: draws the embedded image set and converts it."""
 
 import concurrent.futures
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,24 +10,24 @@ from tqdm import tqdm
 
 from tools.shards.convert import Summary, convert
 from tools.shards.drawing import FIGURES, draw_jpeg
+from tools.shards.parallel import num_cpus
 from tools.shards.plan import Options
 
 
-def make_demo(
-    destination: Path, *, train_samples: int, valid_samples: int, seed: int, overwrite: bool = False
-) -> Iterator[Summary]:
-    """Draws the splits "train" and "valid" and converts them; yields a summary after each.
+def make_demo(dst: Path, train_samples: int, valid_samples: int, seed: int, overwrite: bool) -> Iterator[Summary]:
+    """Draws and converts the splits "train" and "valid", and yields a summary after each.
 
-    The same arguments give the same images, whatever the number of CPU cores.
+    The same arguments give the same images, regardless of the number of CPU cores.
     """
-    for split, num_samples in (("train", train_samples), ("valid", valid_samples)):
+    splits = {"train": train_samples, "valid": valid_samples}
+    for split, num_samples in splits.items():
         if num_samples < len(FIGURES):
             raise ValueError(f"--{split}-samples {num_samples}: at least one for each of the {len(FIGURES)} classes is needed")
     with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as images:
-        for number, (split, num_samples) in enumerate((("train", train_samples), ("valid", valid_samples))):
+        for number, (split, num_samples) in enumerate(splits.items()):
             folder = Path(images) / split
             _draw(folder, num_samples, (seed, number))
-            yield convert(folder, destination, Options(name=split, seed=seed), overwrite=overwrite)
+            yield convert(folder, dst, Options(name=split, seed=seed), overwrite=overwrite)
 
 
 def _draw(folder: Path, num_samples: int, seed: tuple[int, int]) -> None:
@@ -37,7 +36,7 @@ def _draw(folder: Path, num_samples: int, seed: tuple[int, int]) -> None:
         (folder / figure).mkdir(parents=True)
     paths = [folder / figures[i % len(figures)] / f"{i:06d}.jpg" for i in range(num_samples)]
     seeds = [(*seed, i) for i in range(num_samples)]
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_cpus()) as pool:
         drawn = pool.map(_draw_file, paths, seeds, chunksize=50)
         for _ in tqdm(drawn, f"drawing {folder.name}", num_samples, unit="img", disable=None):
             pass

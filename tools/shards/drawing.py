@@ -1,8 +1,8 @@
-"""The embedded demo's pictures: ten kinds of figures on cluttered backgrounds, drawn from a seed.
+"""The pictures of the embedded demo: ten kinds of figures on cluttered backgrounds, drawn from a seed.
 
-A stand-in for photographs where there is no data set and no network. Position, scale, rotation, colour, texture, light,
-background, clutter, blur, noise, image size, JPEG quality and colour mode all vary, and no pixel's colour says anything about
-the class: what has to be recognized is form and pattern.
+They stand in for photographs if there is no data set and no internet connection. Position, scale, rotation, colour, texture,
+light, background, clutter, blur, noise, image size, JPEG quality and colour mode vary. Colours are independent of the class, so
+a model must recognize shapes and patterns.
 """
 
 import io
@@ -17,10 +17,11 @@ Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Figure = Callable[[Floats, Floats], tuple[Mask, Mask]]
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow's gray conversion uses
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's gray conversion
 
 
-# A figure is a function of coordinates whose unit circle holds it: where it is, and where it has its second colour.
+# A figure is a function of coordinates, and lies within their unit circle. It returns the mask of the figure and the
+# mask of its second colour.
 
 
 def _checkerboard(x: Floats, y: Floats) -> tuple[Mask, Mask]:
@@ -53,7 +54,7 @@ def _spiral(x: Floats, y: Floats) -> tuple[Mask, Mask]:
 
 
 def _star(x: Floats, y: Floats) -> tuple[Mask, Mask]:
-    # Within one of ten mirrored sectors the edge is the straight line from the tip, radius 1, to the notch, radius 0.4.
+    # In each of ten mirrored sectors, the edge is a straight line from the tip (radius 1) to the notch (radius 0.4).
     sector = abs((np.arctan2(x, -y) / (2 * math.pi / 5) + 0.5) % 1 - 0.5) * (2 * math.pi / 5)
     along, across = np.hypot(x, y) * np.cos(sector), np.hypot(x, y) * np.sin(sector)
     notch_along, notch_across = 0.4 * math.cos(math.pi / 5), 0.4 * math.sin(math.pi / 5)
@@ -75,16 +76,8 @@ def _wheel(x: Floats, y: Floats) -> tuple[Mask, Mask]:
 
 
 FIGURES: dict[str, Figure] = {
-    "checkerboard": _checkerboard,
-    "crescent": _crescent,
-    "die": _die,
-    "flower": _flower,
-    "lattice": _lattice,
-    "spiral": _spiral,
-    "star": _star,
-    "stripes": _stripes,
-    "target": _target,
-    "wheel": _wheel,
+    figure.__name__.removeprefix("_"): figure
+    for figure in (_checkerboard, _crescent, _die, _flower, _lattice, _spiral, _star, _stripes, _target, _wheel)
 }
 
 
@@ -95,19 +88,20 @@ def draw_jpeg(
     noise: float | None = None,
     quality: int | None = None,
 ) -> bytes:
-    """One picture of the figure as JPEG bytes, RGB or (one in eight) gray.
+    """Draws a picture of the figure, in RGB or (one in eight) gray, and returns the bytes of a JPEG file.
 
     Args:
-        figure: One of `FIGURES`.
-        rng: Of all that varies.
-        size: Width and height in pixels; 72 to 200 each without it.
-        noise: Standard deviation, of 255; 1 to 12 without it.
-        quality: Of the JPEG; 40 to 95 without it.
+        figure: A key of `FIGURES`.
+        rng: Source of all variation.
+        size: Width and height in pixels, by default random from 72 to 200.
+        noise: Standard deviation on the scale of 0 to 255, by default random from 1 to 12.
+        quality: JPEG quality, by default random from 40 to 95.
     """
     width, height = size or (int(side) for side in rng.integers(72, 201, 2))
     back, first, second = _colours(rng)
     pixels = _surface(rng, width, height, back)
-    pixels = _blend(pixels, _clutter(rng, width, height), rng.uniform(0, 255, 3).astype(np.float32))
+    opacity = _clutter(rng, width, height)[..., None]
+    pixels += (rng.uniform(0, 255, 3).astype(np.float32) - pixels) * opacity
     inside, ink = FIGURES[figure](*_coordinates(rng, width, height))
     pixels[inside] = _surface(rng, width, height, first)[inside]
     pixels[inside & ink] = _surface(rng, width, height, second)[inside & ink]
@@ -123,10 +117,10 @@ def draw_jpeg(
 
 
 def _coordinates(rng: np.random.Generator, width: int, height: int) -> tuple[Floats, Floats]:
-    """Each pixel in the coordinates of a figure placed, scaled and rotated at random; `(height, width)` each."""
+    """Returns x and y of each pixel, `(height, width)` each, in the coordinates of a randomly placed figure."""
     short = min(width, height)
     radius = short * rng.uniform(0.32, 0.46)
-    slack = short * 0.47 - radius  # the figure stays inside the centre square that validation crops
+    slack = short * 0.47 - radius  # the figure stays within the centre square that validation crops
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     x -= width / 2 + rng.uniform(-slack, slack)
     y -= height / 2 + rng.uniform(-slack, slack)
@@ -136,9 +130,9 @@ def _coordinates(rng: np.random.Generator, width: int, height: int) -> tuple[Flo
 
 
 def _colours(rng: np.random.Generator) -> list[Floats]:
-    """Background, first and second colour: any hue, told apart by brightness, the figure lighter than its background.
+    """Returns a background colour and the two colours of the figure, which have random hues and distinct brightness.
 
-    (With either one lighter at random the classes are as plain to a person, and take a network several times as many steps.)
+    The figure is always lighter than the background: otherwise a network needs several times as many training steps.
     """
     colours = []
     for darkest, lightest in ((20, 80), (150, 230), (70, 130)):
@@ -148,20 +142,20 @@ def _colours(rng: np.random.Generator) -> list[Floats]:
 
 
 def _smooth_noise(rng: np.random.Generator, width: int, height: int, cells: int) -> Floats:
-    """Cloud-like noise in [-1, 1], `(height, width)`: a coarse random grid, enlarged."""
+    """Returns cloud-like noise in [-1, 1], `(height, width)`: an enlarged coarse random grid."""
     grid = Image.fromarray(rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32))
     return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _surface(rng: np.random.Generator, width: int, height: int, colour: Floats) -> Floats:
-    """A textured, unevenly lit surface of about one colour, `(height, width, 3)`, values about 0-255."""
+    """Returns a textured, unevenly lit surface of about one colour: `(height, width, 3)`, values about 0-255."""
     grain = _smooth_noise(rng, width, height, int(rng.integers(8, 24))) * rng.uniform(0, 16)
     light = _smooth_noise(rng, width, height, int(rng.integers(1, 5))) * rng.uniform(0, 35)
     return colour + (grain + light)[..., None]
 
 
 def _clutter(rng: np.random.Generator, width: int, height: int) -> Floats:
-    """Opacity in [0, 1], `(height, width)`, of lines and blots that belong to no class."""
+    """Returns the opacity of lines and blots that are unrelated to the class: `(height, width)` in [0, 1]."""
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     for _ in range(rng.integers(0, 7)):
@@ -171,7 +165,3 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> Floats:
         x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(1, min(width, height) / 12)
         draw.ellipse((x - r, y - r, x + r, y + r), fill=int(rng.integers(80, 256)))
     return np.asarray(mask, np.float32) / np.float32(255)
-
-
-def _blend(pixels: Floats, opacity: Floats, colour: Floats) -> Floats:
-    return pixels + (colour - pixels) * opacity[..., None]

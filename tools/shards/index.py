@@ -1,8 +1,8 @@
-"""`shards index`: index files for tars that something else has written, also for those on remote storage."""
+"""`shards index`: writes index files for tars from other tools, local or on remote storage."""
 
 import concurrent.futures
 import errno
-import itertools
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from pipelines.remote.object_store import THREADS, glob_files, is_url, list_folder
+from pipelines.shards.find_tars import find_splits
 from pipelines.shards.index import Sample, as_field, read_index, scan_tar, write_index
-from pipelines.shards.shard_set import find_splits
-from tools.shards.parallel import as_completed, check_workers, num_cpus, run
+from tools.shards.parallel import Result, Task, as_completed, choose_workers, run
 
 Action = Literal["written", "replaced", "kept", "refused"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one index file; `error` says why it was refused."""
+    """What happened to one index file. `error` says why it was refused."""
 
     index: str
     action: Action
@@ -33,75 +33,64 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What `shards index` did, in the order of the tars."""
+    """The result of `shards index`, in the order of the tars."""
 
     outcomes: tuple[Outcome, ...]
 
     @property
     def errors(self) -> list[str]:
-        """A line for each tar that got no index."""
+        """One line for each tar that has no valid index."""
         return [outcome.error for outcome in self.outcomes if outcome.error]
 
+    @property
+    def num_samples(self) -> int:
+        """The number of samples, without those of refused tars."""
+        return sum(outcome.num_samples for outcome in self.outcomes)
+
     def files(self, action: Action) -> list[str]:
-        """The index files of which that became."""
+        """Returns the index files with this outcome."""
         return [outcome.index for outcome in self.outcomes if outcome.action == action]
 
     def __str__(self) -> str:
-        texts: dict[Action, str] = {"written": "written", "replaced": "replaced", "kept": "kept, being up to date"}
+        texts: dict[Action, str] = {"written": "written", "replaced": "replaced", "kept": "kept (up to date)"}
         counts = [f"{len(self.files(action)):,} {text}" for action, text in texts.items() if self.files(action)]
-        samples = sum(outcome.num_samples for outcome in self.outcomes)
-        return f"index files of {len(self.outcomes):,} tars: {', '.join(counts) or 'none written'}; {samples:,} samples"
+        return (
+            f"index files of {len(self.outcomes):,} tars: {', '.join(counts) or 'none written'}; {self.num_samples:,} samples"
+        )
 
-    def as_json(self) -> str:
-        """One JSON object.
-
-        Its keys: `written`, `replaced` and `kept`, each a list of index files; `errors`, a line for each tar without an index
-        of its own; `num_samples`, over all tars but those.
-        """
-        samples = sum(outcome.num_samples for outcome in self.outcomes)
+    def to_json(self) -> str:
+        """Returns one JSON object: `written`, `replaced`, `kept` (lists of index files), `errors` and `num_samples`."""
         actions: tuple[Action, ...] = ("written", "replaced", "kept")
-        return json.dumps({**{action: self.files(action) for action in actions}, "errors": self.errors, "num_samples": samples})
-
-
-@dataclass(frozen=True)
-class _Task:
-    tar: str
-    index_path: Path
-    overwrite: bool
+        files = {action: self.files(action) for action in actions}
+        return json.dumps({**files, "errors": self.errors, "num_samples": self.num_samples})
 
 
 def index_shards(
     pattern: str, *, index_dir: Path | None = None, overwrite: bool = False, num_workers: int | None = None
 ) -> Report:
-    """Writes the index of each tar.
-
-    Args:
-        pattern: A folder, a glob, a brace pattern, one tar; or the URL of one of these.
-        index_dir: Folder for the index files; made where it is not there. By default each lies beside its tar.
-        overwrite: Replace index files that differ from what their tar holds.
-        num_workers: Processes; by default one a CPU. For remote tars threads; by default 16.
+    """Writes the index file of each tar. The arguments are the options of `shards index`.
 
     Raises:
-        ValueError: Nothing matches, or the index files cannot be put where they should be.
-        OSError: The storage does not answer as it should.
+        ValueError: Nothing matches, or the index files cannot be written.
+        OSError: The storage fails.
     """
     remote = is_url(pattern)
     if remote and index_dir is None:
         raise ValueError(f"{pattern}: an index cannot be written beside a remote tar; name a local folder with --index-dir")
     tars = _find_remote_tars(pattern) if remote else _find_local_tars(pattern)
     paths = index_paths(tars, index_dir)
-    tasks = [_Task(tar, path, overwrite) for tar, path in zip(tars, paths, strict=True)]
-    num_workers = min(check_workers(num_workers) or (THREADS if remote else num_cpus()), len(tasks))
-    outcomes = (_run_threads if remote else run)(_index_tar, tasks, num_workers)
-    by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tasks), unit="tar", disable=None)}
+    num_workers = min(choose_workers(num_workers, THREADS if remote else None), len(tars))
+    index_tar = functools.partial(_index_tar, overwrite=overwrite)
+    outcomes = (_run_threads if remote else run)(index_tar, list(zip(tars, paths, strict=True)), num_workers)
+    by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tars), unit="tar", disable=None)}
     return Report(tuple(by_path[str(path)] for path in paths))
 
 
 def index_paths(tars: list[str], index_dir: Path | None) -> list[Path]:
-    """Where the index of each tar belongs.
+    """Returns the path of each tar's index file.
 
     Raises:
-        ValueError: In `index_dir` two would have one name.
+        ValueError: Two files in `index_dir` would have the same name.
     """
     if index_dir is None:
         return [Path(tar).with_suffix(".idx") for tar in tars]
@@ -114,10 +103,10 @@ def index_paths(tars: list[str], index_dir: Path | None) -> list[Path]:
 
 
 def save_index(index_path: Path, samples: list[Sample]) -> None:
-    """Writes an index, and the folder for it.
+    """Writes an index file, and creates its folder if needed.
 
     Raises:
-        ValueError: Nothing can be written there.
+        ValueError: The folder is not writable.
     """
     try:
         index_path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +119,8 @@ def save_index(index_path: Path, samples: list[Sample]) -> None:
         ) from error
 
 
-def _run_threads(function: Callable[[_Task], Outcome], tasks: list[_Task], num_workers: int) -> Iterator[Outcome]:
-    """`parallel.run` for work that is waiting: a thread starts at once, a process has to import the storage's library first."""
+def _run_threads(function: Callable[[Task], Result], tasks: list[Task], num_workers: int) -> Iterator[Result]:
+    """Runs tasks that mostly wait. Threads start faster than processes, which import the storage library first."""
     pool = concurrent.futures.ThreadPoolExecutor(num_workers)
     try:
         yield from as_completed(pool, function, tasks, window=2 * num_workers)
@@ -139,25 +128,26 @@ def _run_threads(function: Callable[[_Task], Outcome], tasks: list[_Task], num_w
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _index_tar(task: _Task) -> Outcome:
+def _index_tar(task: tuple[str, Path], overwrite: bool) -> Outcome:
+    tar, index_path = task
     try:
-        samples = scan_tar(task.tar)
+        samples = scan_tar(tar)
     except ValueError as error:
-        return Outcome(str(task.index_path), "refused", error=str(error))
+        return Outcome(str(index_path), "refused", error=str(error))
     action: Action = "written"
-    if task.index_path.exists():
-        if _lists(task.index_path, samples):
-            return Outcome(str(task.index_path), "kept", len(samples))
-        if not task.overwrite:
-            differs = f"{task.index_path}: differs from what {task.tar} holds, and was left as it is; --overwrite replaces it"
-            return Outcome(str(task.index_path), "refused", error=differs)
+    if index_path.exists():
+        if _lists(index_path, samples):
+            return Outcome(str(index_path), "kept", len(samples))
+        if not overwrite:
+            differs = f"{index_path}: differs from the contents of {tar}, and was not changed; --overwrite replaces it"
+            return Outcome(str(index_path), "refused", error=differs)
         action = "replaced"
-    save_index(task.index_path, samples)
-    return Outcome(str(task.index_path), action, len(samples))
+    save_index(index_path, samples)
+    return Outcome(str(index_path), action, len(samples))
 
 
 def _lists(index_path: Path, samples: list[Sample]) -> bool:
-    """Whether the index has exactly these samples; names in it are for people, and may be written in other ways."""
+    """Returns whether the index has exactly these samples. Names are not compared: tools write them in different ways."""
     try:
         listed = read_index(index_path)
     except ValueError:
@@ -179,13 +169,10 @@ def _find_local_tars(pattern: str) -> list[str]:
 
 
 def _find_remote_tars(pattern: str) -> list[str]:
-    tars = list(itertools.chain.from_iterable(map(_list_storage, braceexpand(pattern))))
+    tars: list[str] = []
+    for url in braceexpand(pattern):
+        found = glob_files(url) or [file for file in list_folder(url.rstrip("/")) if file.url.endswith(".tar")]
+        if not found:
+            raise ValueError(f"no such shard: {url!r}")
+        tars += [file.url for file in found]
     return list(dict.fromkeys(tars))
-
-
-def _list_storage(url: str) -> list[str]:
-    """The tars that a URL without braces names, as URLs."""
-    found = glob_files(url) or [file for file in list_folder(url.rstrip("/")) if file.url.endswith(".tar")]
-    if not found:
-        raise ValueError(f"no such shard: {url!r}")
-    return [file.url for file in found]

@@ -1,44 +1,44 @@
-"""The files that list a data set: `_info.json` and `rejected.jsonl`."""
+"""The files that describe a data set: `_info.json` and `rejected.jsonl`."""
 
 import collections
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.shards.shard_set import INFO_FILE, parse_info
+from pipelines.shards.find_tars import INFO_FILE, parse_info
 from tools.shards.build import ShardReport
 from tools.shards.plan import Plan
-from tools.shards.storage import Storage, write_text
+from tools.shards.storage import Storage, clear_temporary, write_text
 
 REJECTED_FILE = "rejected.jsonl"
 
 
 def read_info(storage: Storage) -> dict[str, Any]:
-    """The `_info.json` of a data set, or an empty dict.
+    """Reads the `_info.json` of a data set, or returns an empty dict if there is none.
 
     Raises:
-        ValueError: It is not a JSON object.
+        ValueError: The file is not a JSON object.
     """
     return parse_info(storage.read(INFO_FILE) or "{}", f"{storage}/{INFO_FILE}")
 
 
 def read_rejected(storage: Storage) -> list[dict[str, str]]:
-    """Split, path and reason of each image that was left out, of all splits."""
+    """Reads split, path and reason of each rejected image, of all splits."""
     return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").split("\n") if line]
 
 
 def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Sequence[ShardReport]) -> dict[str, Any]:
-    """Enters a split whose shards are all there; from here on it is part of the data set.
+    """Adds a split whose shards are complete to the data set.
 
     Raises:
-        ValueError: Another split was entered in the meantime, with other classes.
+        ValueError: In the meantime, another process added a split with other classes.
         OSError: Shards are missing.
 
     Returns:
-        The split's entry in `_info.json`.
+        The entry of the split in `_info.json`.
     """
     name = plan.options.name
+    changes = sum((collections.Counter(report.changes) for report in reports), collections.Counter[str]())
     split = {
         "name": name,
         "num_samples": sum(report.num_samples for report in reports),
@@ -46,24 +46,24 @@ def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Seque
         "shard_lengths": [report.num_samples for report in reports],
         "shard_bytes": [report.file_bytes[0] for report in reports],
         "image_bytes": sum(report.image_bytes for report in reports),
-        "changes": dict(
-            sorted(sum((collections.Counter(report.changes) for report in reports), collections.Counter()).items())
-        ),
+        "changes": dict(sorted(changes.items())),
         "conversion": record,
     }
     rejected = [*plan.listing.left_out, *(entry for report in reports for entry in report.rejected)]
     sizes = storage.sizes()
     if lost := [report.name for report in reports if sizes.get(report.name) != report.file_bytes[0]]:
         raise OSError(
-            f"{storage}: {len(lost)} shards were built and are not there, as {lost[0]}; do all workers see this folder?"
+            f"{storage}: {len(lost)} shards were built but are missing, for example {lost[0]}; do all workers use this folder?"
         )
     with storage.lock(wait=True):
-        _clear_temporary(storage)
+        clear_temporary(storage, r"_info\.json|rejected\.jsonl")
         _write_rejected(storage, name, rejected)
         info = read_info(storage)
         others = {key: value for key, value in info.get("splits", {}).items() if key != name}
         if others and info.get("classes") != list(plan.classes):
-            raise ValueError(f"{storage}: a split with other classes was entered meanwhile; --overwrite converts this one anew")
+            raise ValueError(
+                f"{storage}: another process added a split with other classes; --overwrite converts this split again"
+            )
         splits = dict(sorted({**others, name: split}.items()))
         write_info(storage, {**info, "splits": splits, "classes": list(plan.classes)})
     return split
@@ -74,15 +74,8 @@ def write_info(storage: Storage, info: dict[str, Any]) -> None:
     write_text(storage, INFO_FILE, json.dumps(info, indent=1) + "\n", durable=True)
 
 
-def _clear_temporary(storage: Storage) -> None:
-    """Deletes what was left by a run that was killed right here."""
-    for file in storage.sizes():
-        if re.fullmatch(r"\.(_info\.json|rejected\.jsonl)\.[0-9a-f]{8}\.tmp", file):
-            storage.delete(file)
-
-
 def _write_rejected(storage: Storage, name: str, rejected: Sequence[tuple[str, str]]) -> None:
-    """Replaces the split's entries among those of all splits; no file where there are none."""
+    """Replaces the entries of the split. A file without entries is deleted."""
     entries = [entry for entry in read_rejected(storage) if entry["split"] != name]
     entries += [{"split": name, "path": path, "reason": reason} for path, reason in rejected]
     entries.sort(key=lambda entry: entry["split"])

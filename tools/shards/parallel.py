@@ -1,13 +1,12 @@
-"""Work spread over processes: the executor, and how its results come in."""
+"""Work on several processes of this machine, or on the workers of a Dask cluster."""
 
 import concurrent.futures
-import contextlib
 import ctypes
 import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -17,31 +16,67 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def num_cpus() -> int:
-    """The CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def check_workers(num_workers: int | None) -> int | None:
-    """The number of workers that the user asked for, if any.
+def require_positive(option: str, value: int | None) -> None:
+    """Raises ValueError if the value of an option is given and is below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"--{option} {value}: at least 1 is needed")
+
+
+def choose_workers(requested: int | None, default: int | None = None) -> int:
+    """Returns the number of workers: the requested one, or else `default`, or else one per CPU.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: Fewer than one are requested.
     """
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--workers {num_workers}: at least 1 is needed")
-    return num_workers
+    require_positive("workers", requested)
+    return requested or default or num_cpus()
 
 
-@contextlib.contextmanager
-def process_pool(num_workers: int) -> Iterator[concurrent.futures.Executor]:
-    """An executor of worker processes, which end when this one does, however it does.
+def _prepare_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    # Without this, the workers of a killed parent would finish their tasks and then wait forever.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent was killed before the call above
+        os._exit(1)
 
-    The processes are spawned, not forked: a fork of a process that runs threads can hang.
+
+def as_completed(
+    executor: concurrent.futures.Executor, function: Callable[[Task], Result], tasks: Iterable[Task], window: int
+) -> Iterator[Result]:
+    """Yields the results of `function` for all tasks, in the order in which they finish.
+
+    Args:
+        executor: Any executor. One with other processes needs picklable tasks, results and `function`.
+        function: Processes one task.
+        tasks: Consumed one by one as results arrive, so the tasks need not fit into memory together.
+        window: Number of tasks that are submitted at a time.
     """
+    tasks = iter(tasks)
+    pending = {executor.submit(function, task) for task in itertools.islice(tasks, window)}
+    while pending:
+        done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
+            pending.update(executor.submit(function, task) for task in itertools.islice(tasks, 1))
+
+
+def run(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Generator[Result, None, None]:
+    """Yields the results of `as_completed` on worker processes. A single worker is this process itself.
+
+    The processes end when this process ends, for whatever reason. They are spawned, not forked: a fork of a process that runs
+    threads can hang.
+    """
+    if num_workers == 1:
+        yield from map(function, tasks)
+        return
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _prepare_worker, (os.getpid(),))
     try:
-        yield pool
+        yield from as_completed(pool, function, tasks, window=2 * num_workers)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         children = multiprocessing.active_children()
@@ -53,38 +88,29 @@ def process_pool(num_workers: int) -> Iterator[concurrent.futures.Executor]:
     pool.shutdown()
 
 
-def _prepare_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
-    # Without it the workers of a parent that was killed would go on, and then wait forever.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before it could be watched
-        os._exit(1)
+def run_on_dask(address: str, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
+    """Yields the results of `as_completed` on the workers of a Dask scheduler.
 
+    If a worker is lost, another one repeats its tasks.
 
-def as_completed(
-    executor: concurrent.futures.Executor, function: Callable[[Task], Result], tasks: Iterable[Task], window: int
-) -> Iterator[Result]:
-    """The results of `function` for all tasks, in the order in which they finish.
-
-    Args:
-        executor: Any; the tasks, the results and `function` have to be picklable for one of other processes.
-        function: What to do with a task.
-        tasks: Taken one by one as results come in, so that the tasks need not fit into memory together.
-        window: Tasks handed to the executor at a time.
+    Raises:
+        ValueError: distributed is not installed, or no scheduler answers at the address, or it has no workers.
+        OSError: A task was lost together with several workers.
     """
-    tasks = iter(tasks)
-    pending = {executor.submit(function, task) for task in itertools.islice(tasks, window)}
-    while pending:
-        done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-        for future in done:
-            yield future.result()
-            pending.update(executor.submit(function, task) for task in itertools.islice(tasks, 1))
-
-
-def run(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
-    """`as_completed` on `num_workers` processes of this machine; one is this process itself."""
-    if num_workers == 1:
-        yield from map(function, tasks)
-        return
-    with process_pool(num_workers) as pool:
-        yield from as_completed(pool, function, tasks, window=2 * num_workers)
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise ValueError(f"--executor {address}: pip install -e '.[dask]'") from error
+    try:
+        client = Client(address, timeout=5)
+    except (OSError, ValueError) as error:  # includes TimeoutError
+        raise ValueError(f"--executor {address}: no Dask scheduler answers there ({error})") from error
+    with client:
+        num_threads = sum(client.ncores().values())
+        if not num_threads:
+            raise ValueError(f"--executor {address}: the scheduler has no workers; start some with `dask worker {address}`")
+        try:
+            with client.get_executor(pure=False, retries=2) as executor:
+                yield from as_completed(executor, function, tasks, window=2 * num_threads)
+        except KilledWorker as error:
+            raise OSError(f"--executor {address}: {error}") from error

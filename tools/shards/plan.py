@@ -1,4 +1,4 @@
-"""The plan of a conversion: which image goes into which shard, decided before the first byte is written."""
+"""The plan of a conversion: it assigns each image to a shard before the first byte is written."""
 
 import importlib.metadata
 import random
@@ -8,26 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tools.shards.parallel import require_positive
 from tools.shards.shape import Shape
 from tools.shards.sources.listing import Extent, Listing
 from tools.shards.write import member_bytes
 
-END_BYTES = 10240  # a tar's end mark, rounded up to a record, at most
+DEFAULT_SHARD_SAMPLES = 1000
+END_BYTES = 10240  # upper bound of a tar's end mark, which is rounded up to a record
+KEY_LENGTH = 80  # a USTAR header block holds names of up to 100 bytes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes that a conversion writes; nothing else does.
-
-    Attributes:
-        name: Of the split.
-        seed: Of the shuffle.
-        shard_samples: Samples planned for a shard; 1000 where neither this nor `shard_bytes` is given.
-        shard_bytes: Largest size of a shard with all images as they are in the source, headers included.
-        shape: How images are checked and shaped.
+    """The options of `shards convert` that determine the bytes of a conversion. No other option does.
 
     Raises:
-        ValueError: An option is out of its range; names it as the command line does.
+        ValueError: An option is out of range.
     """
 
     name: str = "train"
@@ -38,32 +34,24 @@ class Options:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", self.name):
-            raise ValueError(f"--name {self.name!r}: letters, digits and underscores are allowed")
+            raise ValueError(f"--name {self.name!r}: only letters, digits and underscores are allowed")
         if self.shard_samples is not None and self.shard_bytes is not None:
-            raise ValueError("--shard-samples and --shard-bytes are two ways to say the same; give one")
-        for option, value in (
-            ("samples", self.shard_samples),
-            ("bytes", self.shard_bytes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"--shard-{option} {value}: at least 1 is needed")
-        if self.shape.resize is not None and self.shape.resize < 1:
-            raise ValueError(f"--resize {self.shape.resize}: at least 1 pixel is needed")
+            raise ValueError("--shard-samples and --shard-bytes exclude each other; give one")
+        require_positive("shard-samples", self.shard_samples)
+        require_positive("shard-bytes", self.shard_bytes)
+        require_positive("resize", self.shape.resize)
         if not 1 <= self.shape.quality <= 100:
             raise ValueError(f"--quality {self.shape.quality}: 1 to 100 is the range")
 
     def record(self) -> dict[str, Any]:
-        """The options as they are kept beside the shards, without the name."""
+        """Returns the options as `_info.json` keeps them, without the name."""
         shard_samples = self.shard_samples
         if shard_samples is None and self.shard_bytes is None:
             shard_samples = DEFAULT_SHARD_SAMPLES
-        # Another version may encode to other bytes, and GIFs are encoded in any case.
+        # Another version may encode to other bytes, and GIFs are always encoded.
         encoder = f"Pillow {importlib.metadata.version('pillow')}"
         sizes = {"shard_samples": shard_samples, "shard_bytes": self.shard_bytes}
         return {"seed": self.seed, **sizes, **asdict(self.shape), "encoder": encoder}
-
-
-DEFAULT_SHARD_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -71,12 +59,12 @@ class Plan:
     """All shards of a split.
 
     Attributes:
-        listing: The source.
-        labels: Of each image of the listing, a place in `classes`.
-        classes: The class names of the data set.
-        options: What the user asked for.
-        order: Places in the listing, in the order of the samples.
-        bounds: Where in `order` each shard begins, and where the last ends.
+        listing: The images of the source.
+        labels: Index into `classes` of each image of the listing.
+        classes: Class names of the data set.
+        options: The options of the conversion.
+        order: Indices into the listing, in the order of the samples.
+        bounds: Start of each shard in `order`, followed by the end of the last shard.
     """
 
     listing: Listing
@@ -91,43 +79,47 @@ class Plan:
         return len(self.bounds) - 1
 
     def shard_name(self, number: int) -> str:
-        """The file name of a shard."""
+        """Returns the file name of a shard."""
         return f"{self.options.name}-{number:06d}.tar"
 
+    def shard_length(self, number: int) -> int:
+        """Returns the number of images that are planned for a shard."""
+        return self.bounds[number + 1] - self.bounds[number]
+
     def samples(self, number: int) -> Iterator[tuple[str, Extent, int]]:
-        """Key, image and label of each sample of a shard."""
+        """Yields key, image and label of each sample of a shard."""
         for position in range(self.bounds[number], self.bounds[number + 1]):
             place = self.order[position]
             extent = self.listing.extents[place]
             yield sample_key(position, extent.name), extent, self.labels[place]
 
     def planned_bytes(self, number: int) -> int:
-        """The size of a shard with all its images as they are in the source, at most."""
+        """Returns an upper bound of the size of a shard if all its images are copied unchanged."""
         sizes = self.listing.extents.sizes
         places = self.order[self.bounds[number] : self.bounds[number + 1]]
         return sum(_sample_bytes(sizes[place]) for place in places) + END_BYTES
 
     def describe(self) -> tuple[dict[str, Any], bytearray]:
-        """What the split is made from and how, for `_info.json`; and the source's table, see `Listing.describe`."""
+        """Returns the record of options and source for `_info.json`, and the table of `Listing.describe`."""
         digest, table = self.listing.describe()
         return {**self.options.record(), "source": {"images": len(self.listing.extents), "sha256": digest}}, table
 
 
 def parse_bytes(text: str) -> int:
-    """A size as people write it: 256MB (of 1000), 256MiB (of 1024), or bytes.
+    """Parses a size: a number of bytes, or a number with a unit: 256MB (powers of 1000), 256MiB (powers of 1024).
 
     Raises:
-        ValueError: It is not written so.
+        ValueError: The text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?)(i?)B?", text.strip())
     if not found:
-        raise ValueError(f"--shard-bytes {text!r}: a size as 256MB or 1GiB is needed")
+        raise ValueError(f"--shard-bytes {text!r}: a size such as 256MB or 1GiB is needed")
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMG".index(prefix.upper() or " "))
 
 
 def make_plan(listing: Listing, labels: Sequence[int], classes: tuple[str, ...], options: Options) -> Plan:
-    """Shuffles the images over the whole set and parts them into shards."""
+    """Shuffles the images over the whole set and divides them into shards."""
     places = list(range(len(listing.extents)))
     random.Random(options.seed).shuffle(places)
     order = array("q", places)
@@ -151,14 +143,11 @@ def _bounds_by_bytes(sizes: Sequence[int], order: Sequence[int], shard_bytes: in
 
 
 def _sample_bytes(image_bytes: int) -> int:
-    return member_bytes(image_bytes) + member_bytes(1)  # a label's digits take one block
-
-
-KEY_LENGTH = 80  # USTAR holds names of up to 100 bytes in one header block
+    return member_bytes(image_bytes) + member_bytes(1)  # the digits of a label take one block
 
 
 def sample_key(position: int, name: str) -> str:
-    """The sample's place for uniqueness and its origin for people, without dots, blanks or slashes."""
+    """Returns a key without dots, blanks and slashes. The position makes it unique, and the name shows its origin."""
     stem = name[: name.rfind(".")] if "." in name.rpartition("/")[2] else name
     readable = re.sub(r"[^A-Za-z0-9-]+", "_", stem)
     return f"{position:08d}_{readable}"[:KEY_LENGTH]

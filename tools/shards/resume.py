@@ -1,7 +1,7 @@
-"""What an earlier run of a conversion has left, and whether this one may go on with it.
+"""Finds what an earlier run of a conversion has left, and decides whether this run may continue from it.
 
-While a split is converted, `.NAME.convert` in the destination holds the plan, the source's listing and a report on each shard
-that is finished.
+While a split is converted, the folder `.NAME.convert` in the destination holds the plan, the listing of the source and a report
+on each finished shard.
 """
 
 import hashlib
@@ -13,21 +13,26 @@ from typing import Any
 from tools.shards.build import ShardReport
 from tools.shards.manifest import read_info, write_info
 from tools.shards.plan import Plan
-from tools.shards.storage import Storage, write_text
+from tools.shards.storage import Storage, clear_temporary, write_text
 
-SHARD_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_]*)-\d{6}\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*-\d{6}\.tar")
+
+
+def state_folder(name: str) -> str:
+    """Returns the folder of the conversion of a split, relative to the destination."""
+    return f".{name}.convert"
 
 
 def report_name(plan: Plan, number: int) -> str:
-    """The file of a shard's report, relative to the destination."""
-    return f".{plan.options.name}.convert/{number:06d}.json"
+    """Returns the file name of a shard's report, relative to the destination."""
+    return f"{state_folder(plan.options.name)}/{number:06d}.json"
 
 
 def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The split's entry in `_info.json` where this very conversion was completed before; None where it is still to be done.
+    """Returns the split's entry in `_info.json` if the same conversion was completed before, or else None.
 
     Raises:
-        ValueError: The destination has the split already, made otherwise, or shards from elsewhere.
+        ValueError: The destination has the split from another conversion, or shards from elsewhere.
     """
     splits = read_info(storage).get("splits", {})
     listed = {tar for split in splits.values() for tar in split.get("filenames", ())}
@@ -38,46 +43,47 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
     if name in splits:
         old = splits[name].get("conversion")
         if old is None:
-            raise ValueError(f"{storage} has a split {name!r} already; {way_out}")
-        if found := differences(old, record):
-            raise ValueError(f"{storage} has a split {name!r} already, converted otherwise: {found}; {way_out}")
+            raise ValueError(f"{storage} already has a split {name!r}; {way_out}")
+        if found := _differences(old, record):
+            raise ValueError(f"{storage} already has a split {name!r} from another conversion: {found}; {way_out}")
         sizes = storage.sizes()
         tars = zip(splits[name]["filenames"], splits[name]["shard_bytes"], strict=True)
         if broken := [tar for tar, size in tars if sizes.get(tar) != size]:
             raise ValueError(
-                f"{storage}: {len(broken)} shards are missing or cut short, as {broken[0]}; --overwrite makes all anew"
+                f"{storage}: {len(broken)} shards are missing or cut short, for example {broken[0]}; "
+                "--overwrite writes all of them again"
             )
         return dict(splits[name])
     if not is_begun(storage, name) and _files(storage, name):
-        raise ValueError(f"{storage} has shards called {name}-* already, from elsewhere; {way_out}")
+        raise ValueError(f"{storage} already has shards {name}-* that this command did not write; {way_out}")
     return None
 
 
 def is_begun(storage: Storage, name: str) -> bool:
-    """Whether an earlier run has left a plan."""
-    return storage.read(f".{name}.convert/plan.json") is not None
+    """Returns whether an earlier run has left a plan."""
+    return storage.read(f"{state_folder(name)}/plan.json") is not None
 
 
 def begin(
     storage: Storage, plan: Plan, record: dict[str, Any], table: bytearray, overwrite: bool
 ) -> tuple[list[ShardReport], list[int]]:
-    """Takes up the conversion where an earlier run has left it, or begins it.
+    """Starts a conversion, or continues the one that an earlier run has left.
 
     Args:
         storage: The destination.
         plan: The conversion.
-        record: What it has to have in common with the earlier run,
-        table: and the source's table, which tells how it has not: see `Plan.describe`.
-        overwrite: Begin anew where an earlier run was another one.
+        record: The record of `Plan.describe`, which must equal the record of the earlier run.
+        table: The table of `Plan.describe`, which tells how the source has changed.
+        overwrite: Whether to start over if the earlier run was another conversion.
 
     Raises:
-        ValueError: An earlier run had other options or another source; names the difference. Or there is too little space.
+        ValueError: The options or the source differ from those of the earlier run, or there is too little space.
 
     Returns:
-        The reports of the shards that are there, and the numbers of those that are not.
+        The reports on the finished shards, and the numbers of the others.
     """
     name = plan.options.name
-    state = f".{name}.convert"
+    state = state_folder(name)
     wanted: dict[str, Any] = {"record": record, "classes": list(plan.classes), "table": hashlib.sha256(table).hexdigest()}
     text = storage.read(f"{state}/plan.json")
     begun: dict[str, Any] | None = json.loads(text) if text else None
@@ -86,16 +92,15 @@ def begin(
         _check_space(storage, plan, pending, freed=0)
         return reports, pending
     if begun is not None and not overwrite:
-        found = differences(begun["record"], wanted["record"])
+        found = [_differences(begun["record"], wanted["record"])]
         if begun["classes"] != wanted["classes"]:
-            found += "; the classes are others"
+            found.append("the classes changed")
         if begun["table"] != wanted["table"]:
-            found += "; " + _source_differences(
-                storage.read(f"{state}/source.tsv") or "", table.decode("utf-8", "backslashreplace")
-            )
+            old, new = storage.read(f"{state}/source.tsv") or "", table.decode("utf-8", "backslashreplace")
+            found.append(_source_differences(old, new))
         raise ValueError(
-            f"{storage}: the conversion of split {name!r} was begun otherwise: {found.removeprefix('; ')}; "
-            "run it as it was begun, or --overwrite to begin anew"
+            f"{storage}: the conversion of split {name!r} was started differently: {'; '.join(filter(None, found))}; "
+            "restore what changed, or start over with --overwrite"
         )
     sizes = storage.sizes()
     _check_space(storage, plan, range(plan.num_shards), freed=sum(sizes[file] for file in _files(storage, name)))
@@ -106,10 +111,17 @@ def begin(
     return [], list(range(plan.num_shards))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which settings differ, for people; empty where none does."""
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns the settings that differ, in words. The text is empty if none does."""
+
+    def option(key: str) -> str:
+        return key if key == "encoder" else f"--{key.replace('_', '-')}"
+
+    def value(settings: Mapping[str, Any], key: str) -> str:
+        return "not given" if settings.get(key) is None else str(settings[key])
+
     changed = [key for key in sorted({*old, *new} - {"source"}) if old.get(key) != new.get(key)]
-    found = [f"{_option(key)} was {_value(old.get(key))} and is {_value(new.get(key))}" for key in changed]
+    found = [f"{option(key)} was {value(old, key)} and is {value(new, key)}" for key in changed]
     then, now = old.get("source", {}), new["source"]
     if then != now:
         found.append(
@@ -118,43 +130,35 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
-def _option(key: str) -> str:
-    return key if key == "encoder" else f"--{key.replace('_', '-')}"
-
-
-def _value(value: object) -> str:
-    return "not given" if value is None else str(value)
-
-
 def _refuse_other_names(storage: Storage, listed: set[str]) -> None:
     strange = sorted(
         tar for tar in storage.sizes() if tar.endswith(".tar") and tar not in listed and not SHARD_NAME.fullmatch(tar)
     )
     if strange:
         raise ValueError(
-            f"{storage} has {len(strange)} tars named otherwise than by this command ({', '.join(strange[:3])}); "
+            f"{storage} has {len(strange)} tars with names from another tool ({', '.join(strange[:3])}); "
             "two naming schemes in one folder would be read as one data set: name another folder"
         )
 
 
 def _files(storage: Storage, name: str) -> list[str]:
-    """The shards and indices of a split, listed or not."""
+    """Returns the shards and indices of a split, listed or not."""
     return [file for file in storage.sizes() if re.fullmatch(rf"{name}-\d{{6}}\.(tar|idx)", file)]
 
 
 def clear(storage: Storage, name: str) -> None:
-    """Deletes a split, listed or begun."""
+    """Deletes a split, complete or not."""
     info = read_info(storage)
-    if info.get("splits", {}).pop(name, None):  # from here on it is not listed
+    if info.get("splits", {}).pop(name, None):  # remove it from the list before its files
         write_info(storage, info)
-    for file in storage.sizes(f".{name}.convert"):
-        storage.delete(f".{name}.convert/{file}")
+    for file in storage.sizes(state_folder(name)):
+        storage.delete(f"{state_folder(name)}/{file}")
     for file in _files(storage, name):
         storage.delete(file)
 
 
 def _check_space(storage: Storage, plan: Plan, pending: Sequence[int], freed: int) -> None:
-    """Raises ValueError where there is too little space for what is still to be built, as far as that is known."""
+    """Raises ValueError if there is too little space for the pending shards, provided that their size is known."""
     shape, free = plan.options.shape, storage.free_bytes()
     if free is None or shape.resize is not None or shape.format != "keep":
         return
@@ -164,9 +168,9 @@ def _check_space(storage: Storage, plan: Plan, pending: Sequence[int], freed: in
 
 
 def _finished(storage: Storage, plan: Plan) -> tuple[list[ShardReport], list[int]]:
-    """The shards of which report, tar and index are there."""
+    """Returns the reports on shards whose report, tar and index exist, and the numbers of the other shards."""
     reports, pending = [], []
-    sizes, written = storage.sizes(), storage.sizes(f".{plan.options.name}.convert")
+    sizes, written = storage.sizes(), storage.sizes(state_folder(plan.options.name))
     for number in range(plan.num_shards):
         name = plan.shard_name(number)
         files = (sizes.get(name), sizes.get(name.removesuffix(".tar") + ".idx"))
@@ -176,29 +180,27 @@ def _finished(storage: Storage, plan: Plan) -> tuple[list[ShardReport], list[int
             reports.append(report)
         else:
             pending.append(number)
-    clear_temporary(storage, plan.options.name)
+    clear_unfinished(storage, plan.options.name)
     return reports, pending
 
 
-def clear_temporary(storage: Storage, name: str) -> None:
-    """Deletes what a run that failed or was killed had not finished writing."""
-    for folder in ("", f".{name}.convert"):
-        for file in storage.sizes(folder):
-            if re.fullmatch(rf"\.({name}-)?\d{{6}}\.(tar|idx|json)\.[0-9a-f]{{8}}\.tmp", file):
-                storage.delete(f"{folder}/{file}" if folder else file)
+def clear_unfinished(storage: Storage, name: str) -> None:
+    """Deletes the unfinished shards, indices and reports of a split."""
+    for folder in ("", state_folder(name)):
+        clear_temporary(storage, rf"({name}-)?\d{{6}}\.(tar|idx|json)", folder)
 
 
 def _source_differences(old: str, new: str) -> str:
-    """How two listings of a source differ, by names."""
+    """Returns how two listings of a source differ, with examples of names."""
     then, now = ({line.rsplit("\t", 1)[0].split("\t", 2)[2]: line for line in text.split("\n") if line} for text in (old, new))
     kinds = {
-        "gone": sorted(then.keys() - now.keys()),
+        "missing": sorted(then.keys() - now.keys()),
         "new": sorted(now.keys() - then.keys()),
         "changed": sorted(name for name in then.keys() & now.keys() if then[name] != now[name]),
     }
-    told = [
+    counts = [
         f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in kinds.items()
         if names
     ]
-    return f"of the source's images {', '.join(told)}"
+    return f"the images of the source have changed: {', '.join(counts)}"

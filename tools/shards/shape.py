@@ -1,25 +1,24 @@
-"""What the bytes of an image become on their way into a shard, as the user asked for it."""
+"""The form in which images are stored in a shard."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pipelines.shards.shard_set import IMAGE_EXTENSIONS
 
+# Images that are read and decoded together. The decoder is a tenth faster with several, but large images need much memory.
+IMAGES_AT_ONCE = 16
+BYTES_AT_ONCE = 8 << 20
+
 Level = Literal["decode", "structure", "none"]
 Format = Literal["keep", "jpeg", "webp"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How images are checked and shaped.
-
-    Attributes:
-        check: See `ImageCheck`; "none" trusts the extension of the file's name.
-        resize: Length of the shorter side in pixels; smaller images stay as they are.
-        quality: Of JPEG and WebP images that are encoded, 1 to 100.
-        format: What images become; "keep" encodes only what was resized or cannot be decoded in training.
-    """
+    """The options of `shards convert` that determine how images are checked, resized and encoded."""
 
     check: Level = "decode"
     resize: int | None = None
@@ -32,10 +31,10 @@ class Shaped:
     """An image as it goes into a shard.
 
     Attributes:
-        extension: Of its format; None where the image is rejected.
-        reason: Why it is rejected.
-        change: What was done to it, for people; empty where the bytes are the original's.
-        data: The bytes of its file; None where the image is rejected, or to be copied without a look at it.
+        extension: Extension of its format, or None if the image is rejected.
+        reason: Reason of the rejection.
+        change: How the image was changed, in words. Empty if its bytes are the original ones.
+        data: Bytes of the image file. None if the image is rejected, or if it is copied without being read before.
     """
 
     extension: str | None
@@ -45,8 +44,22 @@ class Shaped:
 
 
 def trusted_extension(shape: Shape, name: str) -> str | None:
-    """The extension for an image that is stored without a look at it; None where a look is needed."""
+    """Returns the extension for an image that can be stored without reading it first, or None if it must be read."""
     extension = PurePath(name).suffix[1:].lower()
     if shape.check != "none" or shape.resize is not None or shape.format != "keep" or extension not in IMAGE_EXTENSIONS:
         return None
     return "jpg" if extension == "jpeg" else extension
+
+
+def image_batches(images: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Groups images into batches that are decoded together. `size` returns the bytes of an image."""
+    batch: list[Item] = []
+    num_bytes = 0
+    for image in images:
+        if batch and (len(batch) == IMAGES_AT_ONCE or num_bytes + size(image) > BYTES_AT_ONCE):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(image)
+        num_bytes += size(image)
+    if batch:
+        yield batch

@@ -1,95 +1,42 @@
-"""Where shards go: a local folder, or a bucket reached through fsspec. Files appear whole or not at all."""
+"""The destination of shards: a local folder, or a bucket through fsspec. Files appear whole or not at all."""
 
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from pipelines.remote.object_store import is_url, storage_errors
+from pipelines.remote.object_store import is_url
+from pipelines.remote.retrying import storage_errors
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
-class Storage(Protocol):
-    """A folder that files are written to; names are relative to it and may have one folder of their own."""
-
-    def new_file(self, name: str, durable: bool = False) -> contextlib.AbstractContextManager[Path]:
-        """A local path to write; what is there when the block ends without an error appears as `name`.
-
-        `durable` waits until it is on the disk. Shards do without, as with tar and cp: that takes as long again as writing
-        them, and what a power cut takes is found by its size when the command is run again.
-        """
-
-    def read(self, name: str) -> str | None:
-        """The text of a file, or None where there is no such file."""
-
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of each file of the folder, by name without the folder."""
-
-    def delete(self, name: str) -> None:
-        """Deletes a file, if it is there."""
-
-    def delete_folder(self, name: str) -> None:
-        """Deletes a folder with all that is in it, if it is there."""
-
-    def free_bytes(self) -> int | None:
-        """What it can still take, or None where nobody knows."""
-
-    def lock(self, folder: str = "", wait: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from a folder, which is made if need be.
-
-        Raises:
-            ValueError: Another process is at work there, and this one is not to wait.
-        """
-
-
-def open_storage(location: str) -> Storage:
-    """The folder that a path or a URL (`s3://`, `gs://`, whatever fsspec knows) names; made where it is not there.
-
-    Raises:
-        ValueError: It cannot be written to, or a package is missing; says which.
-    """
-    if not is_url(location):
-        return LocalStorage.open(Path(location))
-    return RemoteStorage.open(location)
-
-
-def write_text(storage: Storage, name: str, text: str, durable: bool = False) -> None:
-    """Writes a text file; see `Storage.new_file`."""
-    with storage.new_file(name, durable) as path:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
 @dataclass(frozen=True)
 class LocalStorage:
-    """A folder of the file system."""
+    """A local folder. File names are relative to it, with at most one folder of their own."""
 
     path: Path
-
-    @classmethod
-    def open(cls, path: Path) -> "LocalStorage":
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written to ({error.strerror}); name another folder") from error
-        return cls(path)
 
     def __str__(self) -> str:
         return str(self.path)
 
     @contextlib.contextmanager
     def new_file(self, name: str, durable: bool = False) -> Iterator[Path]:
+        """Yields a local path to write to. The file appears as `name` if the block ends without an error.
+
+        `durable` waits until the file is on the disk. Shards do without it, like tar and cp: flushing takes as long again as
+        writing, and the next run finds files that a power failure truncated by their size.
+        """
         path = self.path / name
-        if path.parent != self.path:  # that one is there, or this is a machine that does not see it
+        if path.parent != self.path:  # `self.path` itself exists, or else this machine has no access to it
             path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
@@ -98,40 +45,50 @@ class LocalStorage:
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError as error:  # an error of a write, as on a full disk, does not say where
+        except OSError as error:  # an error of a write, for example on a full disk, does not name the file
             raise type(error)(error.errno, error.strerror, error.filename or str(path)) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def read(self, name: str) -> str | None:
+        """Returns the text of a file, or None if it does not exist."""
         try:
             return (self.path / name).read_bytes().decode("utf-8", "backslashreplace")
         except FileNotFoundError:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
+        """Returns the size in bytes of each file in a folder, by name without the folder."""
         if not (self.path / folder).is_dir():
             return {}
         return {entry.name: entry.stat().st_size for entry in os.scandir(self.path / folder) if entry.is_file()}
 
     def delete(self, name: str) -> None:
+        """Deletes a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def delete_folder(self, name: str) -> None:
+        """Deletes a folder and its contents if it exists."""
         if (self.path / name).exists():
             shutil.rmtree(self.path / name)
 
     def free_bytes(self) -> int | None:
+        """Returns the free space, or None if it is unknown."""
         return shutil.disk_usage(self.path).free
 
     @contextlib.contextmanager
     def lock(self, folder: str = "", wait: bool = False) -> Iterator[None]:
+        """Keeps other processes out of a folder, which is created if needed.
+
+        Raises:
+            ValueError: Another process holds the lock, and `wait` is false.
+        """
         path = self.path / folder
         path.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # falls with the process, however it ends
-            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:  # deleted by its holder just now
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # released when the process ends
+            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:  # its holder has just deleted it
                 raise BlockingIOError
         except BlockingIOError as error:
             os.close(descriptor)
@@ -140,71 +97,58 @@ class LocalStorage:
             yield
         finally:
             if folder:
-                with contextlib.suppress(OSError):  # not empty: there is something to go on with
+                with contextlib.suppress(OSError):  # not empty: the next run continues from its contents
                     path.rmdir()
             os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class RemoteStorage:
-    """A prefix in an object store. A file is written locally, then uploaded whole."""
+    """A prefix in an object store, with the methods of `LocalStorage`. Files are written locally, then uploaded whole."""
 
     url: str
-
-    @classmethod
-    def open(cls, url: str) -> "RemoteStorage":
-        storage = cls(url.rstrip("/"))
-        try:
-            storage.sizes()
-            write_text(storage, ".writable", "")
-            storage.delete(".writable")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{url}: cannot be written to ({str(error).removeprefix(f'{url}: ')})") from error
-        return storage
 
     def __str__(self) -> str:
         return self.url
 
-    def _open(self, name: str) -> "tuple[AbstractFileSystem, str]":
-        from fsspec.core import url_to_fs
+    @contextlib.contextmanager
+    def _open(self, name: str) -> "Iterator[tuple[AbstractFileSystem, str]]":
+        """Yields the file system and the path of a file in it, and translates the errors of the store."""
+        with storage_errors(self.url):
+            from fsspec.core import url_to_fs
 
-        # Listings are cached by default, and other machines write here too.
-        return url_to_fs(f"{self.url}/{name}".rstrip("/"), use_listings_cache=False)
+            # By default listings are cached, but other machines write here, too.
+            yield url_to_fs(f"{self.url}/{name}".rstrip("/"), use_listings_cache=False)
 
     @contextlib.contextmanager
     def new_file(self, name: str, durable: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
             local = Path(folder) / "file"
             yield local
-            with storage_errors(self.url):
-                files, path = self._open(name)
+            with self._open(name) as (files, path):
                 files.put_file(str(local), path)
 
     def read(self, name: str) -> str | None:
         try:
-            with storage_errors(self.url):
-                files, path = self._open(name)
-                return files.cat_file(path).decode("utf-8", "backslashreplace")
+            with self._open(name) as (files, path):
+                return str(files.cat_file(path).decode("utf-8", "backslashreplace"))
         except FileNotFoundError:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         try:
-            with storage_errors(self.url):
-                files, path = self._open(folder)
+            with self._open(folder) as (files, path):
                 entries = files.ls(path, detail=True)
         except FileNotFoundError:
             return {}
         return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), storage_errors(self.url):
-            files, path = self._open(name)
+        with contextlib.suppress(FileNotFoundError), self._open(name) as (files, path):
             files.rm_file(path)
 
     def delete_folder(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), storage_errors(self.url):
-            files, path = self._open(name)
+        with contextlib.suppress(FileNotFoundError), self._open(name) as (files, path):
             files.rm(path, recursive=True)
 
     def free_bytes(self) -> int | None:
@@ -213,3 +157,44 @@ class RemoteStorage:
     @contextlib.contextmanager
     def lock(self, folder: str = "", wait: bool = False) -> Iterator[None]:
         yield  # an object store has no locks; two writers of one plan write the same bytes
+
+
+Storage = LocalStorage | RemoteStorage
+
+
+def open_storage(location: str) -> Storage:
+    """Opens the folder of a path or a URL (`s3://`, `gs://`, or any other that fsspec knows), and creates it if needed.
+
+    Raises:
+        ValueError: It is not writable, or a package is missing.
+    """
+    if is_url(location):
+        remote = RemoteStorage(location.rstrip("/"))
+        try:
+            remote.sizes()
+            write_text(remote, ".writable", "")
+            remote.delete(".writable")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{location}: cannot be written to ({str(error).removeprefix(f'{location}: ')})") from error
+        return remote
+    path = Path(location)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written to ({error.strerror}); name another folder") from error
+    return LocalStorage(path)
+
+
+def write_text(storage: Storage, name: str, text: str, durable: bool = False) -> None:
+    """Writes a text file. See `LocalStorage.new_file`."""
+    with storage.new_file(name, durable) as path:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def clear_temporary(storage: Storage, names: str, folder: str = "") -> None:
+    """Deletes the unfinished files of runs that failed or were killed, if their name matches a regular expression."""
+    for file in storage.sizes(folder):
+        if re.fullmatch(rf"\.({names})\.[0-9a-f]{{8}}\.tmp", file):
+            storage.delete(f"{folder}/{file}" if folder else file)

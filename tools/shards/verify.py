@@ -1,4 +1,4 @@
-"""`shards verify`: what in a data set would disturb training, found before it does."""
+"""`shards verify`: finds everything in a data set that would disturb training."""
 
 import collections
 import dataclasses
@@ -14,32 +14,26 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.bad_samples.quarantine import location, read_quarantine
+from pipelines.shards.find_tars import INFO_FILE, find_splits, naming_scheme, read_info
 from pipelines.shards.labels import open_labels
-from pipelines.shards.shard_set import INFO_FILE, find_splits, naming_scheme, read_info
 from tools.shards.index import index_paths, save_index
-from tools.shards.parallel import check_workers, num_cpus, run
+from tools.shards.parallel import choose_workers, run
 from tools.shards.shape import Level
-from tools.shards.tarcheck import Finding, TarResult, Task, check_tar, hash_key, key_of, read_contents
+from tools.shards.verify_tar import Finding, TarResult, Task, check_tar, hash_key, key_of, read_contents
 
 LINES_PER_KIND = 50
-NOT_PROMISED = {
-    "structure": "images were not decoded (--check structure), so that damage inside of one is not found",
-    "none": "images were not looked at (--check none), only that each sample has one",
+LIMITS_OF_LEVELS = {
+    "structure": "images were not decoded (--check structure), so damage within an image is not found",
+    "none": "images were not read (--check none); only their presence in each sample was checked",
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `shards verify` found and did.
+    """The result of `shards verify`.
 
-    Attributes:
-        num_tars: Tars looked at.
-        num_samples: Samples checked: those that the index lists, or all of a tar without one.
-        num_left_out: Samples that the index files, as they were, leave out.
-        findings: Those of `_info.json` first, then in the order of the tars.
-        notes: What is no finding and worth knowing.
-        num_quarantined: Samples that `quarantine` left out.
-        quarantine: The index files that it wrote.
+    `num_samples` counts the samples that training would read, and `num_left_out` those that the index files leave out. The last
+    two fields are the number of samples that `--quarantine` left out, and the index files that it wrote.
     """
 
     num_tars: int
@@ -52,7 +46,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Findings by kind, the most frequent first."""
+        """The number of findings by kind, the most frequent first."""
         return dict(collections.Counter(finding.kind for finding in self.findings).most_common())
 
     def __str__(self) -> str:
@@ -65,14 +59,14 @@ class Report:
                 lines.append(f"... and {count - LINES_PER_KIND:,} more {kind}; --json lists all")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def as_json(self) -> str:
-        """One JSON object: the attributes are its keys, and `counts` has the findings by kind."""
+    def to_json(self) -> str:
+        """Returns one JSON object: the attributes, and `counts` with the number of findings by kind."""
         return json.dumps({**dataclasses.asdict(self), "counts": self.counts})
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Tars of one split, and what an `_info.json` says of them: its class names, samples by tar."""
+    """The tars of a split, with class names and number of samples per tar from `_info.json`, if known."""
 
     tars: list[Path]
     classes: list[str] | None
@@ -92,40 +86,31 @@ def verify(
 ) -> Report:
     """Checks tars, index files, keys, labels, images and the counts in `_info.json`.
 
-    Args:
-        pattern: A folder, a glob, a brace pattern or one tar.
-        level: How closely to look at images, see `tools.shards.check.ImageCheck`; "none" does not.
-        num_workers: Processes; by default one a CPU.
-        quarantine: Write index files that leave the bad samples out.
-        index_dir: Folder of index files that are taken before those beside the tars, and where `quarantine` writes.
-        label_key: See `open_labels`.
-        class_file: The same.
-        known: Files `quarantine.jsonl` of runs, or the runs' folders: the samples that they list are bad, too.
+    The arguments are the options of `shards verify`.
 
     Raises:
-        ValueError: Nothing matches, or the class file or a list of samples cannot be used, or index files cannot be read from
-            or written to where they should be.
+        ValueError: Nothing matches, or the class file or a list of samples is invalid, or the folder of the index files
+            cannot be used.
     """
     splits, findings = _find_splits(pattern)
     tars = [tar for split in splits for tar in split.tars]
     targets = dict(zip(tars, index_paths(list(map(str, tars)), index_dir), strict=True))
     _check_folders({target.parent for target in targets.values()}, index_dir, quarantine)
-    met: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    bad_in_training: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for sample in itertools.chain.from_iterable(map(read_quarantine, known)):
-        met[sample.tar][sample.offset] = sample.reason
+        bad_in_training[sample.tar][sample.offset] = sample.reason
     readers = [open_labels(label_key, class_file, split.classes) for split in splits]
-    tasks = [
-        Task(tar, _existing_index(tar, targets[tar]), reader, level, met.get(location(str(tar)), {}))
-        for split, reader in zip(splits, readers, strict=True)
-        for tar in split.tars
-    ]
-    results = _check_tars(tasks, min(check_workers(num_workers) or num_cpus(), max(1, len(tasks))))
+    tasks = []
+    for split, reader in zip(splits, readers, strict=True):
+        for tar in split.tars:
+            index = next((path for path in (targets[tar], tar.with_suffix(".idx")) if path.exists()), None)
+            tasks.append(Task(tar, index, reader, level, bad_in_training.get(location(str(tar)), {})))
+    results = _check_tars(tasks, min(choose_workers(num_workers), max(1, len(tasks))))
     for split in splits:
         _check_lengths(results, split.lengths)
         _check_keys([results[tar] for tar in split.tars])
-    findings += [
-        finding for result in results.values() for finding in sorted(result.findings, key=lambda found: found.offset or 0)
-    ]
+    for result in results.values():
+        findings += sorted(result.findings, key=lambda finding: finding.offset or 0)
     notes = list(_notes(results, level))
     written, num_quarantined = _quarantine(results, targets, notes) if quarantine else ([], 0)
     return Report(
@@ -140,13 +125,14 @@ def verify(
 
 
 def _find_splits(pattern: str) -> tuple[list[_Split], list[Finding]]:
-    """The splits that the pattern names, without the tars that are missing."""
+    """Returns the splits of a pattern without missing tars, and the findings on their `_info.json`."""
     if os.path.isdir(pattern):
         return _splits_of_folder(Path(pattern))
     [tars] = find_splits(pattern).values()
     info, findings = _read_info(tars[0].parent)
-    lengths = [_lengths(tars[0].parent, split) for split in info.get("splits", {}).values()]
-    listed = dict(itertools.chain.from_iterable(length.items() for length in lengths))
+    listed: dict[Path, int] = {}
+    for split in info.get("splits", {}).values():
+        listed |= _lengths(tars[0].parent, split)
     tars = list(dict.fromkeys(tars))
     return [_Split(tars, info.get("classes"), {tar: listed[tar] for tar in tars if tar in listed})], findings
 
@@ -183,33 +169,29 @@ def _lengths(folder: Path, split: dict[str, Any]) -> dict[Path, int]:
 
 
 def _check_counts(folder: Path, name: str, split: dict[str, Any]) -> Iterator[Finding]:
-    """Whether the counts of a split agree with each other; `_check_lengths` compares them with the tars."""
+    """Checks that the counts of a split are consistent. `_check_lengths` compares them with the tars."""
     lengths, filenames, num_samples = split.get("shard_lengths", ()), split["filenames"], split.get("num_samples")
     if len(lengths) != len(filenames):
         detail = f"split {name!r} has {len(filenames)} filenames and {len(lengths)} shard_lengths"
     elif num_samples != sum(lengths):
-        detail = f"split {name!r} has num_samples {num_samples}, and its shard_lengths add up to {sum(lengths)}"
+        detail = f"split {name!r} has num_samples {num_samples}, but the sum of its shard_lengths is {sum(lengths)}"
     else:
         return
     yield Finding("wrong-info", str(folder / INFO_FILE), None, "", detail)
 
 
 def _check_folders(folders: set[Path], index_dir: Path | None, quarantine: bool) -> None:
-    """Fails before the long work, not after it, where index files cannot be read or written."""
+    """Raises ValueError before the long work if index files cannot be read or written."""
     if index_dir is not None and not quarantine and not index_dir.is_dir():
-        raise ValueError(f"{index_dir}: no such folder; --quarantine makes it, and so does `shards index`")
+        raise ValueError(f"{index_dir}: no such folder; --quarantine or `shards index` creates it")
     for folder in folders if quarantine else ():
         nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not os.access(nearest, os.W_OK, effective_ids=True):
             raise ValueError(f"{folder}: no index file can be written there; name another folder with --index-dir")
 
 
-def _existing_index(tar: Path, target: Path) -> Path | None:
-    return next((path for path in (target, tar.with_suffix(".idx")) if path.exists()), None)
-
-
 def _check_tars(tasks: list[Task], num_workers: int) -> dict[Path, TarResult]:
-    """What is found in each tar, in the order of the tasks."""
+    """Returns the result of each tar, in the order of the tasks."""
     results: dict[Path, TarResult] = {}
     with tqdm(unit="sample", disable=None) as progress:
         for result in run(check_tar, tasks, num_workers):
@@ -220,14 +202,14 @@ def _check_tars(tasks: list[Task], num_workers: int) -> dict[Path, TarResult]:
 
 
 def _check_lengths(results: dict[Path, TarResult], lengths: dict[Path, int]) -> None:
-    """Whether the tars hold as many samples as `_info.json` says; a damaged one has its finding already."""
+    """Compares the number of samples with `_info.json`. Damaged tars are skipped: they have a finding already."""
     for tar, length in lengths.items():
         if tar in results and not results[tar].damaged and results[tar].num_in_tar != length:
             results[tar].add("wrong-info", f"holds {results[tar].num_in_tar} samples; {INFO_FILE} says {length}")
 
 
 def _check_keys(results: list[TarResult]) -> None:
-    """Whether a key comes twice in a split. Workers give hashes of keys; names are read again where two are the same."""
+    """Finds keys that occur twice in a split. Workers return hashes; if hashes are equal, this reads the names again."""
     hashes, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *(r.hashes for r in results)]), return_counts=True)
     repeated = set(hashes[counts > 1].tolist())
     first: dict[str, Path] = {}
@@ -238,30 +220,30 @@ def _check_keys(results: list[TarResult]) -> None:
             if hash_key(sample) not in repeated:
                 continue
             if key_of(sample) in first:
-                detail = f"a sample before it, in {first[key_of(sample)].name}, has the same key"
+                detail = f"an earlier sample, in {first[key_of(sample)].name}, has the same key"
                 result.add_bad("duplicate-key", sample, sample[0], detail)
             else:
                 first[key_of(sample)] = result.task.tar
 
 
 def _notes(results: dict[Path, TarResult], level: Level) -> Iterator[str]:
-    if level in NOT_PROMISED:
-        yield NOT_PROMISED[level]
+    if level in LIMITS_OF_LEVELS:
+        yield LIMITS_OF_LEVELS[level]
     without = [tar for tar, result in results.items() if result.task.index_path is None]
     if without:
-        yield f"{len(without):,} tars have no index file, the first is {without[0]}; `shards index` writes them"
+        yield f"{len(without):,} tars have no index file, for example {without[0]}; `shards index` writes them"
     left_out = sum(result.num_in_tar - result.num_samples for result in results.values())
     if left_out:
         yield f"{left_out:,} samples are left out by the index files, and were not checked"
 
 
 def _quarantine(results: dict[Path, TarResult], targets: dict[Path, Path], notes: list[str]) -> tuple[list[str], int]:
-    """Writes index files without the bad samples, for tars that need it; the files, and how many samples they leave out now."""
+    """Writes index files without the bad samples. Returns the files, and the number of samples that they leave out."""
     num_samples = sum(result.num_samples for result in results.values())
     repeated = sum(finding.kind == "duplicate-key" for result in results.values() for finding in result.findings)
-    if 2 * repeated > num_samples:  # whoever numbers the samples of each tar from 0 would lose all tars but one
+    if 2 * repeated > num_samples:  # if each tar numbers its samples from 0, all tars but one would be lost
         notes.append(
-            f"nothing was quarantined: {repeated:,} of {num_samples:,} keys are repeated, so a key names no sample here"
+            f"nothing was quarantined: {repeated:,} of {num_samples:,} keys are repeated, so keys do not identify samples here"
         )
         return [], 0
     written, num_left_out = [], 0
@@ -274,6 +256,6 @@ def _quarantine(results: dict[Path, TarResult], targets: dict[Path, Path], notes
         written.append(str(targets[tar]))
         num_left_out += len(samples) - len(kept)
         if result.damaged:
-            notes.append(f"{tar} stays damaged: its index lists the {len(kept):,} good samples before the damage and no more")
-    notes.append(f"{num_left_out:,} bad samples left out by {len(written):,} index files written")
+            notes.append(f"{tar} stays damaged: its index lists only the {len(kept):,} good samples before the damage")
+    notes.append(f"wrote {len(written):,} index files, which leave out {num_left_out:,} bad samples")
     return written, num_left_out

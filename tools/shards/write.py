@@ -1,4 +1,4 @@
-"""Writes a shard: a tar and its index."""
+"""Writes the tar of a shard."""
 
 import tarfile
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from types import TracebackType
 
 from pipelines.shards.index import Component, Sample
 
-# Photographs are read into one buffer and written some ten at a time. A buffer that stays in the processor's cache is faster
-# than copying in the kernel (copy_file_range, sendfile), and than larger ones.
+# Photographs are read into one buffer and written about ten at a time. A buffer that fits into the processor's cache is faster
+# than larger buffers and than copies in the kernel (copy_file_range, sendfile).
 BUFFER_BYTES = 1 << 20
-_MEMBER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a member with neither name nor size, nor owner nor time
+_MEMBER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a member without name, size, owner and time
 _CHECKSUM = int(_MEMBER[148:154], 8)
-MAX_MEMBER_BYTES = 8**11 - 1  # what the header's field can say
+MAX_MEMBER_BYTES = 8**11 - 1  # limit of the size field of the header
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The header block of a file of `size` bytes, as `tarfile` writes it in USTAR format, in a tenth of the time.
+    """Returns the USTAR header block of a file, in a tenth of the time that `tarfile` takes.
 
     Args:
-        name: ASCII, at most 100 characters.
-        size: Bytes, at most `MAX_MEMBER_BYTES`.
+        name: Name in ASCII, of at most 100 characters.
+        size: Size in bytes, at most `MAX_MEMBER_BYTES`.
     """
     name_field, size_field = name.encode("ascii"), b"%011o" % size
     assert len(name_field) <= 100
@@ -31,13 +31,13 @@ def member_header(name: str, size: int) -> bytes:
 
 
 class ShardWriter:
-    """A tar of samples, the same bytes for the same samples: no owner, no clock time, headers of one block.
+    """Writes a tar of samples. The same samples give the same bytes: headers are one block, without owner and time.
 
-    webdataset's `TarWriter` ignores the format it is asked for, and adds a kilobyte of PAX headers to each member.
+    webdataset's `TarWriter` ignores the requested format, and adds a kilobyte of PAX headers to each member.
 
     Attributes:
-        samples: What was written, for the index.
-        num_bytes: The size of the tar so far.
+        samples: The written samples, for the index.
+        num_bytes: Size of the tar so far.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,14 +48,14 @@ class ShardWriter:
         self.num_bytes = 0
 
     def add(self, key: str, extension: str, size: int, read: Callable[[memoryview], None], label: bytes) -> None:
-        """Appends a sample: the members `key.extension`, which `read` fills in, and `key.cls`.
+        """Appends a sample of two members, `key.extension` and `key.cls`.
 
         Args:
-            key: Of the sample.
-            extension: Of the image.
-            size: Of the image in bytes.
-            read: Gets room for that many bytes and fills it; if it raises, nothing was added.
-            label: The content of `key.cls`.
+            key: Key of the sample.
+            extension: Extension of the image.
+            size: Size of the image, in bytes.
+            read: Fills a buffer of `size` bytes with the image. If it raises, nothing is added.
+            label: Content of `key.cls`.
         """
         if self._used + member_bytes(size) + member_bytes(len(label)) > len(self._buffer):
             self._flush(member_bytes(size) + member_bytes(len(label)))
@@ -67,7 +67,7 @@ class ShardWriter:
         self.samples.append([image, self._finish_member(f"{key}.cls", "cls", len(label))])
 
     def _finish_member(self, name: str, extension: str, size: int) -> Component:
-        """Puts the header before the data that lies behind the used part of the buffer, and zeros behind it."""
+        """Adds the header and the padding to data that lies one block after the used part of the buffer."""
         begin = self._used + tarfile.BLOCKSIZE
         end = self._used + member_bytes(size)
         self._buffer[self._used : begin] = member_header(name, size)
@@ -78,7 +78,7 @@ class ShardWriter:
         return component
 
     def _flush(self, room: int = 0) -> None:
-        """Writes the used part of the buffer, which has at least that much room afterwards."""
+        """Writes the used part of the buffer, and ensures that the buffer has `room` bytes."""
         written = 0
         while written < self._used:
             written += self._file.write(self._buffer[written : self._used]) or 0
@@ -94,11 +94,11 @@ class ShardWriter:
             self._flush()
             end = self.num_bytes + 2 * tarfile.BLOCKSIZE
             end += -end % tarfile.RECORDSIZE
-            self._file.truncate(end)  # the end mark is zeros, and so is what was never written
+            self._file.truncate(end)  # the end mark is zeros, which truncation adds
             self.num_bytes = end
         self._file.close()
 
 
 def member_bytes(size: int) -> int:
-    """What a member of `size` bytes takes in a tar, with its header."""
+    """Returns the bytes that a member of `size` bytes takes in a tar, with its header."""
     return tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE

@@ -1,1 +1,1 @@
-"""The `throughput` command: speed against that of peers, competitors taking turns. Its command line is `cli.py`."""
+"""The `throughput` command: speed of the loader, the model, and training, and of other loaders. Its command line is cli.py."""

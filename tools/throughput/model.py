@@ -1,178 +1,108 @@
-"""`throughput model`: the training step alone, over batch sizes and precisions, against what the device multiplies at most."""
+"""`throughput model`: the training step alone, over batch sizes and precisions, relative to a large matrix product."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.config import ModelConfig
 from model.distributed import alone, choose_device
-from model.googlenet import googlenet
+from model.googlenet import GoogLeNet
 from model.loss import googlenet_loss
-from tools.bench.step import NUM_CLASSES, Turn, make_loader, make_trainer, measured
-from tools.run.config import Config, choose_autocast_dtype
+from tools.run.config import Config
+from tools.run.resources import choose_autocast_dtype
 from tools.throughput.hardware import versions
-from tools.throughput.report import Bar, Report
-from tools.throughput.rounds import Outcome, Statistic, TurnError, summarize, take_turns
-
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+from tools.throughput.loops import NUM_CLASSES, device_name, make_trainer, measured
+from tools.throughput.options import Model
+from tools.throughput.report import MEMORY, Column, Figure, Report, Row, Table
+from tools.throughput.rounds import Outcome, Turn, TurnError, summarize, take_turns
 
 TOO_LARGE = "does not fit into the device's memory"
 FLOPS_BATCH_SIZE = 2  # images for which operations are counted; batch normalization needs two
 SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192
 MATRIX_SECONDS, MATRIX_TURN_SECONDS = 0.05, 0.25
+COLUMNS = (
+    Column("images_per_second", "images/s", ",.1f", interval=True),
+    Column("step_seconds", "ms", ",.2f", scale=1000),
+    Column("flops_per_second", "GFLOP/s", ",.4g", scale=1e-9),
+    Column("matrix_percent", "% of matrix product", ",.1f"),
+    MEMORY,
+)
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A product of two large square matrices in one precision: what the device's arithmetic comes to, measured, not promised.
-
-    Attributes:
-        precision: As --precision of train.py.
-        size: Rows and columns.
-        flops_per_second: A multiplication and an addition are two operations.
-    """
-
-    precision: Precision
-    size: int
-    flops_per_second: Statistic
-
-
-@dataclass(frozen=True)
-class Result:
-    """The step in one precision and with one batch size.
-
-    Attributes:
-        precision: As --precision of train.py.
-        batch_size: Images a step.
-        error: Why there are no figures.
-        images_per_second: Over the rounds.
-        step_seconds: Of one step, a mean over those of the turn.
-        flops_per_second: Of the network's convolutions and matrix products, forward and backward.
-        matrix_percent: The same as a part of what the matrix product of this precision came to in the same round.
-        peak_memory_bytes: On a GPU, what this step alone has allocated at most; None on a CPU.
-    """
-
-    precision: Precision
-    batch_size: int
-    error: str | None = None
-    images_per_second: Statistic | None = None
-    step_seconds: Statistic | None = None
-    flops_per_second: Statistic | None = None
-    matrix_percent: Statistic | None = None
-    peak_memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class ModelReport(Report):
-    """All that was measured; `flops_per_image` is what an image costs, forward and backward."""
-
-    device: str
-    image_size: int
-    aux_logits: bool
-    compile: str
-    steps: int
-    torch_threads: int
-    flops_per_image: int
-    matrices: tuple[Matrix, ...]
-    results: tuple[Result, ...]
-
-    def bars(self) -> Iterable[Bar]:
-        results = [(result, result.images_per_second) for result in self.results]
-        return [Bar(result.precision, f"batches of {result.batch_size}", rate) for result, rate in results if rate]
-
-    def __str__(self) -> str:
-        lines = [
-            f"training steps on images of {self.image_size} pixels, {self.steps} a turn, {self.flops_per_image / 1e9:.2f} "
-            f"GFLOP an image; {self.device}, {self.torch_threads} threads; {self.hardware}",
-            *(
-                f"{matrix.precision}: a matrix product ({matrix.size:,} x {matrix.size:,}) comes to "
-                f"{matrix.flops_per_second.median / 1e9:,.4g} GFLOP/s"
-                for matrix in self.matrices
-            ),
-            f"{'precision':<10}{'batch':>6}{'images/s':>10}{'':>18}{'ms':>10}{'GFLOP/s':>12}{'of product':>12}{'memory':>11}",
-            *map(_line, self.results),
-        ]
-        return "\n".join(lines)
-
-
-def _line(result: Result) -> str:
-    start = f"{result.precision:<10}{result.batch_size:>6}"
-    rate, seconds, flops, percent = (
-        *(result.images_per_second, result.step_seconds),
-        *(result.flops_per_second, result.matrix_percent),
+def benchmark(options: Model) -> Report:
+    """Runs training steps in each precision with each batch size, and matrix products in each precision, in turns."""
+    device = choose_device(options.device)
+    is_cuda, steps, name = device.type == "cuda", options.steps_on(device.type), device_name(device)
+    config = Config(
+        epochs=1000, image_size=options.image_size, model=ModelConfig(aux_logits=options.aux_logits), compile=options.compile
     )
-    if rate is None or seconds is None or flops is None or percent is None:
-        return f"{start}  {result.error}"
-    memory = result.peak_memory_bytes
-    return (
-        f"{start}{rate.median:>10,.1f}{f'({rate.low:,.1f}-{rate.high:,.1f})':>18}{1000 * seconds.median:>10,.2f}"
-        f"{flops.median / 1e9:>12,.4g}{percent.median:>10,.1f} %{f'{memory / 1e6:,.0f} MB' if memory else '-':>11}"
+    if options.torch_threads is not None:
+        torch.set_num_threads(options.torch_threads)
+    flops, threads = count_flops(config), torch.get_num_threads()
+    turns, sizes, memory = dict[str, Callable[[], Turn]](), dict[str, int](), dict[str, Figure]()
+    cases = [
+        dataclasses.replace(config, precision=precision, batch_size=batch_size)
+        for precision in dict.fromkeys(options.precisions or (("tf32", "bf16") if is_cuda else ("fp32",)))
+        for batch_size in dict.fromkeys(options.batch_sizes or ((64, 128, 256, 512) if is_cuda else (16, 32)))
+    ]
+    for case in cases:
+        if case.precision not in sizes:
+            sizes[case.precision], turns[case.precision] = choose_product(case.precision, device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            turns[_name(case)], memory[_name(case)] = make_case(case, device, steps)
+    outcomes = take_turns(turns, options.rounds)
+    products = {each: [2 * size**3 / seconds for seconds in outcomes[each].rounds("seconds")] for each, size in sizes.items()}
+    rates = {each: summarize(product) for each, product in products.items()}
+    rows = [_row(case, outcomes.get(_name(case)), memory.get(_name(case)), flops, products[case.precision]) for case in cases]
+    found = {"device": name, "steps": steps, "flops_per_image": flops, "torch_threads": threads}
+    found["matrices"] = [{"precision": each, "size": sizes[each], "flops_per_second": rates[each]} for each in sizes]
+    return Report(
+        heading=f"training steps on images of {options.image_size} pixels, {steps} per turn, {flops / 1e9:.2f} GFLOP per "
+        f"image; {name}, {threads} threads",
+        tables=[Table("precision, batch", COLUMNS, rows)],
+        notes=[
+            f"{each}: a matrix product ({size:,} x {size:,}) reaches {rates[each].median / 1e9:,.4g} GFLOP/s"
+            for each, size in sizes.items()
+        ],
+        settings={**vars(options), **found},
+        may_have_errors=True,
+        versions=versions("torch"),
     )
 
 
-def benchmark(
-    config: Config, *, batch_sizes: Sequence[int], precisions: Sequence[Precision], steps: int, rounds: int
-) -> ModelReport:
-    """Takes turns of so many steps in each precision with each batch size, and of matrix products in each precision.
-
-    Args:
-        config: Of its settings those count that make a step; its batch size and its precision do not.
-        batch_sizes: Images a step, at least 2.
-        precisions: As --precision of train.py.
-        steps: Of a turn.
-        rounds: Turns of each.
-
-    Raises:
-        ValueError: A setting that this device does not have.
-    """
-    if config.torch_threads is not None:
-        torch.set_num_threads(config.torch_threads)
-    device = choose_device(config.device)
-    flops, sizes = count_flops(config), dict[Precision, int]()
-    turns, blanks = dict[str, Callable[[], Turn]](), list[Result]()
-    for precision in precisions:
-        sizes[precision], turns[_product(precision)] = choose_product(precision, device)
-        for batch_size in batch_sizes:
-            case = dataclasses.replace(config, precision=precision, batch_size=batch_size)
-            blank = Result(precision, batch_size)
-            try:
-                turns[_name(blank)], memory = make_case(case, device, steps)
-            except torch.OutOfMemoryError:
-                blanks.append(dataclasses.replace(blank, error=TOO_LARGE))
-            else:
-                blanks.append(dataclasses.replace(blank, peak_memory_bytes=memory))
-    outcomes = take_turns(turns, rounds)
-    return ModelReport(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
-        *(config.image_size, config.model.aux_logits, config.compile, steps, torch.get_num_threads(), flops),
-        tuple(
-            Matrix(precision, size, summarize([2 * size**3 / turn.seconds for turn in outcomes[_product(precision)].turns]))
-            for precision, size in sizes.items()
-        ),
-        tuple(_result(blank, flops, sizes[blank.precision], outcomes) for blank in blanks),
-        versions=versions(("torch",)),
-    )
+def _name(config: Config) -> str:
+    return f"{config.precision:<5}{config.batch_size:>5}"
 
 
-def _name(result: Result) -> str:
-    return f"{result.precision} {result.batch_size}"
-
-
-def _product(precision: str) -> str:
-    return f"{precision} product"
+def _row(config: Config, outcome: Outcome | None, memory: Figure, flops_per_image: int, products: list[float]) -> Row:
+    """Returns the row of a step. Its operations are those of convolutions and matrix products."""
+    labels = {"precision": config.precision, "batch_size": config.batch_size}
+    if outcome is None or outcome.error:
+        return Row(_name(config), error=outcome.error if outcome else TOO_LARGE, labels=labels)
+    seconds = outcome.rounds("seconds")
+    rates = [config.batch_size / each for each in seconds]
+    flops = [flops_per_image * rate for rate in rates]
+    figures = {
+        "images_per_second": summarize(rates),
+        "step_seconds": summarize(seconds),
+        "flops_per_second": summarize(flops),
+        "matrix_percent": summarize([100 * own / product for own, product in zip(flops, products, strict=True)]),
+        "peak_memory_bytes": memory,
+    }
+    return Row(_name(config), figures, labels=labels)
 
 
 def count_flops(config: Config) -> int:
-    """Operations of convolutions and matrix products for an image, forward and backward: the network's and its loss's.
+    """Counts the operations of convolutions and matrix products for an image, forward and backward, with the loss.
 
-    They follow from the shapes, so that nothing is computed.
+    A multiplication and an addition are two operations. They follow from the shapes, so nothing is computed.
     """
+    settings = config.model
     with torch.device("meta"):
-        settings = config.model
-        model = googlenet(NUM_CLASSES, settings.aux_logits, dropout=settings.dropout).train()
+        model = GoogLeNet(NUM_CLASSES, settings.aux_logits, dropout=settings.dropout).train()
         image = torch.empty(FLOPS_BATCH_SIZE, 3, config.image_size, config.image_size)
         target = torch.empty(FLOPS_BATCH_SIZE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -182,28 +112,21 @@ def count_flops(config: Config) -> int:
 
 
 def make_case(config: Config, device: torch.device, steps: int) -> tuple[Callable[[], Turn], int | None]:
-    """The trainer's step as a competitor, warm, and how many bytes it allocates at most on a GPU.
-
-    Raises:
-        ValueError: A setting that this device does not have.
-        torch.OutOfMemoryError: It does not fit.
-    """
-    before = 0
-    if device.type == "cuda":
+    """Returns the trainer's step as a competitor, warmed up, and on a GPU the peak of its memory in bytes."""
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_allocated(device) if is_cuda else 0
     autocast_dtype = choose_autocast_dtype(config.precision, device)
-    world = alone(device)
-    loader = make_loader(config, device, autocast_dtype, steps)
-    turn = measured(make_trainer(config, world, autocast_dtype, loader, steps), steps, device)
-    memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    turn = measured(make_trainer(config, alone(device), autocast_dtype, steps), steps, device)
+    memory = torch.cuda.max_memory_allocated(device) - before if is_cuda else None
     return _in_precision(config.precision, device, turn), memory
 
 
 def _in_precision(precision: str, device: torch.device, turn: Callable[[], Turn]) -> Callable[[], Turn]:
-    """Sets first what float32 means on a GPU, which is one setting for all turns.
+    """Sets the float32 mode of the GPU before each turn, because it is one setting for all turns.
 
-    What the others keep may leave too little memory for a turn, though it once fitted.
+    A turn that once fitted may run out of memory, because the other competitors keep theirs.
     """
 
     def run() -> Turn:
@@ -217,45 +140,24 @@ def _in_precision(precision: str, device: torch.device, turn: Callable[[], Turn]
 
 
 def choose_product(precision: str, device: torch.device) -> tuple[int, Callable[[], Turn]]:
-    """Rows of square matrices whose product takes a moment, more than which are not needed, and the product as a competitor.
-
-    Raises:
-        ValueError: A precision that this device does not have.
-    """
+    """Returns the side of square matrices whose product takes a moment, and the product as a competitor."""
     dtype = choose_autocast_dtype(precision, device) or torch.float32
     size, seconds = SMALLEST_MATRIX // 2, 0.0
     while size < LARGEST_MATRIX and seconds < MATRIX_SECONDS:
         size *= 2
         once = make_product(size, dtype, device, repeats=1)
-        seconds = min(once().seconds for _ in range(3))  # something else may have had the device
+        seconds = min(once()["seconds"] or 0 for _ in range(3))  # other work may have used the device
     repeats = max(1, round(MATRIX_TURN_SECONDS / seconds))
     return size, _in_precision(precision, device, make_product(size, dtype, device, repeats))
 
 
 def make_product(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Callable[[], Turn]:
-    """A product of two random matrices as a competitor, warm."""
+    """Returns the product of two random matrices as a competitor, warmed up."""
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    into = torch.empty_like(one)
+    result = torch.empty_like(one)
 
     def run() -> None:
         for _ in range(repeats):
-            torch.mm(one, other, out=into)
+            torch.mm(one, other, out=result)
 
     return measured(run, repeats, device)
-
-
-def _result(blank: Result, flops_per_image: int, size: int, outcomes: Mapping[str, Outcome[Turn]]) -> Result:
-    if blank.error is not None:
-        return blank
-    if (error := outcomes[_name(blank)].error) is not None:
-        return dataclasses.replace(blank, error=error)
-    seconds = [turn.seconds for turn in outcomes[_name(blank)].turns]
-    rates = [blank.batch_size / each for each in seconds]
-    of_matrix = [2 * size**3 / turn.seconds for turn in outcomes[_product(blank.precision)].turns]
-    return dataclasses.replace(
-        blank,
-        images_per_second=summarize(rates),
-        step_seconds=summarize(seconds),
-        flops_per_second=summarize([flops_per_image * rate for rate in rates]),
-        matrix_percent=summarize([100 * flops_per_image * rate / peak for rate, peak in zip(rates, of_matrix, strict=True)]),
-    )

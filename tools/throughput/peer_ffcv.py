@@ -1,37 +1,24 @@
-"""FFCV for `throughput compare`: the file that it reads, and its loader. Imported where `peer_loaders.py` runs."""
+"""FFCV for `throughput compare`: its file and its loader. Only peer_loaders.py imports this module."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found]
-from ffcv.fields.decoders import (  # type: ignore[import-not-found]
-    CenterCropRGBImageDecoder,
-    IntDecoder,
-    RandomResizedCropRGBImageDecoder,
-)
+from ffcv import fields, loader, transforms  # type: ignore[import-not-found]
+from ffcv.fields import decoders  # type: ignore[import-not-found]
 from ffcv.fields.rgb_image import IMAGE_MODES  # type: ignore[import-not-found]
-from ffcv.loader import Loader, OrderOption  # type: ignore[import-not-found]
-from ffcv.transforms import (  # type: ignore[import-not-found]
-    NormalizeImage,
-    RandomHorizontalFlip,
-    Squeeze,
-    ToTensor,
-    ToTorchImage,
-)
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.bench.peer_writers import read_list
-from tools.throughput.turn import Batches, Task
+from tools.throughput.turn import Task
 
 FILE = "images.beton"
-QUALITY = 90  # its own default, and that of its ImageNet recipes (libffcv/ffcv-imagenet, write_imagenet.sh)
+QUALITY = 90  # FFCV's default, also in its ImageNet recipes (libffcv/ffcv-imagenet, write_imagenet.sh)
 
 
-class Encoded(RGBImageField):  # type: ignore[misc]
-    """Images out of the bytes of their files, encoded anew, as FFCV does by itself."""
+class Encoded(fields.RGBImageField):  # type: ignore[misc]
+    """Images from the bytes of their files, encoded anew by FFCV."""
 
     def __init__(self) -> None:
         super().__init__(write_mode="jpg", jpeg_quality=QUALITY)
@@ -42,7 +29,7 @@ class Encoded(RGBImageField):  # type: ignore[misc]
 
 
 class Original(Encoded):
-    """JPEGs as they are, and other files encoded: the same bytes as everybody else has."""
+    """JPEGs as they are, so that all loaders have the same bytes. Other files are encoded."""
 
     def encode(self, destination: Any, encoded: bytes, malloc: Any) -> None:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -56,47 +43,30 @@ class Original(Encoded):
         storage[:] = np.frombuffer(encoded, np.uint8)
 
 
-class Files:
-    """Bytes and class number of each image."""
-
-    def __init__(self, task: Task) -> None:
-        self._entries = read_list(task.list)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        path, label = self._entries[index]
-        return Path(path).read_bytes(), label
-
-
-def write(task: Task, field: type[Encoded]) -> None:
-    """The file that the loader reads, into the task's folder."""
+def write(task: Task, files: Any, field: type[Encoded]) -> None:
+    """Writes the file that the loader reads into the task's folder."""
     Path(task.folder).mkdir()
-    fields = {"image": field(), "label": IntField()}
-    DatasetWriter(str(Path(task.folder) / FILE), fields, num_workers=task.threads).from_indexed_dataset(Files(task))
+    columns = {"image": field(), "label": fields.IntField()}
+    DatasetWriter(str(Path(task.folder) / FILE), columns, num_workers=task.threads).from_indexed_dataset(files)
 
 
-def load(task: Task) -> Batches:
-    """As its ImageNet recipe has it, but normalized on the CPU, into float32."""
+def load(task: Task) -> Any:
+    """Returns a loader like that of FFCV's ImageNet recipe, except that it normalizes on the CPU, to float32."""
     size, train = (task.image_size, task.image_size), task.split == "train"
     mean, std = (255 * np.array(values) for values in (task.mean, task.std))
     if train:
-        pixels = [RandomResizedCropRGBImageDecoder(size, tuple(task.scale), tuple(task.ratio)), RandomHorizontalFlip()]
+        crop = decoders.RandomResizedCropRGBImageDecoder(size, tuple(task.scale), tuple(task.ratio))
+        pixels = [crop, transforms.RandomHorizontalFlip()]
     else:
-        pixels = [CenterCropRGBImageDecoder(size, ratio=task.image_size / task.resize_shorter)]
-    loader = Loader(
+        pixels = [decoders.CenterCropRGBImageDecoder(size, ratio=task.image_size / task.resize_shorter)]
+    pixels += [transforms.NormalizeImage(mean, std, np.float32), transforms.ToTensor(), transforms.ToTorchImage()]
+    return loader.Loader(
         str(Path(task.folder) / FILE),
         batch_size=task.batch_size,
         num_workers=task.threads,
-        order=OrderOption.RANDOM if train else OrderOption.SEQUENTIAL,
+        order=loader.OrderOption.RANDOM if train else loader.OrderOption.SEQUENTIAL,
         os_cache=True,
         drop_last=False,
-        pipelines={
-            "image": [*pixels, NormalizeImage(mean, std, np.float32), ToTensor(), ToTorchImage()],
-            "label": [IntDecoder(), ToTensor(), Squeeze(1)],
-        },
-        custom_fields={"image": RGBImageField},
+        pipelines={"image": pixels, "label": [decoders.IntDecoder(), transforms.ToTensor(), transforms.Squeeze(1)]},
+        custom_fields={"image": fields.RGBImageField},
     )
-    while True:
-        yield from loader

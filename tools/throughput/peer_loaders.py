@@ -1,99 +1,112 @@
-"""The loaders of `throughput compare` that need packages of their own, each as its documentation has it; see `turn.py`.
+"""The loaders of `throughput compare` that need other packages, each as its documentation shows; see turn.py.
 
-Run by an interpreter that has those packages and need not have this project's: of the project it imports only what needs
-nothing but Python. `python -m tools.throughput.peer_loaders prepare-NAME TASK` writes what the loader reads, into the task's
-folder.
+They run in an interpreter that has these packages and may lack this project's. So this module needs only Python by itself.
+`python -m tools.throughput.peer_loaders prepare-NAME TASK` writes the data that a loader reads into the task's folder.
 """
 
 import dataclasses
+import functools
+import io
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.bench.peer_writers import read_list
 from tools.throughput import turn
-from tools.throughput.turn import Batches, Task
+from tools.throughput.turn import Batches, Task, read_list
+
+Work = Callable[[str], bytes]
+Entry = tuple[str, int]
+CHUNK_BYTES = 64 << 20  # the default of MDSWriter
 
 
-def transforms(task: Task) -> Callable[[Any], Any]:
-    """torchvision's, for Pillow's images."""
+def read_bytes(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def transforms(task: Task, library: Any) -> Callable[[Any], Any]:
+    """Composes the crop and flip of a version of torchvision's transforms."""
+    if task.split == "train":
+        crop = library.RandomResizedCrop(task.image_size, task.scale, task.ratio)
+        return library.Compose([crop, library.RandomHorizontalFlip()])
+    return library.Compose([library.Resize(task.resize_shorter), library.CenterCrop(task.image_size)])
+
+
+def pillow_transforms(task: Task) -> Callable[[bytes], Any]:
+    """Returns a function from the bytes of a file to a normalized tensor, with Pillow and torchvision."""
+    from PIL import Image
     from torchvision import transforms as v1  # type: ignore[import-not-found]
 
-    ending = [v1.ToTensor(), v1.Normalize(task.mean, task.std)]
-    if task.split == "train":
-        return v1.Compose([v1.RandomResizedCrop(task.image_size, task.scale, task.ratio), v1.RandomHorizontalFlip(), *ending])
-    return v1.Compose([v1.Resize(task.resize_shorter), v1.CenterCrop(task.image_size), *ending])
+    transform = v1.Compose([transforms(task, v1), v1.ToTensor(), v1.Normalize(task.mean, task.std)])
+    return lambda encoded: transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
-def workers(task: Task) -> dict[str, Any]:
-    """What a `DataLoader` is told of its processes."""
-    return {"num_workers": task.threads, "persistent_workers": True, "pin_memory": task.device != "cpu"}
+class Files:
+    """A map-style data set of the image files of a task and their labels. `load` turns the bytes of a file into an image."""
+
+    def __init__(self, task: Task, load: Callable[[bytes], Any] = bytes) -> None:
+        self._entries, self._load = read_list(task.list), load
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self._entries[index]
+        return self._load(read_bytes(path)), label
+
+
+def streamed(task: Task, base: type, **options: Any) -> Any:
+    """Returns a streaming data set whose images Pillow and torchvision prepare."""
+    load = pillow_transforms(task)
+
+    class Images(base):  # type: ignore[misc]
+        def __getitem__(self, index: Any) -> tuple[Any, int]:
+            sample = super().__getitem__(index)
+            return load(sample["image"]), sample["label"]
+
+    return Images(shuffle=task.split == "train", **options)
+
+
+def load_with(loader: Callable[..., Iterable[Any]], task: Task, images: Any, **options: Any) -> Generator[Any, None, None]:
+    """Yields the batches of a `DataLoader` with a process per thread, epoch after epoch."""
+    options |= {"batch_size": task.batch_size, "num_workers": task.threads, "pin_memory": task.device != "cpu"}
+    batches = loader(images, persistent_workers=True, **options)
+    while True:
+        yield from batches
 
 
 def torchvision(task: Task) -> Batches:
-    """`DataLoader` over image files, Pillow and torchvision, a process for each thread."""
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision.datasets.folder import pil_loader  # type: ignore[import-not-found]
+    """`DataLoader` over image files, Pillow, and torchvision."""
+    from torch.utils.data import DataLoader
 
-    class Images(Dataset[Any]):
-        def __init__(self) -> None:
-            self.entries, self.transform = read_list(task.list), transforms(task)
-
-        def __len__(self) -> int:
-            return len(self.entries)
-
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            path, label = self.entries[index]
-            return self.transform(pil_loader(path)), label
-
-    loader = DataLoader(Images(), task.batch_size, shuffle=task.split == "train", **workers(task))
-    while True:
-        yield from loader
+    yield from load_with(DataLoader, task, Files(task, pillow_transforms(task)), shuffle=task.split == "train")
 
 
 def torchvision_gpu(task: Task) -> Batches:
-    """`DataLoader` reads the files; torchvision decodes a batch of JPEGs with nvJPEG, and transforms each image, on the GPU."""
+    """`DataLoader` reads the files. On the GPU, torchvision decodes batches of JPEGs with nvJPEG and transforms each image."""
     import torch
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader
     from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found]
     from torchvision.transforms import v2  # type: ignore[import-not-found]
 
-    class Files(Dataset[Any]):
-        def __init__(self) -> None:
-            self.entries = read_list(task.list)
-
-        def __len__(self) -> int:
-            return len(self.entries)
-
-        def __getitem__(self, index: int) -> tuple[bytes, int]:
-            path, label = self.entries[index]
-            return Path(path).read_bytes(), label
-
-    if task.split == "train":
-        shaping = [v2.RandomResizedCrop(task.image_size, task.scale, task.ratio), v2.RandomHorizontalFlip()]
-    else:
-        shaping = [v2.Resize(task.resize_shorter), v2.CenterCrop(task.image_size)]
-    transform, normalize = v2.Compose(shaping), v2.Normalize(task.mean, task.std)
-    loader = DataLoader(Files(), task.batch_size, shuffle=task.split == "train", collate_fn=list, **workers(task))
-    while True:
-        for samples in loader:
-            files = [torch.frombuffer(bytearray(encoded), dtype=torch.uint8) for encoded, _ in samples]
-            images = decode_jpeg(files, mode=ImageReadMode.RGB, device=task.device)
-            batch = torch.stack([transform(image) for image in images]).float().div_(255)
-            yield normalize(batch), torch.tensor([label for _, label in samples])
+    transform, normalize = transforms(task, v2), v2.Normalize(task.mean, task.std)
+    for samples in load_with(DataLoader, task, Files(task), shuffle=task.split == "train", collate_fn=list):
+        encoded = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image, _ in samples]
+        images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=task.device)
+        batch = torch.stack([transform(image) for image in images]).float().div_(255)
+        yield normalize(batch), torch.tensor([label for _, label in samples])
 
 
-def prepare_mds(task: Task) -> None:
-    """Mosaic's shards."""
+def write_mds(entries: Iterable[Entry], folder: str, work: Work = read_bytes) -> None:
+    """Writes Mosaic's shards, of files that `work` reads and changes."""
     from streaming import MDSWriter  # type: ignore[import-not-found]
 
-    with MDSWriter(columns={"image": "bytes", "label": "int"}, out=task.folder, size_limit=64 << 20) as writer:
-        for path, label in read_list(task.list):
-            writer.write({"image": Path(path).read_bytes(), "label": label})
+    with MDSWriter(columns={"image": "bytes", "label": "int"}, out=folder, size_limit=CHUNK_BYTES) as writer:
+        for entry in entries:
+            writer.write(read_sample(entry, work))
 
 
 def mds(task: Task) -> Batches:
@@ -101,60 +114,32 @@ def mds(task: Task) -> Batches:
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
-    class Images(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, at: int) -> tuple[Any, int]:
-            sample = super().__getitem__(at)
-            return decoded(sample["image"], transform), sample["label"]
-
-    transform = transforms(task)
-    images = Images(local=task.folder, shuffle=task.split == "train", batch_size=task.batch_size)
-    loader: Any = DataLoader(images, task.batch_size, **workers(task))
-    while True:
-        yield from loader
+    images = streamed(task, StreamingDataset, local=task.folder, batch_size=task.batch_size)
+    yield from load_with(DataLoader, task, images)
 
 
-def prepare_litdata(task: Task) -> None:
-    """LitData's chunks."""
+def write_litdata(entries: list[Entry], folder: str, num_workers: int, work: Work = read_bytes) -> None:
+    """Writes LitData's chunks, of files that `work` reads and changes."""
     import litdata  # type: ignore[import-not-found]
 
-    litdata.optimize(
-        fn=litdata_sample, inputs=read_list(task.list), output_dir=task.folder, chunk_bytes=64 << 20, num_workers=task.threads
-    )
+    options = {"output_dir": folder, "chunk_bytes": CHUNK_BYTES, "num_workers": num_workers}
+    litdata.optimize(fn=functools.partial(read_sample, work=work), inputs=entries, **options)
 
 
-def litdata_sample(entry: tuple[str, int]) -> dict[str, Any]:
-    path, label = entry
-    return {"image": Path(path).read_bytes(), "label": label}
+def read_sample(entry: Entry, work: Work) -> dict[str, Any]:
+    return {"image": work(entry[0]), "label": entry[1]}
 
 
 def litdata(task: Task) -> Batches:
-    """LitData with Pillow and torchvision, a process for each thread."""
+    """LitData with Pillow and torchvision."""
     from litdata import StreamingDataLoader, StreamingDataset
 
-    transform = transforms(task)
-
-    class Images(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: Any) -> tuple[Any, int]:
-            sample = super().__getitem__(index)
-            return decoded(sample["image"], transform), sample["label"]
-
-    images = Images(task.folder, shuffle=task.split == "train")
-    loader = StreamingDataLoader(images, batch_size=task.batch_size, **workers(task))
-    while True:
-        yield from loader
-
-
-def decoded(encoded: bytes, transform: Callable[[Any], Any]) -> Any:
-    """An image, out of the bytes of its file."""
-    import io
-
-    from PIL import Image
-
-    return transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    images = streamed(task, StreamingDataset, input_dir=task.folder)
+    yield from load_with(StreamingDataLoader, task, images)
 
 
 def spdl(task: Task) -> Batches:
-    """SPDL: FFmpeg decodes, crops, resizes and flips in threads; torch normalizes the batch."""
+    """SPDL: FFmpeg decodes, crops, resizes, and flips in threads; torch normalizes the batch."""
     import spdl.io  # type: ignore[import-not-found]
     import torch
     from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found]
@@ -176,21 +161,14 @@ def spdl(task: Task) -> Batches:
         normalized = images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
         return normalized, torch.tensor([label for _, label in samples])
 
-    pipeline = (
-        PipelineBuilder()
-        .add_source(source())
-        .pipe(decode, concurrency=task.threads, output_order="input")
-        .aggregate(task.batch_size)
-        .pipe(batch)
-        .add_sink(3)
-        .build(num_threads=task.threads + 1)
-    )
+    builder = PipelineBuilder().add_source(source()).pipe(decode, concurrency=task.threads, output_order="input")
+    pipeline = builder.aggregate(task.batch_size).pipe(batch).add_sink(3).build(num_threads=task.threads + 1)
     with pipeline.auto_stop():
         yield from pipeline
 
 
 def spdl_filters(task: Task, width: int, height: int) -> str:
-    """What FFmpeg is to do with an image; `area` is its antialiased filter."""
+    """Returns FFmpeg's filters for an image; `area` is its antialiased one."""
     size, ending = task.image_size, "format=pix_fmts=rgb24"
     if task.split != "train":
         shorter = min(width, height)
@@ -202,7 +180,7 @@ def spdl_filters(task: Task, width: int, height: int) -> str:
 
 
 def random_box(task: Task, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random resized crop; of all of the image where ten draws do not fit."""
+    """Draws left, top, width and height of a random resized crop; the whole image if ten draws do not fit."""
     for _ in range(10):
         area = width * height * random.uniform(*task.scale)
         ratio = task.ratio[0] * (task.ratio[1] / task.ratio[0]) ** random.random()
@@ -212,36 +190,31 @@ def random_box(task: Task, width: int, height: int) -> tuple[int, int, int, int]
     return 0, 0, width, height
 
 
-def prepare_ffcv(task: Task) -> None:
-    """FFCV's file, with JPEGs as they are."""
-    from tools.throughput import peer_ffcv
-
-    peer_ffcv.write(task, peer_ffcv.Original)
-
-
-def prepare_ffcv_encoded(task: Task) -> None:
-    """FFCV's file, as its own writer makes it."""
-    from tools.throughput import peer_ffcv
-
-    peer_ffcv.write(task, peer_ffcv.Encoded)
-
-
 def ffcv(task: Task) -> Batches:
     """FFCV, which compiles its pipeline."""
     from tools.throughput import peer_ffcv
 
-    yield from peer_ffcv.load(task)
+    batches = peer_ffcv.load(task)
+    while True:
+        yield from batches
+
+
+def write_ffcv(task: Task, field: str) -> None:
+    """Writes FFCV's file, with a class of peer_ffcv.py for the images."""
+    from tools.throughput import peer_ffcv
+
+    peer_ffcv.write(task, Files(task), getattr(peer_ffcv, field))
 
 
 def prepare(name: str, task: Task) -> None:
-    """Writes what a loader reads; the task's folder appears when all is written."""
+    """Writes the data that a loader reads. The task's folder appears once it is complete."""
     unfinished = f"{task.folder}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # where it failed before
+    shutil.rmtree(unfinished, ignore_errors=True)  # from an earlier failure
     PREPARE[name](dataclasses.replace(task, folder=unfinished))
     os.rename(unfinished, task.folder)
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[[Task], Batches]] = {
     "torchvision": torchvision,
     "torchvision-gpu": torchvision_gpu,
     "mds": mds,
@@ -250,7 +223,12 @@ LOADERS = {
     "ffcv": ffcv,
     "ffcv-encoded": ffcv,
 }
-PREPARE = {"mds": prepare_mds, "litdata": prepare_litdata, "ffcv": prepare_ffcv, "ffcv-encoded": prepare_ffcv_encoded}
+PREPARE: dict[str, Callable[[Task], None]] = {
+    "mds": lambda task: write_mds(read_list(task.list), task.folder),
+    "litdata": lambda task: write_litdata(read_list(task.list), task.folder, task.threads),
+    "ffcv": lambda task: write_ffcv(task, "Original"),
+    "ffcv-encoded": lambda task: write_ffcv(task, "Encoded"),
+}
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("prepare-"):

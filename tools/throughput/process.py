@@ -1,86 +1,77 @@
-"""A command run as a process of its own, with its time and its memory."""
+"""Competitors as processes of their own: their time, their memory, and what they leave on the disk."""
 
 import contextlib
 import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from pipelines.remote.object_store import is_url
-from tools.throughput.rounds import TurnError
+from tools.throughput.rounds import Turn, TurnError
+from tools.throughput.turn import family
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # img2dataset would ask the network on each start
+    # `python -m tools...` works with any interpreter, and finds no other `tools` in the current folder.
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    "PYTHONSAFEPATH": "1",
+}
 SAMPLE_SECONDS = 0.05
-PROGRESS_BAR = re.compile(r"\d%\|")  # tqdm's, which may be the last thing that a failing program prints
-# Of /proc/PID/status: what a process holds for itself and what it shares through /dev/shm, and not the libraries' code.
+PROGRESS_BAR = re.compile(r"\d%\|")  # of tqdm; it may be the last thing that a failing program prints
+# Fields of /proc/PID/status: the private memory of a process and its shared memory in /dev/shm, without the code of libraries.
 MEMORY_FIELDS = ("RssAnon:", "RssShmem:")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run of a command took.
-
-    Attributes:
-        seconds: From its start to its end.
-        said: What the command measured itself: the JSON object in its last line, or nothing.
-        peak_memory_bytes: The largest sum over the processes of the command that was seen at once.
-    """
+class Run(NamedTuple):
+    """A finished run of a command."""
 
     seconds: float
-    said: dict[str, float]
-    peak_memory_bytes: int
+    said: dict[str, float]  # the JSON object in its last line of output, or nothing
+    peak_memory_bytes: int  # largest sum over the processes of the command at one time
 
 
-def run_measured(command: Sequence[str | Path], folder: Path, logs: Path, environment: Mapping[str, str]) -> Run:
-    """Runs a command to its end, and ends whatever it left running.
+def run_measured(command: Sequence[str | Path], logs: Path, environment: Mapping[str, str] | None = None) -> Run:
+    """Runs a command to its end, and ends whatever it leaves running.
 
-    Memory is sampled 20 times a second from /proc, anonymous and shared-memory pages of all processes that descend from the
-    command: peaks between two samples are missed, and pages that forked processes share count for each of them. It costs the
-    command some 0.1 % of a core.
+    Memory is sampled 20 times per second from /proc: anonymous and shared-memory pages of all descendants of the command. Peaks
+    between samples are missed, and pages that forked processes share count for each of them. Sampling takes 0.1 % of a core.
+    For a command that ends before the first sample, the kernel gives an upper bound: it includes this process's own peak.
 
-    Args:
-        command: Program and arguments.
-        folder: To run it in.
-        logs: Folder for what it prints; through files, which unlike pipes never make a process wait.
-        environment: Variables set for it in addition to those of this process.
-
-    Raises:
-        TurnError: It failed; with the last line of its errors.
+    If the command fails, a TurnError holds the last line of its errors. `environment` adds variables to those of this process.
     """
+    # Unlike pipes, files never make a process wait.
     out, err = logs / "stdout", logs / "stderr"
     peak_memory_bytes = 0
+    variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
     with out.open("wb") as stdout, err.open("wb") as stderr:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **environment}, stdout=stdout, stderr=stderr, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
             ended = os.pidfd_open(process.pid)  # unlike Popen.wait with a time-out, it wakes up at the very end
             running = True
             while running:
-                peak_memory_bytes = max(peak_memory_bytes, _memory_bytes(process.pid))
+                peak_memory_bytes = max(peak_memory_bytes, sum(map(_memory_bytes, family(process.pid))))
                 running = not select.select([ended], [], [], SAMPLE_SECONDS)[0]
             seconds = time.perf_counter() - started
             os.close(ended)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         lines = (err.read_text(errors="replace") or out.read_text(errors="replace")).splitlines()
         said = [line.strip() for line in lines if line.strip() and not PROGRESS_BAR.search(line)]
         raise TurnError(said[-1] if said else f"exit status {process.returncode}")
-    return Run(seconds, _last_object(out.read_text(errors="replace")), peak_memory_bytes)
-
-
-def absolute(location: str) -> str:
-    """A path or a pattern of paths as it is called in every folder; URLs, and nothing, stay what they are."""
-    return location if not location or is_url(location) else os.path.abspath(location)
+    return Run(seconds, _last_object(out.read_text(errors="replace")), peak_memory_bytes or 1024 * usage.ru_maxrss)
 
 
 def _last_object(printed: str) -> dict[str, float]:
@@ -90,11 +81,67 @@ def _last_object(printed: str) -> dict[str, float]:
 
 
 def _memory_bytes(pid: int) -> int:
-    """Of a process and all below it; processes that end meanwhile count nothing."""
-    try:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         status = Path(f"/proc/{pid}/status").read_text()
-        children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    own = sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(MEMORY_FIELDS))
-    return own + sum(map(_memory_bytes, children))
+        return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(MEMORY_FIELDS))
+    return 0
+
+
+def run_loader(command: Sequence[str | Path], logs: Path, environment: Mapping[str, str] | None = None) -> Turn:
+    """Runs a process that calls `measure_loader` in turn.py; adds the time of its start to the command."""
+    _, said, peak_memory_bytes = run_measured([*command, str(time.monotonic())], logs, environment)
+    return {
+        "images_per_second": said["images"] / said["seconds"],
+        "first_seconds": said["first_seconds"],
+        "cpu_milliseconds": 1000 * said["cpu_seconds"] / said["images"],
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def probe(python: str, modules: Sequence[str], distributions: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    """Returns the modules and the versions of the distributions that an interpreter has."""
+    script = (
+        "import importlib.util, json, sys\n"
+        "from tools.throughput.hardware import versions\n"
+        "modules, distributions = json.loads(sys.argv[1])\n"
+        "print(json.dumps([[m for m in modules if importlib.util.find_spec(m)], versions(*distributions)]))\n"
+    )
+    command = [python, "-c", script, json.dumps([modules, distributions])]
+    try:
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
+        present, found = json.loads(done.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise ValueError(f"--peers-python {python}: not a Python interpreter ({error})") from error
+    return set(present), found
+
+
+@contextlib.contextmanager
+def open_scratch(parent: Path | None, needed_bytes: int) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Makes a folder for the competitors and removes it with all its contents; also yields their environment.
+
+    Temporary files of the competitors go to a second folder, which is removed as well. It lies in the system's folder, because
+    it may contain sockets, whose paths Linux limits to 107 bytes.
+
+    The parent is made if necessary; by default it is the system's folder. A ValueError says that it lacks the space needed.
+    """
+    parent = (parent or Path(tempfile.gettempdir())).absolute()
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"{parent}: {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB needed; name another folder with --scratch, "
+            "or fewer --images"
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="throughput-", dir=parent) as folder,
+        tempfile.TemporaryDirectory(prefix="throughput-") as temporary,
+    ):
+        (Path(folder) / "logs").mkdir()
+        yield (
+            Path(folder),
+            {
+                "TMPDIR": temporary,
+                "DATA_OPTIMIZER_CACHE_FOLDER": f"{folder}/litdata-chunks",
+                "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{folder}/litdata-data",
+            },
+        )

@@ -1,17 +1,15 @@
-"""Competitors taking turns, and what can be said of the figures of a few rounds."""
+"""Competitors that take turns, and the statistics of their rounds."""
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
-Turn = TypeVar("Turn")
-
 CONFIDENCE = 0.95
+
+Turn = dict[str, float | None]  # the figures of one turn by name; `None` where a competitor has no such figure
 
 
 class TurnError(Exception):
@@ -19,68 +17,70 @@ class TurnError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Turn]):
-    """The turns of a competitor, one a round; after an error it took no more."""
-
-    turns: tuple[Turn, ...]
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class Statistic:
-    """Figures of several rounds.
-
-    Attributes:
-        rounds: The figure of each round.
-        median: Of the rounds.
-        low: Lower end of the interval for the median.
-        high: Upper end.
-        coverage: Probability with which such an interval holds the true median.
-    """
+    """The figures of several rounds, and their median with its confidence interval."""
 
     rounds: tuple[float, ...]
     median: float
     low: float
     high: float
-    coverage: float
+    coverage: float  # probability that such an interval contains the true median
 
 
 def summarize(figures: Sequence[float]) -> Statistic:
-    """The median, with an interval between two order statistics, which assumes nothing about how the figures are distributed.
+    """Returns the median with an interval between two order statistics, which makes no assumption about the distribution.
 
-    The interval is the narrowest symmetric one that covers the median with 95 % probability. Fewer than six rounds cannot reach
-    that: theirs goes from the smallest to the largest, and `coverage` says what it is worth, 93.75 % with five.
+    The interval is the narrowest symmetric one that covers the median with a probability of 95 %. Fewer than six rounds cannot
+    reach that. Their interval goes from the smallest to the largest figure, with a `coverage` of 93.75 % for five rounds.
     """
     ordered = sorted(figures)
     depth = max((k for k in range(len(ordered) // 2) if _coverage(len(ordered), k) >= CONFIDENCE), default=0)
-    return Statistic(
-        tuple(figures),
-        statistics.median(ordered),
-        ordered[depth],
-        ordered[-1 - depth],
-        _coverage(len(ordered), depth),
-    )
+    low, high = ordered[depth], ordered[-1 - depth]
+    return Statistic(tuple(figures), statistics.median(ordered), low, high, _coverage(len(ordered), depth))
 
 
 def _coverage(count: int, depth: int) -> float:
-    """How probable it is that of `count` figures more than `depth` lie on either side of the true median."""
+    """Returns the probability that more than `depth` of `count` figures lie on either side of the true median."""
     return 1 - 2 * sum(math.comb(count, k) for k in range(depth + 1)) / 2**count
 
 
-def take_turns(
-    competitors: Mapping[str, Callable[[], Turn]], rounds: int, seconds: float = math.inf
-) -> dict[str, Outcome[Turn]]:
-    """Calls every competitor once a round, each round beginning with another one; no round begins after so many seconds.
+@dataclass(frozen=True)
+class Outcome:
+    """The turns of a competitor, one per round. After an error it takes no more turns."""
 
-    So a machine that gets slower, or whatever one competitor leaves behind for the next, does not always hit the same ones. A
-    competitor that raises `TurnError` is out of the later rounds.
+    turns: tuple[Turn, ...]
+    error: str | None = None
+
+    def rounds(self, name: str) -> list[float]:
+        """Returns a figure of each round; empty if the competitor has no such figure."""
+        return [figure for turn in self.turns if (figure := turn.get(name)) is not None]
+
+    def summary(self, name: str) -> Statistic | None:
+        """Returns the statistic of a figure; `None` if the competitor has no such figure."""
+        figures = self.rounds(name)
+        return summarize(figures) if figures else None
+
+    def largest(self, name: str) -> int | None:
+        """Returns the largest value of a figure; `None` if the competitor has no such figure."""
+        figures = self.rounds(name)
+        return int(max(figures)) if figures else None
+
+    def ratio(self, name: str, baseline: "Outcome | None") -> Statistic | None:
+        """Returns the statistic of a figure relative to the baseline's in the same round; `None` if the baseline failed."""
+        if baseline is None or baseline.error is not None:
+            return None
+        return summarize([a / b for a, b in zip(self.rounds(name), baseline.rounds(name), strict=True)])
+
+
+def take_turns(competitors: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, Outcome]:
+    """Calls every competitor once per round. A competitor that raises `TurnError` skips the later rounds.
+
+    Each round starts with the next competitor. This spreads the effects of a machine that slows down, or of whatever one
+    competitor leaves behind for the next.
     """
     names, turns, errors = list(competitors), {name: list[Turn]() for name in competitors}, dict[str, str]()
-    end = time.monotonic() + seconds
-    with tqdm(total=rounds * len(names), unit="turn", disable=None) as progress:  # None: only where there is a terminal
+    with tqdm(total=rounds * len(names), unit="turn", disable=None) as progress:  # None: only on a terminal
         for number in range(rounds):
-            if number and time.monotonic() >= end:
-                break
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 progress.set_postfix_str(name)

@@ -1,6 +1,6 @@
-"""A loader's turn in `throughput compare`. It needs nothing but Python, as a peer's interpreter may have nothing else.
+"""One turn of a loader in a process of its own. It needs only Python, because a peer's interpreter may have nothing else.
 
-Each turn is a process of its own, `python -m MODULE LOADER TASK STARTED`, the last line of which is a JSON object.
+`python -m MODULE LOADER TASK STARTED` runs a loader of `throughput compare`; its last line of output is a JSON object.
 """
 
 import contextlib
@@ -13,109 +13,98 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WARM_UP_BATCHES = 4  # after the first: until queues are full and memory is found
-TOLERANCE = 0.05  # of normalized values, for what interpolation and another order of arithmetic may do
+WARM_UP_BATCHES = 4  # after the first batch: queues fill up, and memory is allocated
+TOLERANCE = 0.05  # of normalized values, for differences in interpolation and rounding
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+# Endless batches, epoch after epoch; the last batch of an epoch may be smaller. Images: torch float32 `(N, 3, size, size)`;
+# labels: N integers. Closing the generator ends its threads and processes.
+Batches = Generator[tuple[Any, Any], None, None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all loaders are given to do.
+    """The task that all loaders are given."""
 
-    Attributes:
-        split: "train": random resized crop, flip, normalize. "valid": resize, centre crop, normalize.
-        tars: The shards.
-        indices: Their index files, as DALI wants them.
-        list: File with a line `LABEL PATH` for each image, the same images as files; there for those alone who read files.
-        folder: Where the loader finds what it has been given time to prepare.
-        batch_size: Images a batch.
-        image_size: Side of the images, pixels.
-        resize_shorter: In "valid", of the shorter side before the crop.
-        scale: In "train", smallest and largest area of the crop.
-        ratio: In "train", smallest and largest width/height of the crop.
-        mean: Of the channels, in [0, 1].
-        std: The same.
-        threads: Threads or processes that decode.
-        device: Where the batches are wanted, as torch calls it: "cpu", "cuda:0".
-        images: To give in a turn, epoch after epoch.
-    """
-
-    split: str
+    split: str  # "train": random resized crop, flip, normalize; "valid": resize, center crop, normalize
     tars: tuple[str, ...]
-    indices: tuple[str, ...]
-    list: str
-    folder: str
+    indices: tuple[str, ...]  # index files of the tars, in DALI's format
+    list: str  # file with a line `LABEL PATH` for each image, for loaders that read image files
+    folder: str  # with the data that the loader has prepared
     batch_size: int
-    image_size: int
-    resize_shorter: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    mean: tuple[float, float, float]
+    image_size: int  # in pixels
+    resize_shorter: int  # shorter side before the center crop of "valid", in pixels
+    scale: tuple[float, float]  # smallest and largest area of the crop of "train"
+    ratio: tuple[float, float]  # smallest and largest width/height of the crop of "train"
+    mean: tuple[float, float, float]  # of the channels, in [0, 1]
     std: tuple[float, float, float]
-    threads: int
-    device: str
-    images: int
+    threads: int  # or processes, that decode
+    device: str  # of the batches, as torch names it: "cpu", "cuda:0"
+    images: int  # to time, after warm-up
 
 
-# Gives batches without end, epoch after epoch, the last of an epoch as large as it comes: images float32 `(N, 3, size, size)`
-# and N labels, torch's tensors. Closed, it ends its threads and processes.
-Batches = Generator[tuple[Any, Any], None, None]
+def read_task(path: str) -> Task:
+    """Reads a task from its JSON file."""
+    return Task(**json.loads(Path(path).read_text()))
+
+
+def read_list(path: str) -> list[tuple[str, int]]:
+    """Reads paths and labels from a file with a line `LABEL PATH` for each image."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        pairs = [line.rstrip("\n").split(" ", 1) for line in file]
+    return [(name, int(label)) for label, name in pairs]
 
 
 def main(loaders: Mapping[str, Callable[[Task], Batches]]) -> None:
-    """Takes the turn that the command line asks for.
-
-    Raises:
-        ValueError: What the loader gives is not what was asked for.
-    """
+    """Runs the loader that the command line names. A ValueError says that its batches are not what the task asks for."""
     name, path, started = sys.argv[1:]
     task = read_task(path)
-    with contextlib.closing(loaders[name](task)) as loaded:
-        batches = on_device(task, loaded)
-        images, labels = next(batches)
-        synchronize(task)
-        # CLOCK_MONOTONIC, which all processes have in common.
-        first_seconds = time.monotonic() - float(started)
-        check(task, images, labels)
-        for _ in range(WARM_UP_BATCHES):
-            next(batches)
-        synchronize(task)
-        clock, cpu, count = time.monotonic(), cpu_seconds(os.getpid()), 0
-        while count < task.images:
-            count += len(next(batches)[1])
-        synchronize(task)
-        seconds, cpu = time.monotonic() - clock, cpu_seconds(os.getpid()) - cpu
+    with contextlib.closing(loaders[name](task)) as batches:
+        measure_loader(_counts(task, batches), task.images, float(started), lambda: _synchronize(task))
+
+
+def measure_loader(counts: Iterator[int], images: int, started: float, synchronize: Callable[[], None] = lambda: None) -> None:
+    """Times a loader and prints its figures as JSON.
+
+    Args:
+        counts: Sizes of batches, endless.
+        images: Images to time, after warm-up.
+        started: Start of this process by CLOCK_MONOTONIC, which all processes share.
+        synchronize: Waits for the work of a GPU.
+    """
+    next(counts)
+    synchronize()
+    first_seconds = time.monotonic() - started
+    for _ in range(WARM_UP_BATCHES):
+        next(counts)
+    synchronize()
+    clock, cpu, count = time.monotonic(), cpu_seconds(), 0
+    while count < images:
+        count += next(counts)
+    synchronize()
+    seconds, cpu = time.monotonic() - clock, cpu_seconds() - cpu
     print(json.dumps({"first_seconds": first_seconds, "seconds": seconds, "cpu_seconds": cpu, "images": count}))
 
 
-def on_device(task: Task, batches: Batches) -> Iterator[tuple[Any, Any]]:
-    """The batches where they are wanted; a copy from pinned memory does not make the host wait."""
-    for images, labels in batches:
-        if task.device == "cpu":
-            yield images, labels
-        else:
-            yield images.to(task.device, non_blocking=True), labels.to(task.device, non_blocking=True)
+def _counts(task: Task, batches: Batches) -> Iterator[int]:
+    """Copies the batches to the device and yields their sizes; checks the first one when the second is asked for."""
+    for number, batch in enumerate(batches):
+        if task.device != "cpu":  # the copy from pinned memory does not make the host wait
+            batch = tuple(tensor.to(task.device, non_blocking=True) for tensor in batch)
+        yield len(batch[1])
+        if not number:
+            check(task, *batch)
 
 
-def synchronize(task: Task) -> None:
-    """Waits for a GPU's work."""
+def _synchronize(task: Task) -> None:
     if task.device != "cpu":
         import torch
 
         torch.cuda.synchronize(task.device)
 
 
-def read_task(path: str) -> Task:
-    """Out of a JSON file with its attributes as keys."""
-    return Task(**json.loads(Path(path).read_text()))
-
-
 def check(task: Task, images: Any, labels: Any) -> None:
-    """Whether a batch is what all are to give, as far as numbers tell; it may be smaller than was asked for.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raises a ValueError if shape, dtype, device, or range of a batch is not what the task asks for."""
     shape, wanted = tuple(images.shape), (len(labels), 3, task.image_size, task.image_size)
     if str(images.device) != task.device:
         raise ValueError(f"gives images on {images.device}; {task.device} was asked for")
@@ -126,15 +115,24 @@ def check(task: Task, images: Any, labels: Any) -> None:
     high = max((1 - mean) / std for mean, std in zip(task.mean, task.std, strict=True))
     least, most = images.min().item(), images.max().item()
     if not (low - TOLERANCE <= least < 0 and most <= high + TOLERANCE):  # pixels from 0 to 1 or to 255 are never negative
-        raise ValueError(f"gives values from {least:.2f} to {most:.2f}; normalized ones are from {low:.2f} to {high:.2f}")
+        raise ValueError(f"gives values from {least:.2f} to {most:.2f}; normalized values are from {low:.2f} to {high:.2f}")
 
 
-def cpu_seconds(pid: int) -> float:
-    """Time on the CPU of a process and of all that descend from it and are still there."""
-    try:
-        # After the name, which may hold anything: fields 14 and 15 of proc_pid_stat(5), user and system time.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS + sum(map(cpu_seconds, children))
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of all its descendants that still run."""
+    ticks = 0
+    for pid in family(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # The name in front may contain anything. Fields 14 and 15 of proc_pid_stat(5) are user and system time.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / CLOCK_TICKS
+
+
+def family(pid: int) -> Iterator[int]:
+    """Yields a process and all its descendants. Some may have ended already."""
+    yield pid
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in path.read_text().split():
+                yield from family(int(child))

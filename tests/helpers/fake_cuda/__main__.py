@@ -1,4 +1,4 @@
-"""Writes a report of what is watched: `python -m tests.helpers.fake_cuda GUARD REPORT`."""
+"""Writes a report of all checks: `python -m tests.helpers.fake_cuda GUARD REPORT`."""
 
 import ctypes
 import json

@@ -10,12 +10,12 @@ SOURCE = Path(__file__).parent / "guard.cpp"
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch would use, if it is installed."""
+    """Returns the path of the C++ compiler that torch would use, if it is installed."""
     return shutil.which(get_cxx_compiler())
 
 
 def build_guard(compiler: str, folder: Path) -> Path:
-    """The shared library, in the folder."""
+    """Compiles the shared library into a folder, and returns its path."""
     library = folder / "guard.so"
     command: list[str | Path] = [compiler, "-std=c++20", "-O0", "-shared", "-fPIC", SOURCE, "-o", library]
     command += [f"-I{path}" for path in include_paths()]

@@ -1,4 +1,4 @@
-"""What is watched: steps, the validation loop, and operations of which it is known whether the host waits for them."""
+"""The checks: training steps, the validation loop, and operations that are known to make the host wait or not."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from model.config import ModelConfig, StepConfig
 from model.distributed import alone
 from model.evaluation import evaluate
-from model.job import Job, build_job, train_step
+from model.job import Job, build_job
 from pipelines.loader import Batch
 from pipelines.mix import MixConfig, mix
 from tests.helpers.fake_cuda.device import DEVICE
 from tests.helpers.fake_cuda.watch import Watch
-from tools.run.config import Config, ModelConfig
+from train import train_step
 
 Report = dict[str, Any]
 
-# Raised where a fake tensor would have to give out a value, or have a shape that depends on values. It has been noted by then.
+# Raised if an operation needs the values of a fake tensor. The wait has been recorded by then.
 VALUE_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 
 BATCH_SIZE, SIZE = 8, 64
@@ -27,9 +28,15 @@ WORLD = alone(DEVICE)
 
 
 def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **options: Any) -> Job:
-    model = ModelConfig(init="torch", transform_input=True)  # the other ways to initialize look at what they have drawn
     job = build_job(
-        Config(epochs=2, batch_size=BATCH_SIZE, image_size=SIZE, grad_clip=1.0, model=model, **options),
+        StepConfig(
+            epochs=2,
+            batch_size=BATCH_SIZE,
+            image_size=SIZE,
+            grad_clip=1.0,
+            model=ModelConfig(transform_input=True),
+            **options,
+        ),
         WORLD,
         num_classes=num_classes,
         classes=None,
@@ -41,7 +48,7 @@ def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **opti
 
 
 def make_batch(job: Job, batch_size: int = BATCH_SIZE) -> Batch:
-    """As a loader gives it: half precision where the arithmetic is, channels_last."""
+    """Returns a batch as a loader does: channels_last, in half precision if the step computes in it."""
     dtype = torch.float32 if job.autocast_dtype is None else torch.float16
     image = torch.empty(batch_size, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
     target = torch.zeros(batch_size, device=DEVICE, dtype=torch.int64)
@@ -49,7 +56,7 @@ def make_batch(job: Job, batch_size: int = BATCH_SIZE) -> Batch:
 
 
 def check_steps() -> dict[str, Report]:
-    """What is noted of a step of each kind, all with the clipping of gradients and a renormalized input."""
+    """Returns the report of each kind of step. All clip gradients and renormalize the input."""
     return {
         "bf16": check_step(torch.bfloat16),
         "fp16": check_step(torch.float16),
@@ -62,7 +69,7 @@ def check_steps() -> dict[str, Report]:
 
 
 def check_step(autocast_dtype: torch.dtype | None, mixing: MixConfig | None = None, **options: Any) -> Report:
-    """What is noted of a first step, which makes what later ones find, and of a second one, whose launches are counted."""
+    """Returns the report of two steps. The first creates state; launches are counted in the second alone."""
     job = make_job(autocast_dtype, **options)
     batch = make_batch(job)
     with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
@@ -80,7 +87,7 @@ def take_step(job: Job, batch: Batch, mixing: MixConfig) -> None:
 
 
 def check_evaluation() -> Report:
-    """The loop over the validation split. What comes after it is not watched: it reads values, which are not there."""
+    """Returns the report of the loop over the validation split. The code after it reads values, so it is not watched."""
     job = make_job(torch.bfloat16, num_classes=10)  # few enough for a confusion matrix
     batches = [make_batch(job, batch_size) for batch_size in (BATCH_SIZE, BATCH_SIZE, BATCH_SIZE - 3)]
     with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
@@ -90,13 +97,13 @@ def check_evaluation() -> Report:
 
 
 def watched(batches: Iterable[Batch], watch: Watch) -> Iterator[Batch]:
-    """The batches; the watch ends when there is none left."""
+    """Yields the batches, then ends the watch."""
     yield from batches
     watch.is_on = False
 
 
 def check_waiting() -> dict[str, list[str]]:
-    """Operations for which the host waits."""
+    """Returns the waits of operations that make the host wait."""
     x, host = torch.zeros(8, 3, device=DEVICE), torch.zeros(8)
     number, mask = torch.zeros((), device=DEVICE), torch.ones(8, dtype=torch.bool, device=DEVICE)
     return {
@@ -118,7 +125,7 @@ def check_waiting() -> dict[str, list[str]]:
 
 
 def check_not_waiting() -> dict[str, list[str]]:
-    """Similar ones for which it does not wait."""
+    """Returns the waits of similar operations that do not make the host wait."""
     x, host = torch.zeros(8, 3, device=DEVICE), torch.zeros(8)
     mask, indices = torch.ones(8, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     return {
@@ -134,14 +141,14 @@ def check_not_waiting() -> dict[str, list[str]]:
 
 
 def waits(operation: Callable[[], Any]) -> list[str]:
-    """What is noted of an operation."""
+    """Returns the waits of an operation."""
     with Watch() as watch, contextlib.suppress(*VALUE_NEEDED):
         operation()
     return watch.waits
 
 
 def check_gradients() -> dict[str, list[str]]:
-    """What is noted of fused optimizers whose gradient has its channels first, and last as the weight has them."""
+    """Returns the mismatches of a fused optimizer whose weight is channels_last, by the memory format of its gradient."""
     weight = torch.empty(4, 3, 3, 3, device=DEVICE)
     return {
         name: mismatches(weight.to(memory_format=torch.channels_last), weight.to(memory_format=memory_format))

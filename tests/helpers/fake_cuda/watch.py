@@ -1,8 +1,8 @@
-"""Notes which operations a program makes, and for which of them the host would wait for the device.
+"""Records the operations of a program, and those that would make the host wait for the device.
 
-torch tags the operations whose result has a shape or a value that depends on the data. The others that make the host wait were
-looked up in torch 2.11: they are the functions of `libtorch_cuda.so` that call `cudaStreamSynchronize`, and the functions of
-`libtorch_cuda.so` and `libtorch_cpu.so` that call `Tensor::item`.
+torch tags operations whose result has a shape or a value that depends on the data. The list of other waiting operations is from
+torch 2.11: functions of `libtorch_cuda.so` that call `cudaStreamSynchronize`, and functions of `libtorch_cuda.so` and
+`libtorch_cpu.so` that call `Tensor::item`.
 """
 
 import traceback
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[3]
 
-# Operations for which the host may wait, beside those with a tag. Overloads, which have the same name, are told apart below.
+# Untagged operations that may make the host wait. Overloads share a name; the functions below tell them apart.
 COPIES = {"_to_copy", "copy_", "_foreach_copy_"}
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 FILLING = {"masked_fill", "masked_fill_", "index_fill", "index_fill_"}
@@ -27,14 +27,14 @@ READING = {"is_nonzero", "mode", "linspace", "logspace", "_linalg_check_errors"}
 
 
 class Watch(TorchDispatchMode):
-    """Notes what the operations made under it would do on a device.
+    """Records what operations would do on a device.
 
     Attributes:
-        waits: Each operation for which the host would wait for the device, with the reason and the place.
-        mismatches: Each operation on lists of tensors that differ in layout: a fused optimizer refuses them, and other
-            operations then launch a kernel for each tensor.
-        launches: How often each operation was made that launches a kernel, or several.
-        is_on: Whether anything is noted.
+        waits: Operations that would make the host wait, each with the reason and the line.
+        mismatches: Operations on lists of tensors whose layouts differ. A fused optimizer refuses them, and other operations
+            launch a kernel for each tensor.
+        launches: Number of calls of each operation that launches at least one kernel.
+        is_on: Whether to record.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
         if self.is_on and function.namespace == "aten":
-            self._note(function, arguments, options)  # first, as a fake tensor has no value to give out
+            self._note(function, arguments, options)  # first: a fake tensor may raise for want of values
         return function(*arguments, **options)
 
     def _note(self, function: OpOverload, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
@@ -62,17 +62,17 @@ class Watch(TorchDispatchMode):
             self.launches[name] += 1
 
     def report(self) -> dict[str, Any]:
-        """Everything that was noted, ready for JSON."""
+        """Returns all records as JSON values."""
         return {"waits": self.waits, "mismatches": self.mismatches, "launches": dict(self.launches.most_common())}
 
 
 def why_wait(name: str, function: OpOverload, given: Mapping[str, Any]) -> str | None:
-    """Why the host would wait for the device, if it would.
+    """Returns why the host would wait for the device, if it would.
 
     Args:
-        name: The operation's name, which all its overloads share.
-        function: The operation itself, which has tags.
-        given: Its arguments by their names.
+        name: Name of the operation, without the overload.
+        function: The operation.
+        given: Its arguments by name.
     """
     tensors = _tensors(given)
     if name in COPIES:
@@ -103,10 +103,10 @@ def _describe_copy(name: str, given: Mapping[str, Any]) -> str | None:
 
 
 def _describe_indexing(given: Mapping[str, Any]) -> str | None:
-    """Why the host would wait for an operation that takes indices: see ATen/native/IndexingUtils.h.
+    """Returns why the host would wait for an operation that takes indices, if it would; see ATen/native/IndexingUtils.h.
 
-    The host has to read how many elements a mask on the device selects, unless a single number is to be filled in. It turns a
-    mask of its own into indices, which go to the device through pinned memory, but it waits until its own indices are copied.
+    The host must read how many elements a mask on the device selects, unless the operation fills in a single number. A mask on
+    the host becomes indices, which are copied through pinned memory. Indices on the host are copied with a wait.
     """
     value = given.get("values")
     fills = value is not None and value.numel() == 1 and not value.is_cuda
@@ -122,7 +122,7 @@ def _describe_indexing(given: Mapping[str, Any]) -> str | None:
 
 
 def find_mismatches(given: Mapping[str, Any]) -> list[str]:
-    """Corresponding tensors in lists that differ, as torch compares them (ATen/native/ForeachUtils.h)."""
+    """Compares corresponding tensors of lists like torch (ATen/native/ForeachUtils.h), and describes those that differ."""
     lists = [value for value in given.values() if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor)]
     found = []
     for first, *others in zip(*lists, strict=True):
@@ -131,7 +131,7 @@ def find_mismatches(given: Mapping[str, Any]) -> list[str]:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What has to be the same; a stride means nothing where the size is 1."""
+    """Returns what must be the same. The stride of a dimension of size 1 has no meaning."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
     return tensor.device, tensor.dtype, tensor.shape, strides
 
@@ -141,7 +141,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def is_launch(name: str, function: OpOverload, given: Mapping[str, Any]) -> bool:
-    """Whether an operation has the device do something: it is on the device, and more than another view or an allocation."""
+    """Returns whether an operation launches a kernel: it is on the device, and neither a view nor an allocation."""
     if function.is_view or torch.Tag.inplace_view in function.tags or name == "_unsafe_view" or "empty" in name:
         return False
     device = given.get("device")
@@ -153,7 +153,7 @@ def _tensors(given: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _place() -> str:
-    """The line of the project that has made the operation; the backward pass is in a thread of its own, which has none."""
+    """Returns the line of the project that called the operation. The backward pass has a separate thread without any."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.parent != Path(__file__).parent:

@@ -1,1 +1,1 @@
-"""`python -m tools.bench.gpu_proof`: the GPU path proved and measured on a machine that can be had for minutes."""
+"""`python -m tools.bench.gpu_proof` proves and measures the GPU path within minutes."""

@@ -8,34 +8,32 @@ from typing import Literal
 import tyro
 
 from tools.bench.gpu_proof.driver import Proof
-from tools.bench.gpu_proof.plan import PLANS, Ground, Name
+from tools.bench.gpu_proof.plan import PLANS, SECONDS, Name, Setup
 from tools.cli import run_command
-
-SECONDS: dict[Name, int] = {"quick": 480, "peers": 300}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Prove the GPU path and measure it, within minutes, and write down what came of each step as soon as it has ended.
+    """Prove and measure the GPU path within minutes. The result of each step is written as soon as the step ends.
 
-    Exit status: 0 all steps ended well; 1 one did not; 2 a mistake in the command; 130 interrupted.
+    Exit status: 0 all steps succeeded; 1 a step failed; 2 a mistake in the command; 130 interrupted.
     """
 
     plan: tyro.conf.Positional[Name]
     """quick: tests, the training step, decoding, whole jobs. peers: other loaders on the same images."""
     out: tyro.conf.Positional[Path]
-    """Folder that gets summary.json and proof.tar.gz; it is made if need be."""
+    """Folder for summary.json and proof.tar.gz; made if necessary."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu rehearses the plan with small figures."""
     seconds: float | None = None
-    """After this time the proof ends; by default 480 for quick and 300 for peers."""
+    """Time limit of the proof; by default 480 for quick and 300 for peers."""
     steps: tuple[str, ...] = ()
-    """Take these steps of the plan only."""
+    """Run only these steps of the plan."""
     work: Path | None = None
     """Folder for data and logs, which stays; by default a temporary one."""
 
     def run(self) -> int:
-        known = [step.name for step in PLANS[self.plan]]
+        known = [*PLANS[self.plan]]
         for name in self.steps:
             if name not in known:
                 raise ValueError(f"--steps {name}: {self.plan} has no such step; it has {', '.join(known)}")
@@ -45,7 +43,7 @@ class Options:
             if any(work.glob("*")):
                 raise ValueError(f"--work {work} holds another proof; name another folder")
             work.mkdir(parents=True, exist_ok=True)
-            proof = Proof(self.plan, Ground(self.device, work), self.out)
+            proof = Proof(self.plan, Setup(self.device, work), self.out)
             return 0 if proof.run(self.steps or known, self.seconds or SECONDS[self.plan]) else 1
 
 

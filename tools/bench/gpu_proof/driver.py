@@ -1,4 +1,4 @@
-"""Has the steps of a proof taken, ends those that take too long, and writes down at once what came of each."""
+"""Runs the steps of a proof, ends those that take too long, and writes each result at once."""
 
 import contextlib
 import json
@@ -15,52 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import replace_text
-from tools.bench.gpu_proof.plan import PLANS, Figures, Ground, Name, Step
+from tools.bench.gpu_proof.plan import PLANS, Figures, Name, Setup
 from tools.throughput.hardware import describe_hardware, versions
+from tools.throughput.process import ROOT
 
-ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = ("torch", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12", "webdataset", "numpy")
 POLL_SECONDS = 0.1
 
 
 class Proof:
-    """A proof that is under way.
+    """A proof that is running. `out` is the folder of the summary and the archive."""
 
-    Args:
-        plan: Which.
-        ground: What the steps work on.
-        out: Folder of the summary and the archive.
-    """
-
-    def __init__(self, plan: Name, ground: Ground, out: Path) -> None:
-        self._plan, self._ground, self._out = plan, ground, out
-        self._summary: dict[str, Any] = {
-            "plan": plan,
-            "device": ground.device,
-            "hardware": asdict(describe_hardware()),
-            "versions": versions(DISTRIBUTIONS),
-            "steps": {},
-        }
+    def __init__(self, plan: Name, setup: Setup, out: Path) -> None:
+        self._limits, self._setup, self._out = PLANS[plan], setup, out
+        hardware = asdict(describe_hardware())
+        self._summary: dict[str, Any] = {"plan": plan, "device": setup.device, "hardware": hardware}
+        self._summary |= {"versions": versions(*DISTRIBUTIONS), "steps": {}}
 
     def run(self, names: Sequence[str], seconds: float) -> bool:
-        """Takes the named steps; whether all of them ended well, in time.
+        """Runs the named steps; returns whether all of them succeeded in time.
 
-        Args:
-            names: Of steps of the plan.
-            seconds: For all of them. A step that has not ended by then is ended, and those after it are not begun.
+        At the end of its time, the proof ends the step that is running, and the later steps do not begin.
         """
         end = time.monotonic() + seconds
-        waiting = deque(step for step in PLANS[self._plan] if step.name in names)
+        waiting = deque(name for name in self._limits if name in names)
         while waiting and time.monotonic() < end:
             self._work(waiting, end)
-        for step in waiting:
-            self._note(step, {"seconds": 0.0, "error": "no time was left"})
+        for name in waiting:
+            self._note(name, {"seconds": 0.0, "error": "no time was left"})
         return not any("error" in found for found in self._summary["steps"].values())
 
-    def _work(self, waiting: deque[Step], end: float) -> None:
-        """Has a process take the waiting steps, up to the last one or to one that has to be ended."""
-        command = (sys.executable, "-m", "tools.bench.gpu_proof.worker", self._ground.device, self._ground.work, self._plan)
-        worker = subprocess.Popen((*command, *(step.name for step in waiting)), cwd=ROOT, start_new_session=True)
+    def _work(self, waiting: deque[str], end: float) -> None:
+        """Starts a process for the waiting steps, and follows it until a step has to be ended, or all have ended."""
+        command = [sys.executable, "-m", "tools.bench.gpu_proof.worker", self._setup.device, str(self._setup.work), *waiting]
+        worker = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         is_alive = True
         try:
             while waiting and is_alive:
@@ -73,51 +61,46 @@ class Proof:
         finally:
             _end(worker)
 
-    def _await(self, step: Step, worker: "subprocess.Popen[bytes]", end: float) -> Figures:
-        """What comes of a step that has just begun; with an error where it takes too long, or where its process ends."""
+    def _await(self, name: str, worker: "subprocess.Popen[bytes]", end: float) -> Figures:
+        """Returns the figures of a step that has just begun; with an error if it takes too long, or if its process ends."""
         start = time.monotonic()
-        limit = min(start + step.seconds, end)
+        limit, result = min(start + self._limits[name], end), self._setup.work / f"{name}.json"
         while True:
             has_died = worker.poll() is not None
-            found = self._read(step)
+            found: Figures = json.loads(result.read_text()) if result.exists() else {}
+            passed = time.monotonic() - start
             if found.get("has_ended"):
                 return found
-            passed = time.monotonic() - start
-            if has_died:
-                return {**found, "seconds": round(passed, 1), "error": f"its process ended with status {worker.returncode}"}
-            if start + passed > limit:
-                return {**found, "seconds": round(passed, 1), "error": f"ended after {passed:.0f} s"}
+            if has_died or start + passed > limit:
+                error = f"its process ended with status {worker.returncode}" if has_died else f"ended after {passed:.0f} s"
+                return {**found, "seconds": round(passed, 1), "error": error}
             time.sleep(POLL_SECONDS)
 
-    def _read(self, step: Step) -> Figures:
-        result = self._ground.work / f"{step.name}.json"
-        return json.loads(result.read_text()) if result.exists() else {}
-
-    def _note(self, step: Step, found: Figures) -> None:
-        self._summary["steps"][step.name] = found
+    def _note(self, name: str, found: Figures) -> None:
+        self._summary["steps"][name] = found
         replace_text(self._out / "summary.json", json.dumps(self._summary, indent=1) + "\n")
-        print(f"== {step.name}: {found['seconds']} s of {step.seconds}{'  FAILED' if 'error' in found else ''}", flush=True)
-        passed = [name for name, value in found.items() if isinstance(value, dict) and value.get("outcome") == "passed"]
+        print(f"== {name}: {found['seconds']} s of {self._limits[name]}{'  FAILED' if 'error' in found else ''}", flush=True)
+        passed = [key for key, value in found.items() if isinstance(value, dict) and value.get("outcome") == "passed"]
         if passed:
             print(f"   {len(passed)} tests passed", flush=True)
-        for name, value in found.items():
-            if name not in ("seconds", *passed):
-                print(f"   {name}: {json.dumps(value)}", flush=True)
+        for key, value in found.items():
+            if key not in ("seconds", *passed):
+                print(f"   {key}: {json.dumps(value)}", flush=True)
 
     def _archive(self) -> None:
-        """Packs logs, results, metrics and traces into OUT/proof.tar.gz; neither shards nor weights."""
+        """Packs logs, results, metrics and traces into OUT/proof.tar.gz, without shards and weights."""
         part = self._out / "proof.tar.gz.part"
         with tarfile.open(part, "w:gz", compresslevel=6) as archive:
-            for path in sorted(self._ground.work.rglob("*")):
-                name = path.relative_to(self._ground.work)
+            for path in sorted(self._setup.work.rglob("*")):
+                name = path.relative_to(self._setup.work)
                 if path.is_file() and name.parts[0] != "data" and path.suffix not in (".pt", ".tmp"):
-                    with contextlib.suppress(FileNotFoundError):  # the next step is at work
+                    with contextlib.suppress(FileNotFoundError):  # the next step is running
                         archive.add(path, name)
         part.replace(self._out / "proof.tar.gz")
 
 
 def _end(worker: "subprocess.Popen[bytes]") -> None:
-    """Kills a worker and what it has started. One that hangs in the GPU's driver is left behind."""
+    """Kills a worker and its children. A worker that hangs in the GPU's driver is left behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

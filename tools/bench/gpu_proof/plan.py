@@ -1,6 +1,5 @@
-"""Which steps a proof has, in their order, and how long each may take."""
+"""The steps of each proof, in their order, with their time limits."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +9,11 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What the steps of a proof work on.
+class Setup:
+    """What the steps of a proof work on."""
 
-    Attributes:
-        device: "cuda", or "cpu" for a rehearsal, which measures next to nothing.
-        work: Folder for data, logs and results.
-    """
-
-    device: str
-    work: Path
+    device: str  # "cuda", or "cpu" for a rehearsal, whose measurements mean nothing
+    work: Path  # folder for data, logs and results
 
     @property
     def is_rehearsal(self) -> bool:
@@ -27,7 +21,7 @@ class Ground:
 
     @property
     def originals(self) -> Path:
-        """Shards of images as ImageNet has them, drawn."""
+        """Shards of drawn images of ImageNet's size."""
         return self.work / "data" / "originals"
 
     @property
@@ -36,39 +30,21 @@ class Ground:
         return self.work / "data" / "resized"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step.
+SECONDS: dict[Name, int] = {"quick": 480, "peers": 300}
 
-    Attributes:
-        name: The name of its function in `tools/bench/gpu_proof/steps.py`, `-` for `_`.
-        seconds: After so many it is ended.
-    """
-
-    name: str
-    seconds: int
-
-    def run(self, ground: Ground) -> Iterator[Figures]:
-        """Does it, in this process; gives what goes into the summary, part by part."""
-        from tools.bench.gpu_proof import steps  # takes seconds to import, and whoever starts the steps needs none of it
-
-        function: Callable[[Ground], Iterator[Figures]] = getattr(steps, self.name.replace("-", "_"))
-        yield from function(ground)
-
-
-# The most important first: a machine that is lost takes little with it.
-PLANS: dict[Name, tuple[Step, ...]] = {
-    "quick": (
-        Step("data", 40),
-        Step("pipelines", 60),
-        Step("damaged", 45),
-        Step("waits", 45),
-        Step("step", 100),
-        Step("decode", 110),
-        Step("job-originals", 80),
-        Step("job-resized", 80),
-        Step("tests", 120),
-        Step("compiled", 90),
-    ),
-    "peers": (Step("data", 40), Step("compare-train", 125), Step("compare-valid", 125)),
+# The steps, and their time limits in seconds. The most important come first, because the machine may be lost at any time.
+PLANS: dict[Name, dict[str, int]] = {
+    "quick": {
+        "data": 40,
+        "pipelines": 60,
+        "damaged": 45,
+        "waits": 45,
+        "step": 100,
+        "decode": 110,
+        "job-originals": 80,
+        "job-resized": 80,
+        "tests": 120,
+        "compiled": 90,
+    },
+    "peers": {"data": 40, "compare-train": 125, "compare-valid": 125},
 }

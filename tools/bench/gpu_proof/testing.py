@@ -1,54 +1,46 @@
-"""Runs tests of this project inside a step of a proof."""
+"""Runs tests of this project within a step of a proof."""
 
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
 from tools.bench.gpu_proof.plan import Figures
+from tools.throughput.process import ROOT
 
-ROOT = Path(__file__).parents[3]
+# Warnings do not fail a test, because the machine may have library versions that nobody has tried.
+OPTIONS = ("-q", "-rA", "-p", "no:cacheprovider", "-o", "filterwarnings=default", f"--rootdir={ROOT}")
 
 
-class _Outcomes:
-    """A plugin of pytest that passes on how each test ended."""
-
-    def __init__(self) -> None:
-        self.queue = queue.Queue[Figures | None]()
+class _Outcomes(queue.Queue[Figures | None]):
+    """A pytest plugin: a queue of the outcome of each test."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             found: Figures = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
             if report.failed:
                 found["why"] = report.longreprtext.splitlines()[-12:]
-            self.queue.put({report.nodeid: found})
+            self.put({report.nodeid: found})
 
 
 def run_tests(arguments: Sequence[str]) -> Iterator[Figures]:
-    """The outcome of each test as soon as it has ended.
-
-    Warnings are shown, and do not fail a test: they may be of a version of a library that nobody has tried here.
-
-    Args:
-        arguments: Files, tests and options, as pytest takes them.
+    """Yields the outcome of each test as soon as it ends; the arguments are those of pytest.
 
     Raises:
-        AssertionError: One failed, or none passed.
+        AssertionError: A test failed, or none passed.
     """
     outcomes, statuses, num_passed = _Outcomes(), list[int](), 0
 
     def run() -> None:
-        options = ["-q", "-rA", "-p", "no:cacheprovider", "-o", "filterwarnings=default", f"--rootdir={ROOT}"]
         try:
-            statuses.append(int(pytest.main([*options, *arguments], plugins=[outcomes])))
+            statuses.append(int(pytest.main([*OPTIONS, *arguments], plugins=[outcomes])))
         finally:
-            outcomes.queue.put(None)
+            outcomes.put(None)
 
     thread = threading.Thread(target=run)
     thread.start()
-    for figures in iter(outcomes.queue.get, None):
+    for figures in iter(outcomes.get, None):
         num_passed += sum(found["outcome"] == "passed" for found in figures.values())
         yield figures
     thread.join()

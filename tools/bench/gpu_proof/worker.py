@@ -1,7 +1,6 @@
-"""Runs steps of a proof in one process, one after the other: `python -m tools.bench.gpu_proof.worker DEVICE WORK PLAN STEP...`.
+"""Runs steps of a proof in one process: `python -m tools.bench.gpu_proof.worker DEVICE WORK STEP...`.
 
-A step leaves WORK/NAME.log, with all that it prints, and WORK/NAME.json: its figures so far, whether it has ended, and if it
-failed why.
+A step leaves WORK/NAME.log with its output, and WORK/NAME.json: its figures so far, its error, and whether it has ended.
 """
 
 import json
@@ -12,28 +11,26 @@ import traceback
 from pathlib import Path
 
 from pipelines.files import replace_text
-from tools.bench.gpu_proof.plan import PLANS, Figures, Ground, Step
+from tools.bench.gpu_proof.plan import Figures, Setup
 
 
-def main() -> None:
-    """Runs the steps that the command line names."""
-    device, work, plan, *names = sys.argv[1:]
-    for step in PLANS[plan]:  # type: ignore[index]
-        if step.name in names:
-            take(step, Ground(device, Path(work)))
-
-
-def take(step: Step, ground: Ground) -> None:
-    """Takes one step. An error in it is a result: the next step has its turn."""
-    _print_to(ground.work / f"{step.name}.log")
+def run(name: str, setup: Setup) -> None:
+    """Runs one step. An error is a result, so the next step follows."""
+    # The output of C++ libraries goes to the log, too.
+    sys.stdout.flush(), sys.stderr.flush()
+    log = os.open(setup.work / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.close(log)
     start, found = time.monotonic(), Figures()
 
     def note(**more: object) -> None:
         found.update(more, seconds=round(time.monotonic() - start, 1))
-        replace_text(ground.work / f"{step.name}.json", json.dumps(found, indent=1))
+        replace_text(setup.work / f"{name}.json", json.dumps(found, indent=1))
 
     try:
-        for figures in step.run(ground):
+        from tools.bench.gpu_proof.steps import STEPS  # takes seconds, and may fail
+
+        for figures in STEPS[name](setup):
             note(**figures)
     except Exception as error:
         traceback.print_exc()
@@ -41,13 +38,7 @@ def take(step: Step, ground: Ground) -> None:
     note(has_ended=True)
 
 
-def _print_to(log: Path) -> None:
-    """Sends what this process prints to a file, what libraries in C++ print too."""
-    sys.stdout.flush(), sys.stderr.flush()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
 if __name__ == "__main__":
-    main()
+    device, work, *names = sys.argv[1:]
+    for each in names:
+        run(each, Setup(device, Path(work)))

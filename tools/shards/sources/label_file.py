@@ -1,4 +1,4 @@
-"""A file that says which class each image is of."""
+"""A file that lists the class of each image."""
 
 import collections
 import csv
@@ -14,24 +14,24 @@ LABEL_COLUMNS = ("class", "label", "target", "category", "class_name", "synset",
 
 @dataclass(frozen=True)
 class LabelFile:
-    """CSV, TSV or blank-separated lines of image path and class; or one class a line, for the images in sorted order.
+    """CSV, TSV or blank-separated lines of image path and class, or one class per line for the images in sorted order.
 
-    A first line of column names is recognized, and names the columns where there are more than two. Paths are relative to the
-    source; their extension may be missing. Of Kaggle's `PredictionString` the first word is the class.
+    A header line is recognized. It determines the columns if there are more than two. Paths are relative to the source, and may
+    lack the extension. In Kaggle's `PredictionString`, the first word is the class.
 
     Attributes:
         path: The file.
-        class_names: A file of two columns, label as in `path` and class name, or None.
+        class_names: A file with two columns, the label as in `path` and the class name, or None.
     """
 
     path: Path
     class_names: Path | None = None
 
     def apply(self, location: str, extents: Extents) -> Listing:
-        """The images that the file names, with their classes.
+        """Returns the images that the file names, with their classes.
 
         Raises:
-            ValueError: The file names images that are not there, or one twice, or is not in one of these layouts.
+            ValueError: The file has none of these layouts, or names an image twice, or names an image that does not exist.
         """
         rows = list(read_table(self.path))
         if not rows:
@@ -43,17 +43,15 @@ class LabelFile:
             named.append(extents[place])
         listing = labelled(location, named, [labels[place] for place in sorted(labels)])
         if len(named) < len(extents):
-            listing.notes.append(
-                f"{len(extents) - len(named):,} images in {location} that {self.path} does not name were passed over"
-            )
+            listing.notes.append(f"skipped {len(extents) - len(named):,} images in {location} that {self.path} does not name")
         return listing
 
     def _in_order(self, extents: Extents, rows: Sequence[tuple[int, list[str]]]) -> dict[int, str]:
-        """One class a line: `ILSVRC2012_validation_ground_truth.txt`."""
+        """Reads one class per line, as in `ILSVRC2012_validation_ground_truth.txt`."""
         if len(rows) != len(extents):
             raise ValueError(
-                f"{self.path}: {len(rows):,} lines of a class each for {len(extents):,} images; give each line a path, or "
-                "a line to each image"
+                f"{self.path}: {len(rows):,} lines without image paths for {len(extents):,} images; "
+                "give each image a line, or each line a path"
             )
         places = sorted(range(len(extents)), key=extents.names.__getitem__)
         return {place: row[0] for place, (_, row) in zip(places, rows, strict=True)}
@@ -81,14 +79,14 @@ class LabelFile:
             if place is None:
                 missing.append((line, name))
             elif place in labels:
-                raise ValueError(f"{self.path}, line {line}: {name} is there twice")
+                raise ValueError(f"{self.path}, line {line}: {name} occurs twice")
             else:
                 labels[place] = label.split()[0] if first_word else label
         if missing:
             shown = ", ".join(f"{name} (line {line})" for line, name in missing[:3])
             raise ValueError(f"{self.path}: names {len(missing):,} images that are not in {location}: {shown}")
         if not labels:
-            raise ValueError(f"{self.path}: a line of column names and nothing else")
+            raise ValueError(f"{self.path}: has only a header line")
         return labels
 
     def _label_column(self, header: list[str], image_column: int) -> int:
@@ -97,7 +95,8 @@ class LabelFile:
                 return column
         if len(header) != 2:
             raise ValueError(
-                f"{self.path}: none of its columns {', '.join(header)} is called as labels are ({', '.join(LABEL_COLUMNS)})"
+                f"{self.path}: none of its columns {', '.join(header)} has the name of a label column "
+                f"({', '.join(LABEL_COLUMNS)})"
             )
         return 1 - image_column
 
@@ -110,14 +109,12 @@ class LabelFile:
             raise ValueError(f"{self.class_names}: no name for the labels {', '.join(unknown[:10])} of {self.path}")
         repeated = [name for name, count in collections.Counter(names.values()).items() if count > 1]
         if repeated:
-            raise ValueError(
-                f"{self.class_names}: several labels are called {repeated[0]!r}; give each class a name of its own"
-            )
+            raise ValueError(f"{self.class_names}: several labels are called {repeated[0]!r}; give each class its own name")
         return {place: names[label] for place, label in labels.items()}
 
 
 def _by_stem(names: Sequence[str]) -> dict[str, int | None]:
-    """Places by name without extension; None for one that several images share."""
+    """Maps names without extension to indices, or to None if several images share one."""
     stems: dict[str, int | None] = {}
     for place, name in enumerate(names):
         folder, slash, file = name.rpartition("/")
@@ -127,21 +124,22 @@ def _by_stem(names: Sequence[str]) -> dict[str, int | None]:
 
 
 def read_table(path: Path, names_last: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each line that is not blank.
+    """Yields line number and cells of each line that is not blank.
 
     Args:
-        path: Lines parted by tabs, or by commas (a name in `.csv`, or a first line without blanks), or else by a blank.
-        names_last: The blank is the first one, for names that have some themselves; otherwise the last one, for such paths.
+        path: Lines of cells, separated by tabs, or by commas (in a `.csv`, or if the first line has no blanks), or by blanks.
+        names_last: Whether to split lines with blanks at the first blank, because class names may contain blanks. By default
+            they are split at the last blank, because paths may contain blanks.
 
     Raises:
-        ValueError: There is no such file, or it is not text, or not CSV.
+        ValueError: The file does not exist, or is not text, or is not valid CSV.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
     lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
     if "\t" in first:

@@ -1,29 +1,30 @@
-"""What a source is: where each image's bytes lie, and which class it is of."""
+"""The list of a source's images: the location of their bytes, and their classes."""
 
-import contextlib
 import hashlib
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pipelines.shards.shard_set import IMAGE_EXTENSIONS
 
 WHOLE_FILE = -1
-MAX_CLASSES = 1_000_000  # a number beyond is a mistake, and so many names would fill the memory
+MAX_CLASSES = 1_000_000  # a larger class number is a mistake, and as many names would fill the memory
+# The formats that training reads come first. The others are re-encoded.
+ALL_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
 
 
 class Extent(NamedTuple):
-    """An image as a run of bytes in a file.
+    """An image as a range of bytes in a file.
 
     Attributes:
-        name: What people call it: its path in the source.
+        name: Path of the image in the source, for messages.
         path: The file that holds it.
-        offset: Of its first byte in that file, or `WHOLE_FILE`.
-        size: Bytes.
-        modified: Time of the file's last change, ns since 1970; 0 where it does not matter.
+        offset: Offset of its first byte in the file, or `WHOLE_FILE`.
+        size: Size in bytes.
+        modified: Modification time of the file, in ns since 1970, or 0 if it is irrelevant.
     """
 
     name: str
@@ -34,11 +35,11 @@ class Extent(NamedTuple):
 
 
 class Extents:
-    """A list of extents in columns, since a data set has millions: some 150 bytes each, names included.
+    """A list of extents, stored in columns to save memory: data sets have millions, and each takes about 150 bytes.
 
     Args:
-        root: The folder in which a `WHOLE_FILE` lies under its name; its path is not kept.
-        unpacked: The files are not the source's but made from it, so that their times say nothing.
+        root: Folder of the files whose offset is `WHOLE_FILE`. Their paths are not stored.
+        unpacked: Whether the files were unpacked from the source. Their modification times are irrelevant then.
     """
 
     def __init__(self, root: str = "", unpacked: bool = False) -> None:
@@ -47,7 +48,7 @@ class Extents:
         self._paths: list[str] = []
         self.offsets = array("q")
         self.sizes = array("q")
-        self.modified = array("q")  # of the source's files; see `Extent`
+        self.modified = array("q")  # of the files of the source, even if unpacked
 
     def append(self, extent: Extent) -> None:
         self.names.append(extent.name)
@@ -66,16 +67,16 @@ class Extents:
 
 @dataclass
 class Listing:
-    """All images of a source with their classes, in an order that depends on nothing but the source.
+    """All images of a source with their classes, in an order that depends on the source only.
 
     Attributes:
-        location: What the user called the source.
-        extents: Where the images are.
-        labels: The class of each, a place in `classes`.
+        location: The source as the user named it.
+        extents: The images.
+        labels: Index into `classes` of each image.
         classes: Class names.
-        numbered: The source has class numbers only, and `classes` are those numbers.
-        left_out: Name and reason of what can be no sample.
-        notes: What the user should know.
+        numbered: The source has only class numbers, and `classes` are these numbers.
+        left_out: Name and reason of images that cannot become samples.
+        notes: Warnings for the user.
     """
 
     location: str
@@ -87,11 +88,11 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
     def describe(self) -> tuple[str, bytearray]:
-        """What tells one state of the source from another.
+        """Describes the state of the source.
 
         Returns:
-            SHA-256 over names, sizes and classes, not times, so that a copy of a source has the same; and a table with a line
-            an image of size, class, name and time.
+            SHA-256 of names, sizes and classes. It is independent of times, so copies of a source share it.
+            A table with size, class, name and time of each image, one per line.
         """
         digest, table = hashlib.sha256(), bytearray()
         extents = self.extents
@@ -104,53 +105,37 @@ class Listing:
         return digest.hexdigest(), table
 
 
-class Source(Protocol):
-    """A kind of image collection."""
-
-    def listing(self) -> Listing:
-        """All of its images.
-
-        Raises:
-            ValueError: The collection cannot be used as it is; says what to change.
-        """
-
-
-# Those that training reads first; the others are encoded anew.
-ALL_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
-
-
 def is_image_name(name: str) -> bool:
-    """Whether a file's extension is one of images, such as training cannot read included."""
+    """Returns whether a file name has the extension of an image, including formats that training cannot read."""
     return name.rpartition(".")[2].lower() in ALL_EXTENSIONS
 
 
 def named_classes(location: str, extents: Extents, class_names: Sequence[str]) -> Listing:
-    """A listing from the name of each image's class; classes are numbered in sorted order."""
+    """Makes a listing from the class name of each image. Classes are numbered in sorted order."""
     classes = tuple(sorted(set(class_names)))
     numbers = {name: number for number, name in enumerate(classes)}
     return Listing(location, extents, array("i", [numbers[name] for name in class_names]), classes)
 
 
 def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequence[str] | None = None) -> Listing:
-    """A listing from labels that are class numbers or class names.
+    """Makes a listing from labels that are class numbers or class names.
 
-    Numbers stay what they are, with `names` to go with them where the source has some.
+    Numbers are kept. They index `names` if the source has class names.
 
     Raises:
-        ValueError: A label is neither one of the names nor a number that can be a class's; says whose.
+        ValueError: A label is neither one of the names nor a valid class number.
     """
     places = {name: place for place, name in enumerate(names or ())}
     if not labels or all(label in places for label in labels):
         return Listing(location, extents, array("i", [places[label] for label in labels]), tuple(names or ()))
     any_number = any(map(str.isdecimal, labels))
+    limit = len(names) if names else MAX_CLASSES
     for i, label in enumerate(labels):
         number_like = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", label) is not None
-        good = label.isascii() and label.isdecimal() and int(label) < (len(names) if names else MAX_CLASSES)
+        good = label.isascii() and label.isdecimal() and int(label) < limit
         if not good and (names or (any_number and number_like)):
-            kind = f"a class number below {len(names) if names else MAX_CLASSES:,}" + (
-                " or one of the class names" if names else ""
-            )
-            raise ValueError(f"{location}: the label of {extents.names[i]} is {label!r}; {kind} is needed")
+            needed = f"a class number below {limit:,}{' or one of the class names' if names else ''}"
+            raise ValueError(f"{location}: the label of {extents.names[i]} is {label!r}; {needed} is needed")
     if not all(map(str.isdecimal, labels)):
         return named_classes(location, extents, labels)
     numbers = array("i", map(int, labels))
@@ -160,49 +145,40 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
 
 
 def read_bytes(extent: Extent) -> bytes:
-    """The bytes of an image; raises what `read_into` does."""
-    with _opened(extent) as descriptor:
-        begin = max(extent.offset, 0)
-        data = os.pread(descriptor, extent.size, begin)
-        while len(data) < extent.size and (more := os.pread(descriptor, extent.size - len(data), begin + len(data))):
-            data += more
-    _require_all(extent, len(data))
-    return data
+    """Reads an image, with the errors of `read_into`."""
+    parts: list[bytes] = []
+
+    def read(descriptor: int, done: int, offset: int) -> int:
+        parts.append(os.pread(descriptor, extent.size - done, offset))
+        return len(parts[-1])
+
+    _read(extent, read)
+    return b"".join(parts)  # a single part is not copied
 
 
 def read_into(extent: Extent, buffer: memoryview) -> None:
-    """Reads the bytes of an image.
-
-    Args:
-        extent: Where they are.
-        buffer: `extent.size` bytes of room.
+    """Reads an image into a buffer of `extent.size` bytes.
 
     Raises:
         ValueError: The file has changed since it was listed.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
-    with _opened(extent) as descriptor:
-        done, begin = 0, max(extent.offset, 0)
-        # A read of the kernel may end early: at 2 GiB, and at signals on some file systems.
-        while done < extent.size and (count := os.preadv(descriptor, [buffer[done:]], begin + done)):
-            done += count
-    _require_all(extent, done)
+    _read(extent, lambda descriptor, done, offset: os.preadv(descriptor, [buffer[done:]], offset))
 
 
-@contextlib.contextmanager
-def _opened(extent: Extent) -> Iterator[int]:
+def _read(extent: Extent, read: Callable[[int, int, int], int]) -> None:
+    """Opens the file, and calls `read` with descriptor, bytes read so far and offset until all bytes of the image are read."""
     descriptor = os.open(extent.path, os.O_RDONLY)
     try:
-        yield descriptor
+        done, begin = 0, max(extent.offset, 0)
+        # The kernel may return less than requested: at 2 GiB, and after signals on some file systems.
+        while done < extent.size and (count := read(descriptor, done, begin + done)):
+            done += count
         status = os.fstat(descriptor)
-    except OSError as error:  # a read does not say of what
+    except OSError as error:  # an error of a read does not name the file
         raise type(error)(error.errno, error.strerror, extent.path) from error
     finally:
         os.close(descriptor)
-    if (extent.offset == WHOLE_FILE and status.st_size != extent.size) or extent.modified not in (0, status.st_mtime_ns):
-        raise ValueError(f"{extent.path}: changed while it was converted; convert anew")
-
-
-def _require_all(extent: Extent, num_bytes: int) -> None:
-    if num_bytes < extent.size:
-        raise ValueError(f"{extent.path}: changed while it was converted; it ends within {extent.name}")
+    resized = extent.offset == WHOLE_FILE and status.st_size != extent.size
+    if resized or done < extent.size or extent.modified not in (0, status.st_mtime_ns):
+        raise ValueError(f"{extent.path}: the file has changed during the conversion; run the command again")

@@ -1,62 +1,55 @@
-"""Images in WebDataset shards: to shuffle and part anew, to resize, to bring a label out of `.json`."""
+"""Images in WebDataset shards: to shuffle or divide them again, to resize images, or to move labels from `.json` to `.cls`."""
 
 import functools
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.shards.find_tars import read_info
 from pipelines.shards.index import Component, Sample, scan_tar, split_name
 from pipelines.shards.labels import LabelReader, json_label, open_labels
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, read_info
+from pipelines.shards.shard_set import IMAGE_EXTENSIONS
 from tools.shards import parallel
 from tools.shards.sources.listing import ALL_EXTENSIONS, Extent, Extents, Listing, labelled
 
 LABEL_EXTENSIONS = ("cls", "json")
 DEFAULT_KEY = "label"
 
+Found = tuple[list[tuple[Extent, str]], list[tuple[str, str]]]  # samples with their labels; name and reason of the others
 
-@dataclass(frozen=True)
-class WebDatasetShards:
-    """Tars of samples with an image and a label: a class number or name in `.cls`, or in `.json`.
 
-    Where `label_key` is given, labels are in `.json`; else in `.cls`, or in the `.json` of a sample without one. Other members
-    of a sample are passed over. Classes are numbered as by the class file or the `_info.json` beside the tars.
+def list_webdataset(location: str, tars: tuple[Path, ...], label_key: str | None, class_file: str, num_workers: int) -> Listing:
+    """Lists samples with an image and a label. A label is a class number or name in `.cls` or `.json`.
+
+    With `label_key`, labels are read from `.json`. Without it, they are read from `.cls`, or else from `.json`.
+    Other members are skipped. Classes are numbered as in the class file, or as in the `_info.json` beside the tars.
+
+    Raises:
+        ValueError: A tar is damaged, or there are no samples, or a label is not a class.
     """
-
-    location: str
-    tars: tuple[Path, ...]
-    label_key: str | None
-    class_file: str
-    num_workers: int
-
-    def listing(self) -> Listing:
-        extents, labels = Extents(), list[str]()
-        left_out: list[tuple[str, str]] = []
-        scan = functools.partial(_scan, label_key=self.label_key)
-        results = parallel.run(scan, self.tars, min(self.num_workers, len(self.tars)))
-        for found, bad in _in_order(results, self.tars):
-            left_out += bad
-            for extent, label in found:
-                extents.append(extent)
-                labels.append(label)
-        if not labels:
-            raise ValueError(
-                f"{self.location}: no sample with an image and a label; {left_out[0] if left_out else 'it is empty'}"
-            )
-        reader = open_labels("", self.class_file, read_info(self.tars[0].parent).get("classes"))
-        numbered = _numbered(self.location, extents, labels, reader) if reader.classes else None
-        listing = numbered or labelled(self.location, extents, labels)
-        listing.left_out = left_out
-        return listing
+    extents, labels = Extents(), list[str]()
+    left_out: list[tuple[str, str]] = []
+    scan = functools.partial(_scan, label_key=label_key)
+    for found, bad in _in_order(parallel.run(scan, tars, min(num_workers, len(tars))), tars):
+        left_out += bad
+        for extent, label in found:
+            extents.append(extent)
+            labels.append(label)
+    if not labels:
+        raise ValueError(f"{location}: no sample with an image and a label; {left_out[0] if left_out else 'it is empty'}")
+    reader = open_labels("", class_file, read_info(tars[0].parent).get("classes"))
+    numbered = _numbered(location, extents, labels, reader) if reader.classes else None
+    listing = numbered or labelled(location, extents, labels)
+    listing.left_out = left_out
+    return listing
 
 
 def _numbered(location: str, extents: Extents, labels: Sequence[str], reader: LabelReader) -> Listing:
-    """A listing with the classes that the reader knows, which reads labels as it will in training.
+    """Makes a listing with the classes of the reader, which reads labels as training does.
 
     Raises:
-        ValueError: A label is none of them; says whose.
+        ValueError: A label is none of its classes.
     """
     classes, numbers = reader.classes or (), array("i")
     for name, label in zip(extents.names, labels, strict=True):
@@ -67,11 +60,8 @@ def _numbered(location: str, extents: Extents, labels: Sequence[str], reader: La
     return Listing(location, extents, numbers, classes)
 
 
-Found = tuple[list[tuple[Extent, str]], list[tuple[str, str]]]
-
-
 def _in_order(results: Iterable[tuple[Path, Found]], tars: Sequence[Path]) -> Iterator[Found]:
-    """What was found in each tar, in the order of the tars, each as soon as it can be."""
+    """Yields the results in the order of the tars, each as soon as possible."""
     waiting: dict[Path, Found] = {}
     remaining = iter(tars)
     tar = next(remaining)
@@ -83,7 +73,6 @@ def _in_order(results: Iterable[tuple[Path, Found]], tars: Sequence[Path]) -> It
 
 
 def _scan(tar: Path, label_key: str | None) -> tuple[Path, Found]:
-    """The samples of a tar with their labels, and those that lack something, with the reason."""
     samples: list[tuple[Extent, str]] = []
     modified = tar.stat().st_mtime_ns
     left_out: list[tuple[str, str]] = []
@@ -91,14 +80,14 @@ def _scan(tar: Path, label_key: str | None) -> tuple[Path, Found]:
     try:
         for sample in scan_tar(tar):
             key = f"{tar.stem}/{split_name(sample[0].name)[0]}"
-            # Of several images the one that training would read.
+            # If a sample has several images, choose the one that training reads.
             image = _first(sample, IMAGE_EXTENSIONS) or _first(sample, ALL_EXTENSIONS)
             label = (_first(sample, ("cls",)) if label_key is None else None) or _first(sample, ("json",))
             try:
                 if image is None or label is None:
                     lacks_label = f"no {'.cls or ' if label_key is None else ''}.json in the sample"
                     raise ValueError("no image in the sample" if image is None else lacks_label)
-                text = parse_label(label, os.pread(descriptor, label.size, label.offset), label_key or DEFAULT_KEY)
+                text = _parse_label(label, os.pread(descriptor, label.size, label.offset), label_key or DEFAULT_KEY)
             except ValueError as error:
                 left_out.append((key, str(error)))
             else:
@@ -110,12 +99,12 @@ def _scan(tar: Path, label_key: str | None) -> tuple[Path, Found]:
 
 
 def _first(sample: Sample, extensions: Sequence[str]) -> Component | None:
-    """The first component that has one of these extensions."""
+    """Returns the first component with one of these extensions."""
     return next((component for component in sample if component.extension.lower() in extensions), None)
 
 
-def parse_label(component: Component, data: bytes, label_key: str) -> str:
-    """The label in a `.cls` or `.json` member.
+def _parse_label(component: Component, data: bytes, label_key: str) -> str:
+    """Returns the label in a `.cls` or `.json` member.
 
     Raises:
         ValueError: There is none, or it is neither a number nor a name.

@@ -1,0 +1,77 @@
+"""Settings that change only the speed of the loader: the prefetch depth, the load of the hardware decoder, and the threads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nvidia.dali import backend
+
+from pipelines.config import DataConfig
+from pipelines.dali.graph import PREFETCH
+from tests.helpers.loader_contract import make_loader, same, saved, take
+
+CPU = torch.device("cpu")
+
+
+def first_batches(shards: Path, **data: Any) -> list[Any]:
+    with make_loader(shards, "dali", "train", CPU, data=data) as loader:
+        return take(loader, 16)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 4, 9])
+def test_prefetch_changes_no_batch(shards: Path, prefetch: int) -> None:
+    """The batches span several epochs, each of which has fewer batches than the longest queue holds."""
+    assert same(first_batches(shards, prefetch=prefetch), first_batches(shards))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (None, 3), (3, None)])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_resumed_with_another_depth(shards: Path, split: str, before: int | None, after: int | None) -> None:
+    with make_loader(shards, "dali", split, CPU, data={"prefetch": before}) as loader:
+        batches, states = [], []
+        for _ in range(12):
+            states.append(saved(loader.state_dict()))
+            batches += take(loader, 1)
+    for position in range(10):
+        with make_loader(shards, "dali", split, CPU, data={"prefetch": after}) as resumed:
+            resumed.load_state_dict(states[position])
+            assert same(take(resumed, 2), batches[position : position + 2]), position
+
+
+def test_prefetch_is_dalis_without_the_setting(shards: Path) -> None:
+    for prefetch, depth in ((None, PREFETCH), (5, 5)):
+        with make_loader(shards, "dali", "train", CPU, data={"prefetch": prefetch}) as loader:
+            take(loader, 1)
+            assert loader._pipeline._pipeline.prefetch_queue_depth == depth  # type: ignore[attr-defined]
+
+
+def test_a_cpu_has_no_hardware_decoder(shards: Path) -> None:
+    assert same(first_batches(shards, hw_decoder_load=0.3125), first_batches(shards))
+    for decoder in ("Image", "ImageRandomCrop"):  # the default that --help states
+        schema = backend.GetSchema(f"decoders__{decoder}")
+        assert float(schema.GetArgumentDefaultValueString("hw_decoder_load")) == pytest.approx(0.65)
+
+
+def test_threads_of_the_caller_come_first(shards: Path) -> None:
+    for threads, num_threads, expected in ((None, None, 4), (3, None, 3), (3, 1, 1)):
+        with make_loader(shards, "dali", "train", CPU, data={"threads": threads}, num_threads=num_threads) as loader:
+            take(loader, 1)
+            assert loader._pipeline._pipeline.num_threads == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefetch": 0}, "--data.prefetch 0: at least 1 is needed"),
+        ({"hw_decoder_load": 1.5}, "--data.hw-decoder-load 1.5: a number from 0 to 1 is needed"),
+        ({"prefetch": 3, "backend": "pillow"}, "--data.prefetch: --data.backend pillow does not support it, only dali does"),
+        (
+            {"hw_decoder_load": 0.5, "backend": "synthetic"},
+            "--data.hw-decoder-load: --data.backend synthetic does not support it",
+        ),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)

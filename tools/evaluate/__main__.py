@@ -1,0 +1,4 @@
+from tools.evaluate.cli import main
+
+if __name__ == "__main__":
+    main()

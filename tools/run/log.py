@@ -1,0 +1,183 @@
+"""What a run reports: log lines for people, metrics for programs."""
+
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model.distributed import World
+from model.evaluation import Evaluation
+from model.job import HEADS, Job
+from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
+from pipelines.loader import Loader
+from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
+from tools.run.data import Shards
+from tools.run.run_folder import RunFolder
+
+log = logging.getLogger("train")
+
+
+def configure_logging(world: World) -> None:
+    """Sends log lines to stdout. Ranks other than 0 report only warnings."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    if not world.is_main:
+        log.setLevel(logging.WARNING)
+
+
+def log_start(job: Job, shards: Shards, path: Path, torch_threads: int, loader_threads: int) -> None:
+    """Reports the data, the device, the batch size, and the learning rate."""
+    device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
+    log.info(
+        "%d classes, %s training and %s validation samples; %d torch and %d data threads, %s, %s; writing to %s",
+        *(shards.num_classes, f"{shards.train.num_samples:,}", f"{shards.valid.num_samples:,}"),
+        *(torch_threads, loader_threads, device, job.precision, path),
+    )
+    log.info("%s", describe_steps(job))
+
+
+def describe_steps(job: Job) -> str:
+    """Describes the global batch size and the learning rate scaled to it."""
+    config, optim = job.config, job.config.optim
+    images = config.global_batch_size(job.world.size)
+    parts = f"{config.batch_size} images x {config.accumulate_steps} batches x {job.world.size} processes"
+    lr = f"{optim.scaled(optim.lr, images):g}"
+    lr = f"{optim.lr:g} x {images} / {optim.reference_batch_size} = {lr}" if optim.reference_batch_size else f"{lr}, not scaled"
+    return f"global batch size {images} ({parts}); learning rate {lr}"
+
+
+class TrainingLog:
+    """Writes log lines and metrics. All ranks call its methods together.
+
+    Args:
+        job: The state of the run.
+        meter: Rates of the training loader.
+        folder: Receives the metrics.
+        every: Steps between two log lines.
+        max_nonfinite_steps: Consecutive skipped steps that end the run.
+    """
+
+    def __init__(self, job: Job, meter: Meter, folder: RunFolder, *, every: int, max_nonfinite_steps: int) -> None:
+        self._job, self._meter, self._folder = job, meter, folder
+        self._every, self._max_nonfinite_steps = every, max_nonfinite_steps
+
+    def step(self, loader: Loader, lr: float) -> None:
+        """Reports the steps since the last log line, if one is due. The host waits for the device only then.
+
+        Args:
+            loader: The training loader.
+            lr: Learning rate of the step.
+
+        Raises:
+            ValueError: Too many consecutive steps had non-finite gradients.
+        """
+        job = self._job
+        i = job.step - (job.epoch - 1) * job.steps_per_epoch
+        if i % self._every and i < job.steps_per_epoch:
+            return
+        rates = self._meter.take()
+        own = [rates.images, rates.wait_seconds, rates.launch_bound_images, loader.num_bad_samples]
+        sums = torch.cat([job.sums.double(), torch.tensor(own, dtype=torch.float64, device=job.device)])
+        *losses, norm, steps, images, wait_seconds, launch_bound_images, bad_samples = job.world.sum(sums).tolist()
+        job.sums.zero_()
+        skipped, in_a_row = job.skipped.tolist()
+        total = Rates(int(images), rates.seconds, wait_seconds / job.world.size, int(launch_bound_images))
+        heads = HEADS if job.config.model.aux_logits else HEADS[:2]
+        metrics = {
+            "split": "train",
+            "epoch": job.epoch,
+            "step": job.step,
+            **{name: value / steps if steps else None for name, value in zip(heads, losses, strict=False)},
+            "lr": lr,
+            "gradient_norm": norm / steps if steps else None,
+            "scale": float(job.scaler.get_scale()),
+            "skipped_steps": int(skipped),
+            "images_per_second": total.images_per_second,
+            "data_wait_percent": total.data_wait_percent,
+            "bad_samples": int(bad_samples),
+        }
+        if job.device.type == "cuda":
+            metrics["launch_bound_percent"] = total.launch_bound_percent
+            metrics["gpu_memory_gigabytes"] = torch.cuda.max_memory_allocated(job.device) / 1e9
+        self._folder.write(metrics, job.step)
+        log.info(
+            "epoch %d/%d  step %d/%d  loss %.3f  lr %.4g  %.1f images/s  data wait %.1f %%  %s left%s",
+            *(job.epoch, job.config.epochs, i, job.steps_per_epoch, losses[0] / steps if steps else math.nan, lr),
+            *(total.images_per_second, total.data_wait_percent, self._time_left()),
+            f"  {skipped:.0f} steps skipped" if skipped else "",
+        )
+        if in_a_row >= self._max_nonfinite_steps:
+            raise ValueError(
+                f"{in_a_row:.0f} steps in a row, up to step {job.step} at learning rate {lr:g}, had non-finite gradients and "
+                f"were skipped; {self._folder.path / 'last.pt'} has the last saved weights, if any: start again with "
+                "--init-from, and a lower --optim.lr or a --grad-clip"
+            )
+
+    def _time_left(self) -> str:
+        job, total = self._job, self._meter.total
+        images = (job.config.epochs * job.steps_per_epoch - job.step) * job.config.batch_size * job.config.accumulate_steps
+        seconds = images * total.seconds / total.images
+        return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s"
+
+    def pace(self) -> None:
+        """Reports what limited the epoch, over all ranks. The first batches are slower and are reported separately.
+
+        Ranks wait for each other. Only a rank that itself waits for data counts that time as data wait.
+        """
+        job = self._job
+        own = [dataclasses.astuple(rates) for rates in (self._meter.warm_up, self._meter.steady)]
+        sums = job.world.sum(torch.tensor(own, dtype=torch.float64, device=job.device)).tolist()
+        warm_up, steady = (
+            Rates(int(images), seconds / job.world.size, wait_seconds / job.world.size, int(launch_bound_images))
+            for images, seconds, wait_seconds, launch_bound_images in sums
+        )
+        pace = steady if steady.images else warm_up  # a short epoch has only these
+        log.info(
+            "epoch %d/%d  train: %.1f images/s  (first %d batches: %.1f s, %.1f s of them waiting)  %s",
+            *(job.epoch, job.config.epochs, pace.images_per_second, WARM_UP_BATCHES, warm_up.seconds, warm_up.wait_seconds),
+            verdict(job.device.type, pace.data_wait_percent, launch_bound_percent=pace.launch_bound_percent),
+        )
+
+    def validation(self, evaluation: Evaluation, bad_samples: int) -> None:
+        """Reports the scores, and writes images of mistakes."""
+        job, scores = self._job, evaluation.scores()
+        log.info(
+            "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
+            *(job.epoch, job.config.epochs, *(scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
+        )
+        metrics = {"split": "valid", "epoch": job.epoch, "step": job.step, **scores, "bad_samples": bad_samples}
+        self._folder.write(metrics, job.step)
+        self._folder.write_evaluation(evaluation, job.classes, job.step)
+
+
+def log_end(job: Job, num_bad: int, meter: Meter, path: Path) -> None:
+    """Prints the final scores and rates, and warns of bad samples."""
+    rates = job.world.gather(meter.total)
+    num_bad = sum(job.world.gather(num_bad))
+    if num_bad:
+        log.warning(
+            "%d bad samples were left out, see %s; --data.quarantine %s leaves them out of later runs from the start",
+            *(num_bad, path / QUARANTINE, path),
+        )
+    if job.world.is_main:
+        print(report(job.scores, rates, path, job.seconds))
+
+
+def report(scores: dict[str, float], of_ranks: Sequence[Rates], path: Path, seconds: float) -> str:
+    """Returns the summary at the end of a run."""
+    wait_seconds = sum(rates.wait_seconds for rates in of_ranks) / len(of_ranks)
+    rates = Rates(sum(rates.images for rates in of_ranks), of_ranks[0].seconds, wait_seconds)
+    return f"""
+        raw     EMA
+top-1  {scores["top1"]:5.1f} % {scores["ema_top1"]:5.1f} %
+top-5  {scores["top5"]:5.1f} % {scores["ema_top5"]:5.1f} %
+training: {rates.images_per_second:.1f} images/s, {rates.data_wait_percent:.1f} % of the time spent waiting for data
+in total: {seconds:.0f} s
+the run:  {path} (config.json, metrics.jsonl, TensorBoard events, last.pt, best.pt)
+next:     tensorboard --logdir {path.parent}
+          shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train
+          shards convert THE_SAME_FOR_VALIDATION shards/mine --name valid
+          python train.py --data.train shards/mine --data.valid shards/mine"""
