@@ -19,14 +19,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # The stamps are touched only after everything is installed, so an interrupted installation is repeated.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: EXTRA =
+$(VENV)/.installed-dev: EXTRA = [dev]
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable .
-	touch $@
-
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.$(EXTRA)'
 	touch $@
 
 clean:

@@ -16,25 +16,17 @@ from tools.shards.convert import convert
 from tools.shards.plan import Options
 
 CLASSES = ("ant", "bee", "cat")
-# Groups of tests that take long. They start first, so that the workers of pytest-xdist finish at about the same time.
+# Files that take long, the longest first. They start first, so that the processes of pytest-xdist end at about the same time.
 LONG = (
-    *("demo", "serial", "test_distributed", "test_preemption", "whole", "finished"),
-    *("test_gpu_proof", "test_throughput_loader", "test_throughput_train", "test_throughput_compare"),
-    *("test_step", "test_step_without_gpu", "test_googlenet", "test_demo"),
+    *("test_demo", "test_distributed", "test_preemption", "test_throughput_train", "test_throughput_loader", "test_train"),
+    *("test_dali", "test_gpu_proof", "test_checkpoints", "test_step", "test_step_without_gpu", "test_bench_scale"),
+    *("test_throughput_compare", "test_export", "test_googlenet", "test_init_from", "test_evaluation", "test_shape"),
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Makes a group of each file, because its tests share fixtures; tests that name a group stay in it."""
-    order = {}
-    for item in items:
-        mark = item.get_closest_marker("xdist_group")
-        group = str(mark.args[0]) if mark else item.path.stem
-        if mark is None:
-            item.add_marker(pytest.mark.xdist_group(group))
-        order[item] = LONG.index(group) if group in LONG else len(LONG)
-    items.sort(key=order.__getitem__)
+    """Sorts the files by how long they take."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (90, 70), **options: object) -> None:

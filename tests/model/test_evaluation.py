@@ -24,8 +24,6 @@ from tests.helpers.runs import ONE_THREAD, environment, metrics
 from tools.evaluate import cli
 from tools.evaluate.evaluate import describe_evaluation
 
-pytestmark = pytest.mark.xdist_group("finished")
-
 ALONE = alone(torch.device("cpu"))
 BATCH_SIZE = 8
 

@@ -27,8 +27,6 @@ from tools.run import checkpoints
 from tools.run.checkpoints import Checkpoints, newest_checkpoint
 from train import train_step
 
-pytestmark = pytest.mark.xdist_group("whole")
-
 STATE = {"weights": torch.arange(24, dtype=torch.float32), "step": 3, "class": "ant"}
 
 

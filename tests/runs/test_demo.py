@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -66,7 +65,6 @@ def test_a_linear_classifier_on_the_pixels_fails(tmp_path: Path) -> None:
     assert max(top1) < 50, top1
 
 
-@pytest.mark.xdist_group("demo")  # it writes into data/demo
 def test_demo_from_nothing(tmp_path: Path) -> None:
     """The command of the README draws, converts, and trains, and recognizes nine of ten validation images."""
     cores = os.sched_getaffinity(0)

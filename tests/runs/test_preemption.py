@@ -41,7 +41,6 @@ def leave(process: "subprocess.Popen[str]", run: Path, step: int, number: signal
     return finish(process, 75)
 
 
-@pytest.mark.xdist_group("whole")
 def test_leaving_and_going_on(whole: Path, shards: Path, tmp_path: Path) -> None:
     """After SIGTERM in training, SIGUSR1 in validation, and Ctrl-C in training, the result is bit for bit the same."""
     run = tmp_path / "run"

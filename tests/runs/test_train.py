@@ -25,8 +25,6 @@ from tests.helpers.runs import CLOCKS, ONE_THREAD, ROOT, train_command
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
-pytestmark = pytest.mark.xdist_group("finished")
-
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
