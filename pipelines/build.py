@@ -24,16 +24,16 @@ def build_loader(config: DataConfig, spec: LoaderSpec, *, shards: ShardSet | Non
     """
     shards = shards or config.open_shards(spec.split)
     spec = dataclasses.replace(spec, num_classes=spec.num_classes or shards.num_classes())
-    deal = spec.deal(choose_order(config, shards, spec.is_train, spec.seed))
     # Each backend imports heavy libraries that the others do not need.
-    if config.backend == "pillow":
-        from pipelines.pillow import CUDAPrefetcher
-
-        return CUDAPrefetcher(shards, config, spec, deal)
     if config.backend == "synthetic":
         from pipelines.synthetic import SyntheticLoader
 
         return SyntheticLoader(shards.num_samples, spec)
+    deal = spec.deal(choose_order(config, shards, spec.is_train, spec.seed))
+    if config.backend == "pillow":
+        from pipelines.pillow import CUDAPrefetcher
+
+        return CUDAPrefetcher(shards, config, spec, deal)
     from pipelines.dali.loader import DALILoader
 
     return DALILoader(shards, config, spec, deal)

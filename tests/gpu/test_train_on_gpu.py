@@ -15,8 +15,7 @@ from model.config import ModelConfig
 from model.distributed import alone
 from model.job import build_job
 from tests.helpers import checkpoints
-from tests.helpers.runs import train_command
-from tests.runs.test_train import metrics
+from tests.helpers.runs import all_metrics, train_command
 from tools.run.config import Config
 from tools.run.preemption import EXIT_CODE
 from train import train_step
@@ -33,7 +32,7 @@ def test_training(shards: Path, tmp_path: Path, precision: str) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    lines = metrics(tmp_path / "run")
+    lines = all_metrics(tmp_path / "run")
     assert [line["epoch"] for line in lines if line["split"] == "valid"] == [1, 2]
     assert all(0 <= line["data_wait_percent"] <= 100 for line in lines if line["split"] == "train")
     weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
@@ -45,13 +44,13 @@ def test_stopped_run_resumes(shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "--data.train", shards, "--data.valid", shards, "--device", "cuda"]
     command += ["--epochs", 40, "--batch-size", 8, "--image-size", 64, "--log-every", 1, "--run-dir", run, "--resume", "auto"]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT)
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 5:
+    while not (run / "metrics.jsonl").exists() or len(all_metrics(run)) < 5:
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert process.wait() == EXIT_CODE
     subprocess.run([*map(str, command)], cwd=ROOT, check=True)
-    steps = [line["step"] for line in metrics(run) if line["split"] == "train"]
+    steps = [line["step"] for line in all_metrics(run) if line["split"] == "train"]
     assert steps == list(range(1, 40 * 7 + 1))
 
 
@@ -77,7 +76,7 @@ def test_compiled_training_matches_eager(shards: Path, tmp_path: Path, flags: li
             warnings=("error", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's own
         )
         assert done.returncode == 0, done.stderr
-        losses.append([line["loss"] for line in metrics(tmp_path / name) if line["split"] == "train"])
+        losses.append([line["loss"] for line in all_metrics(tmp_path / name) if line["split"] == "train"])
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.05)  # rounding errors grow in later steps
     assert all(map(math.isfinite, losses[0]))
 

@@ -102,10 +102,14 @@ def workers(torchrun: "subprocess.Popen[str]") -> dict[int, int]:
     return ranks
 
 
+def all_metrics(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, without values that depend on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in all_metrics(run)]
 
 
 def is_equal(one: Any, other: Any) -> bool:

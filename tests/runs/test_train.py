@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,17 +20,13 @@ from pipelines.config import DataConfig
 from pipelines.shards.index import read_index
 from tests.conftest import write_image
 from tests.helpers.command import run_main
-from tests.helpers.runs import CLOCKS, ONE_THREAD, ROOT, train_command
+from tests.helpers.runs import ONE_THREAD, ROOT, all_metrics, metrics, train_command
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_metrics(finished: tuple[Path, str]) -> None:
-    lines = metrics(finished[0])
+    lines = all_metrics(finished[0])
     train = [line for line in lines if line["split"] == "train"]
     valid = [line for line in lines if line["split"] == "valid"]
     assert [(line["epoch"], line["step"]) for line in train] == [(1, 3), (1, 6), (1, 7), (2, 10), (2, 13), (2, 14)]
@@ -67,7 +62,7 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     assert last["preprocessing"]["image_size"] == 32
     GoogLeNet(num_classes=3).load_state_dict(last["model"])
     assert set(last) >= {"model", "ema", "optimizer", "scheduler", "scaler", "best"}
-    valid = [line for line in metrics(run) if line["split"] == "valid"]
+    valid = [line for line in all_metrics(run) if line["split"] == "valid"]
     assert last["best"] == max(max(line["top1"], line["ema_top1"]) for line in valid)
     assert load_checkpoint(run / "best.pt")["best"] == last["best"]
     assert re.search(r"epoch 1/2  step 3/7  loss \S+  lr \S+  \S+ images/s  data wait \S+ %  \d+m\d\ds left", printed)
@@ -86,7 +81,7 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
 def test_tensorboard(finished: tuple[Path, str]) -> None:
     events = EventAccumulator(str(finished[0]))
     events.Reload()
-    lines = metrics(finished[0])
+    lines = all_metrics(finished[0])
     for split, name in (("train", "loss"), ("train", "lr"), ("valid", "ema_top1"), ("train", "data_wait_percent")):
         logged = [event.value for event in events.Scalars(f"{split}/{name}")]
         assert logged == pytest.approx([line[name] for line in lines if line["split"] == split], rel=1e-6)
@@ -105,7 +100,7 @@ def test_scores_are_those_of_the_saved_weights(finished: tuple[Path, str], shard
     ) as loader:
         batch = loader.next()
     assert batch is not None
-    scores = metrics(finished[0])[-1]
+    scores = all_metrics(finished[0])[-1]
     for model, name in ((raw, "top1"), (ema, "ema_top1")):
         with torch.no_grad():
             hits = (model(batch["image"]).argmax(1) == batch["target"]).float().mean().item()
@@ -120,7 +115,7 @@ def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert [line["step"] for line in metrics(run) if line["split"] == "train"] == [3, 6]
+    assert [line["step"] for line in all_metrics(run) if line["split"] == "train"] == [3, 6]
 
 
 def test_killed_and_resumed(finished: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
@@ -145,10 +140,7 @@ def test_killed_and_resumed(finished: tuple[Path, str], shards: Path, tmp_path: 
     assert "resuming" in done.stdout
     assert "resuming" not in finished[1]
 
-    def without_clocks(run: Path) -> list[dict[str, Any]]:
-        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in metrics(run)]
-
-    assert without_clocks(run) == without_clocks(finished[0])
+    assert metrics(run) == metrics(finished[0])
     killed, whole = (load_checkpoint(folder / "last.pt") for folder in (run, finished[0]))
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], killed[part][name]) for name in whole[part])
@@ -173,7 +165,7 @@ def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     warning = r"left out a bad sample \((?:training, epoch \d|validation), batch \d, rank 0\): \S+-000001\.tar:\d+:\S+: not"
     assert len(re.findall(warning, done.stdout)) == 2
-    assert [line["bad_samples"] for line in metrics(tmp_path / "run")][-1] == 1
+    assert [line["bad_samples"] for line in all_metrics(tmp_path / "run")][-1] == 1
     listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(Path(line["tar"]).name for line in listed) == ["train-000001.tar", "valid-000001.tar"]
 
@@ -200,7 +192,7 @@ def test_augmentations_and_mixes(shards: Path, tmp_path: Path) -> None:
     assert config["data"]["augment"][1]["hue"] == 0.1
     assert config["data"]["crop"]["scale"] == [0.5, 1.0]
     assert config["mix"] == {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
-    train, _ = metrics(tmp_path / "run")
+    train, _ = all_metrics(tmp_path / "run")
     assert 0 < train["loss"] < 10
 
 

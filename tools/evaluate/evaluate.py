@@ -13,6 +13,7 @@ from model.evaluation import Evaluation, evaluate
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from tools.run.data import require_same_classes
 from tools.run.resources import choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 
 
@@ -41,9 +42,7 @@ def evaluate_checkpoint(
         torch.set_num_threads(torch_threads)
         autocast_dtype = choose_autocast_dtype(precision, world.device)
         shards = data.open_shards("valid")
-        if shards.classes and ema.classes and shards.classes != ema.classes:
-            only = sorted(set(shards.classes) ^ set(ema.classes))
-            raise ValueError(f"{checkpoint} and the shards have different classes: {', '.join(only[:20]) or 'another order'}")
+        require_same_classes(f"{checkpoint} and the shards", shards.classes, ema.classes)
         image_size = ema.preprocessing.image_size
         spec = LoaderSpec(
             split="valid",

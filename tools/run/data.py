@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,18 @@ def open_splits(config: DataConfig, world: World) -> Shards:
             _make_demo_data()
         world.barrier()
     train, valid = config.open_shards("train"), config.open_shards("valid")
-    if train.classes and valid.classes and train.classes != valid.classes:
-        only = sorted(set(train.classes) ^ set(valid.classes))
-        raise ValueError(f"training and validation shards have different classes: {', '.join(only[:20]) or 'another order'}")
+    require_same_classes("training and validation shards", train.classes, valid.classes)
     num_classes = max(train.num_classes(), valid.num_classes())
     if world.is_main and (warning := order_warning(train, config, num_classes)):
         log.warning("%s", warning)
     return Shards(train, valid, num_classes)
+
+
+def require_same_classes(what: str, one: Sequence[str] | None, other: Sequence[str] | None) -> None:
+    """Raises a `ValueError` about two things if both list their classes, and the lists differ."""
+    if one and other and one != other:
+        only = sorted(set(one) ^ set(other))
+        raise ValueError(f"{what} have different classes: {', '.join(only[:20]) or 'another order'}")
 
 
 def _make_demo_data() -> None:

@@ -66,15 +66,13 @@ def _part(task: StageTask) -> Generator[int, None, None]:
 def stage_batches(task: StageTask) -> Generator[Sequence[Any], None, None]:
     """Yields the images of batches as a stage leaves them, epoch after epoch; each is valid until the next is asked for."""
     from pipelines.dali.graph import PREFETCH, ImagePipeline
-    from pipelines.shards.deal import Deal
     from pipelines.shards.extents import Extents
     from pipelines.shards.order import choose_order
     from pipelines.shards.reader import Fetched, Reader
     from pipelines.shards.tars import Tars
 
     spec, shards = task.spec, task.data.open_shards(task.spec.split)
-    deal = Deal(choose_order(task.data, shards, spec.is_train, spec.seed), spec.is_train, spec.batch_size, 0, 1)
-    plans = deal.plans(0, 0, 0)
+    plans = spec.deal(choose_order(task.data, shards, spec.is_train, spec.seed)).plans(0, 0, 0)
     with contextlib.closing(Reader(shards, Extents(shards), Tars(shards), shards.num_classes())) as reader:
         reading = deque(reader.submit(next(plans)) for _ in range(task.data.prefetch or PREFETCH))
         while task.stage == "read":
