@@ -37,19 +37,19 @@ from pipelines.mix import MixConfig, mix
 from tools.cli import run_command
 from tools.run.config import Config
 from tools.run.data import count_steps, open_splits, preprocessing
-from tools.run.log import TrainingLog, configure_logging, log_end, log_start
-from tools.run.preemption import EXIT_CODE, Preemption
+from tools.run.log import TrainingLog, configure_logging, log_end, log_schedule, log_start, next_commands
+from tools.run.preemption import EXIT_CODE, INTERRUPTED, Preemption
 from tools.run.profile import profiled
-from tools.run.resources import choose_autocast_dtype, image_dtype, share_threads, with_batch_size
+from tools.run.resources import choose_autocast_dtype, image_dtype, share_threads, with_defaults
 from tools.run.resume import find_saved_state, restore, settings_of
 from tools.run.run_folder import RunFolder
+from tools.run.run_lock import sole_run
 from tools.run.saver import Saver
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    interrupted = "interrupted; earlier checkpoints are intact, and --resume auto continues from the newest"
     # A script that calls this goes on after a successful run.
-    run_command(lambda: run(parse(arguments)), interrupted, exits=False)
+    run_command(lambda: run(parse(arguments)), INTERRUPTED, exits=False)
 
 
 def run(config: Config) -> int:
@@ -57,8 +57,9 @@ def run(config: Config) -> int:
     with join_world(config.device) as world, contextlib.ExitStack() as stack:
         configure_logging(world)
         path = world.from_main(config.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        stack.enter_context(sole_run(path, world, waits=config.resume == "auto"))
         shards = open_splits(config.data, world)
-        config = with_batch_size(config, world, shards.train.num_samples)
+        config = with_defaults(config, world, shards.train.num_samples)
         saved = find_saved_state(path, config, world)
         started = time.monotonic()
         autocast_dtype = choose_autocast_dtype(config.precision, world.device)
@@ -80,6 +81,7 @@ def run(config: Config) -> int:
         train_loader = stack.enter_context(build_loader(config.data, spec, shards=shards.train))
         spec = dataclasses.replace(spec, split="valid")
         valid_loader = stack.enter_context(build_loader(config.data, spec, shards=shards.valid))
+        source = None if saved else config.init_from
         job = build_job(
             config,
             world,
@@ -87,23 +89,26 @@ def run(config: Config) -> int:
             classes=shards.train.classes,
             autocast_dtype=autocast_dtype,
             steps_per_epoch=count_steps(len(train_loader), config.accumulate_steps),
-            initial=read_initial_weights(config.init_from, is_partial=config.init_from_partial) if not saved else None,
+            initial=read_initial_weights(source, is_partial=config.init_from_partial, weights=config.init_from_weights),
             preprocessing=preprocessing(config.image_size),
         )
         meter = Meter(world.device)
         if saved:
             restore(saved, job, train_loader, meter)
-        folder = stack.enter_context(RunFolder(path, settings_of(config), world, resumed=saved))
+        settings = settings_of(config) | {"transform_input": job.transform_input}
+        folder = stack.enter_context(RunFolder(path, settings, world, resumed=saved))
         del saved  # otherwise its tensors would stay in memory during the run
-        preemption = stack.enter_context(Preemption())
+        preemption = stack.enter_context(Preemption(world.size))
         saver = stack.enter_context(Saver(config.checkpoint, job, train_loader, meter, folder, preemption, started))
         log_start(job, shards, path, torch_threads, loader_threads)
-        log = TrainingLog(job, meter, folder, every=config.log_every, max_nonfinite_steps=config.max_nonfinite_steps)
+        log_schedule(job, config)
+        log = TrainingLog(job, meter, folder, every=config.log_every or 1, max_nonfinite_steps=config.max_nonfinite_steps)
         with profiled(config.profile, path, world) as profiler_step:
             train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step))
         if saver.must_stop:
             return EXIT_CODE
-        log_end(job, train_loader.num_bad_samples + valid_loader.num_bad_samples, meter, path)
+        num_bad = train_loader.num_bad_samples + valid_loader.num_bad_samples
+        log_end(job, num_bad, meter, path, next_commands(config.data, shards.valid, path))
         return 0
 
 

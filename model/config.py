@@ -1,8 +1,15 @@
 """The settings of the network and its training step. This module imports no torch, so `--help` answers at once."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# The defaults of settings that `StepConfig.choose` adapts to the number of steps.
+LR, WARMUP_EPOCHS, NORM_MOMENTUM = 0.05, 1.0, 0.1
+SHORT_EPOCH = 100  # steps; in shorter epochs, a network changes much between two validations
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,8 @@ class ModelConfig:
     """Share of the target probability that is spread over all classes."""
     ema_decay: float = 0.999
     """Decay of the averaged weights per step. The average covers about 1 / (1 - decay) steps."""
+    norm_momentum: float | None = None
+    """Weight of the newest batch in the running statistics of batch normalization. By default 0.1; more in short epochs."""
     transform_input: bool | None = None
     """Renormalize the input as torchvision's published weights expect it. By default, only if --init-from needs it."""
 
@@ -29,22 +38,35 @@ class ModelConfig:
                 raise ValueError(f"--model.{name.replace('_', '-')} {value}: a number from 0 to below 1 is needed")
         if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"--model.aux-weight {self.aux_weight}: a number of at least 0 is needed")
+        if self.norm_momentum is not None and not 0 < self.norm_momentum <= 1:
+            raise ValueError(f"--model.norm-momentum {self.norm_momentum}: a number above 0, at most 1, is needed")
+
+    def choose(self, steps_per_epoch: int) -> "ModelConfig":
+        """Returns the settings with a momentum of the running statistics, which cover about 1 / momentum steps.
+
+        torch's 0.1 covers ten steps. At the beginning of a run, the weights change so much in ten steps that a network that
+        fits its batches may have a loss in the hundreds with these statistics. Large data sets are not scored so early. In
+        epochs of fewer than `SHORT_EPOCH` steps, the statistics cover a tenth of an epoch, and at least two steps.
+        """
+        if self.norm_momentum is not None:
+            return self
+        return replace(self, norm_momentum=min(0.5, NORM_MOMENTUM * max(1, SHORT_EPOCH / steps_per_epoch)))
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """SGD, and its learning rate: a linear warm-up, then cosine decay with warm restarts."""
 
-    lr: float = 0.05
-    """Peak learning rate, for steps of --optim.reference-batch-size images."""
+    lr: float | None = None
+    """Peak learning rate, for steps of --optim.reference-batch-size images. By default 0.05; less in runs under 200 steps."""
     reference_batch_size: int = 64
     """Images per step that --optim.lr is for; other steps scale it linearly (arXiv 1706.02677). 0: no scaling."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-5
     """L2 penalty on the weights of convolutions and linear layers. Biases and normalization have none."""
-    warmup_epochs: float = 1.0
-    """Epochs of linear warm-up, at most half of the run. 0: none."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up, at most half of the run. 0: none. By default 1, or as many as make 100 steps."""
     cycle_epochs: int | None = None
     """Epochs of each cosine cycle. By default, one cosine fills the run after the warm-up."""
     min_lr: float = 0.0
@@ -52,17 +74,40 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         checks = (
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("lr", 0 < self.peak_lr < math.inf, "a positive number"),
             ("reference_batch_size", self.reference_batch_size >= 0, "a number of at least 0"),
             ("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1"),
-            ("min_lr", 0 <= self.min_lr <= self.lr, f"a number from 0 to --optim.lr {self.lr}"),
+            ("min_lr", 0 <= self.min_lr <= self.peak_lr, f"a number from 0 to --optim.lr {self.peak_lr:g}"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "a number of at least 0"),
+            ("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "a number of at least 0"),
         )
         for name, is_right, needed in checks:
             if not is_right:
                 raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(self, name)}: {needed} is needed")
         at_least(self, "optim.", cycle_epochs=1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, before it is scaled to the batch."""
+        return LR if self.lr is None else self.lr
+
+    def choose(self, *, epochs: int, steps_per_epoch: int) -> "OptimConfig":
+        """Returns the settings with a warm-up and a peak learning rate.
+
+        The warm-up takes at least `SHORT_EPOCH` steps, as a warm-up protects the first steps (arXiv 1706.02677), however many
+        epochs these are. It is at most half of the run. A run that is too short for it ends it earlier, at the same slope.
+        """
+        warmup, lr = self.warmup_epochs, self.lr
+        if warmup is None:
+            warmup = max(WARMUP_EPOCHS, round(SHORT_EPOCH / steps_per_epoch, 3))
+        if lr is None:
+            lr = min(LR, round(LR * epochs * steps_per_epoch / 2 / SHORT_EPOCH, 6))
+        return replace(self, warmup_epochs=warmup, lr=lr)
+
+    def warmup_steps(self, *, epochs: int, steps_per_epoch: int) -> int:
+        """Returns the steps of the warm-up."""
+        warmup = WARMUP_EPOCHS if self.warmup_epochs is None else self.warmup_epochs
+        return round(min(warmup, epochs / 2) * steps_per_epoch)
 
     def scaled(self, lr: float, global_batch_size: int) -> float:
         """Scales a learning rate in proportion to the images per step."""
@@ -78,7 +123,7 @@ class StepConfig:
     epochs: int = 30
     """Passes over the training shards."""
     batch_size: int = 0
-    """Images per batch and device. 0: 64 on a CPU; 32 to 256 per GPU, by memory, number of GPUs, and training samples."""
+    """Images per batch and device. 0: 16 to 64 on a CPU, 16 to 256 per GPU, by memory, number of GPUs, and training samples."""
     accumulate_steps: int = 1
     """Batches whose gradients are accumulated for one optimizer step."""
     image_size: int = 224
@@ -95,6 +140,11 @@ class StepConfig:
     """Clip gradients to this norm."""
     seed: int = 0
     """Seed of the initial weights, the sample order, augmentation, and dropout."""
+
+    def choose(self, steps_per_epoch: int) -> "Self":
+        """Returns the settings with those chosen that are left open and depend on the number of steps."""
+        optim = self.optim.choose(epochs=self.epochs, steps_per_epoch=steps_per_epoch)
+        return replace(self, model=self.model.choose(steps_per_epoch), optim=optim)
 
     def global_batch_size(self, world_size: int) -> int:
         """Returns the images per optimizer step, over all ranks."""

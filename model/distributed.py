@@ -1,6 +1,7 @@
 """The processes that train together, one per device, as torchrun starts them."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+GRACE_SECONDS = 5.0  # in which all ranks that are still alive notice a broken connection, one after the other
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def join_world(device_name: str) -> Iterator[World]:
 
     Raises:
         ValueError: The device does not exist.
+        OSError: Other processes do not answer. On a GPU, NCCL ends the process itself.
     """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -102,16 +106,35 @@ def join_world(device_name: str) -> Iterator[World]:
         yield world
         return
     on_gpu = device.type == "cuda"
+    store = _rendezvous_store(rank, size, local_size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=_rendezvous_store(rank, size, local_size),
+        store=store,
         rank=rank,
         world_size=size,
         device_id=device if on_gpu else None,
     )
-    yield world
+    try:
+        yield world
+    except RuntimeError as error:
+        if "gloo" in str(error) and (silent := _silent_ranks(store, world)):
+            raise OSError(
+                f"no answer from rank {', '.join(map(str, silent))} of {size} processes: it has ended, cannot be reached, or "
+                f"stood still for longer than the others wait ({str(error).splitlines()[0][-200:]})"
+            ) from error
+        raise
     # This is skipped after an error. Other ranks may not have met it, and NCCL would wait for them instead of reporting it.
     dist.destroy_process_group()
+
+
+def _silent_ranks(store: Store, world: World) -> list[int]:
+    """Returns the ranks that do not notice that the connection is broken. None if the store has gone, too."""
+    try:
+        store.set(f"lost-{world.rank}", "")
+        time.sleep(GRACE_SECONDS)
+        return [rank for rank in range(world.size) if not store.check([f"lost-{rank}"])]
+    except (RuntimeError, OSError):
+        return []
 
 
 def _rendezvous_store(rank: int, size: int, local_size: int) -> Store:

@@ -1,6 +1,9 @@
 """Initial weights from a file, for fine-tuning."""
 
+import importlib
+import importlib.util
 import logging
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,33 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_checkpoint
-from model.ema import averaged_weights
+from model.checkpoint import ForeignObjectsError, load_weights_file
+from model.fit import is_dense, listed, misfit, misfits
+from model.foreign import find_weights
+from model.googlenet import GoogLeNet
+from model.input_scale import needs_transform_input
+from model.load_model import WeightsChoice, choose_weights, describe, weights_of
 
 log = logging.getLogger("train")
 
 AUXILIARY = ("aux1", "aux2")
 LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")
-NAMED = 8  # tensors that an error lists
+# Keeps the tensors of a file, in their dicts. The user runs it, because loading the file runs code from it.
+EXTRACT = (
+    "import sys, torch; T, M = torch.Tensor, torch.nn.Module; "
+    "keep = lambda x: x if isinstance(x, T) else {k: keep(v) for k, v in (x.state_dict() if isinstance(x, M) else x).items() "
+    "if isinstance(v, (T, M, dict))}; "
+    "torch.save(keep(torch.load(sys.argv[1], 'cpu', weights_only=False)), sys.argv[2])"
+)
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Initial weights: the average of a checkpoint, or a bare state dict as torchvision publishes it.
+    """Initial weights: those of a checkpoint, or a state dict as torchvision and other programs save it.
 
     Attributes:
         path: The file.
         state: State dict.
         classes: Class names by number, if they are known.
-        transform_input: Whether the network must scale its input, see `GoogLeNet`.
+        transform_input: Whether the weights need a renormalized input, see `GoogLeNet`; `None` if the file does not tell.
+        why: The reason, for the log.
+        which: Which weights of the file these are, for the log.
         is_partial: Whether tensors that do not fit are skipped instead of refused.
     """
 
     path: Path
     state: dict[str, Tensor]
     classes: tuple[str, ...] | None
-    transform_input: bool
+    transform_input: bool | None
+    why: str
+    which: str
     is_partial: bool
+
+    def choose_transform_input(self, setting: bool | None) -> bool:
+        """Returns whether the network renormalizes its input, and logs the reason.
+
+        Args:
+            setting: --model.transform-input, which decides if it is given.
+        """
+        if setting is not None:
+            log.info("transform_input: %s, as --model.%stransform-input says", *(("on", "") if setting else ("off", "no-")))
+        elif self.transform_input is None:
+            log.warning("transform_input: off; %s; --model.transform-input turns it on", self.why)
+        else:
+            word, flag = ("on", "no-transform-input") if self.transform_input else ("off", "transform-input")
+            log.info("transform_input: %s, %s; --model.%s overrides it", word, self.why, flag)
+        return bool(self.transform_input if setting is None else setting)
 
     def __call__(self, model: nn.Module, classes: tuple[str, ...] | None) -> None:
         """Loads the weights into a model.
@@ -59,37 +91,43 @@ class InitialWeights:
             if _are_for_classes(shapes, wanted, layer)
             and (are_renamed or shapes[f"{layer}.weight"] != tuple(wanted[f"{layer}.weight"].shape))
         }
-        other_head = {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
         one_sided = {head for head in AUXILIARY if _has(shapes, head) != _has(wanted, head)}
-        auxiliary = {name for name in {*wanted, *shapes} if name.split(".")[0] in one_sided}
-        mismatches = [
-            *(f"{name} is missing" for name in wanted if name not in shapes and name not in auxiliary),
-            *(f"{name} is not one of the network's" for name in shapes if name not in wanted and name not in auxiliary),
-            *(
-                f"{name} is {'x'.join(map(str, shapes[name]))} instead of {'x'.join(map(str, wanted[name].shape))}"
-                for name in wanted
-                if name in shapes and name not in other_head and shapes[name] != tuple(wanted[name].shape)
-            ),
-        ]
-        listed = "; ".join(mismatches[:NAMED]) + (f"; and {len(mismatches) - NAMED} more" if len(mismatches) > NAMED else "")
-        if mismatches and not self.is_partial:
-            raise ValueError(f"--init-from {self.path} does not fit: {listed}; --init-from-partial loads what fits")
-        taken = {
-            name: tensor
-            for name, tensor in self.state.items()
-            if name in wanted and name not in other_head and shapes[name] == tuple(wanted[name].shape)
-        }
-        if not taken:
-            raise ValueError(f"--init-from {self.path}: nothing in it fits the network")
+        ignored = {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
+        ignored |= {name for name in {*wanted, *shapes} if name.split(".")[0] in one_sided}
+        offered, needed = ({name: side[name] for name in side if name not in ignored} for side in (self.state, wanted))
+        taken = self._fitting(offered, needed, len(wanted))
         model.load_state_dict(taken, strict=False)
-        log.info("loaded %d of %d tensors from %s", len(taken), len(wanted), self.path)
-        if mismatches:
-            log.warning("not loaded from %s: %s", self.path, listed)
+        log.info("loaded %d of %d tensors from %s%s", len(taken), len(wanted), self.path, self.which)
+        if problems := misfits(offered, needed):
+            log.warning("not loaded from %s: %s", self.path, listed(problems))
         for before, now in {*others.values()}:
             why = f"the file has {before} classes, and the data {now}" if before != now else "the classes have other names"
             log.info("%s: the last layers are reset: %s", why, ", ".join(others))
         if missing := [head for head in AUXILIARY if head in one_sided and _has(wanted, head)]:
             log.info("the file lacks auxiliary heads; they are reset: %s", ", ".join(missing))
+
+    def _fitting(self, offered: dict[str, Tensor], needed: dict[str, Tensor], total: int) -> dict[str, Tensor]:
+        """Returns the tensors that fit.
+
+        Raises:
+            ValueError: Some do not, and `is_partial` is not set, or none fits.
+        """
+        common = offered.keys() & needed.keys()
+        if 2 * len(common) < len(offered) and not self.is_partial:
+            example = ascii(next(name for name in offered if name not in needed))
+            raise ValueError(
+                f"--init-from {self.path}: its tensors are those of another network: of {len(self.state)} names, such as "
+                f"{example}, {len(common)} are among the {total} of this GoogLeNet, which has torchvision's names"
+            )
+        problems = misfits(offered, needed)
+        if problems and not self.is_partial:
+            raise ValueError(f"--init-from {self.path} does not fit: {listed(problems)}; --init-from-partial loads what fits")
+        taken = {name: offered[name] for name in needed if name in common and not misfit(offered[name], needed[name])}
+        if not taken:
+            raise ValueError(f"--init-from {self.path}: nothing in it fits the network")
+        if broken := next((name for name, value in taken.items() if not value.float().isfinite().all()), None):
+            raise ValueError(f"--init-from {self.path}: {broken} has values that are infinite or not a number")
+        return taken
 
 
 def _are_for_classes(shapes: dict[str, tuple[int, ...]], wanted: dict[str, Tensor], layer: str) -> bool:
@@ -105,38 +143,103 @@ def _has(names: Iterable[str], head: str) -> bool:
     return any(name.startswith(f"{head}.") for name in names)
 
 
-def read_initial_weights(path: Path | None, *, is_partial: bool) -> InitialWeights | None:
+def read_initial_weights(
+    path: Path | None, *, is_partial: bool = False, weights: WeightsChoice = "auto"
+) -> InitialWeights | None:
     """Reads the file of `--init-from`, if any.
+
+    Args:
+        path: The file.
+        is_partial: Whether tensors that do not fit are skipped instead of refused.
+        weights: Which weights of a checkpoint of train.py to take; "auto" for those that scored better in its validation.
 
     Raises:
         ValueError: The file holds no weights.
     """
     if path is None:
         return None
+    if path.is_dir():
+        raise ValueError(f"--init-from {path}: a folder; name a file, such as {path / 'best.pt'}")
     if not path.is_file():
         raise ValueError(f"--init-from {path}: no such file")
     content = _read(path)
     if "ema" in content and "architecture" in content:
-        classes = None if content["classes"] is None else tuple(content["classes"])
-        transform_input = content["architecture"]["transform_input"]
-        return InitialWeights(path, averaged_weights(content["ema"]), classes, transform_input, is_partial)
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise ValueError(f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors")
-    # torchvision ported its weights from TensorFlow, where inputs lie between -1 and 1. Its `googlenet(weights=...)` sets this.
-    return InitialWeights(path, content, None, True, is_partial)
+        described = describe(path, content)
+        chosen, why = choose_weights(weights, described.better)
+        return InitialWeights(
+            path,
+            weights_of(path, content, described, chosen),
+            described.classes,
+            described.transform_input,
+            "as in the checkpoint",
+            f", weights: {chosen} ({why})",
+            is_partial,
+        )
+    return _of_other_programs(path, content, is_partial=is_partial)
+
+
+def _of_other_programs(path: Path, content: dict[str, Any], *, is_partial: bool) -> InitialWeights:
+    """Finds the weights in a file that train.py has not written.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    with torch.device("meta"):
+        names = GoogLeNet().state_dict().keys()
+    found = find_weights(content, names)
+    if found is None:
+        keys = ascii(", ".join(map(str, [*content][:5])))[1:-1]
+        raise ValueError(
+            f"--init-from {path}: neither a checkpoint of train.py nor a state dict of tensors; it holds {keys or 'nothing'}"
+        )
+    which = [
+        *([f"its {found.place!r}"] if found.place else []),
+        *([f"without the prefix {found.prefix!a}"] if found.prefix else []),
+        *([f"not taken: {ascii(', '.join((*found.others, *found.left)[:5]))[1:-1]}"] if found.others or found.left else []),
+    ]
+    dense = {name: tensor for name, tensor in found.state.items() if is_dense(tensor)}
+    needed = needs_transform_input(dense)
+    why = {
+        True: "because the statistics of its first layer are those of inputs with a deviation of 0.5",
+        False: "because the statistics of its first layer are those of inputs with ImageNet's deviation",
+        None: "the file does not tell whether its weights need it, as torchvision's published ones do",
+    }
+    return InitialWeights(path, found.state, None, needed, why[needed], "".join(f", {part}" for part in which), is_partial)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, or a state dict in torch's older format, which has no checksums."""
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        return load_checkpoint(path)
+    """Reads a file of torch or of safetensors.
+
+    Raises:
+        ValueError: It is neither, it is damaged, or it contains more than tensors and plain values.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        what, *_ = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"--init-from {path}: cannot be read ({what})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--init-from {path}: holds a {type(content).__name__} instead of a state dict")
+        return _read_safetensors(path) if _is_safetensors(path) else load_weights_file(path)
+    except ForeignObjectsError as error:
+        raise ValueError(
+            f"--init-from {error}. Loading that runs code from the file. If you trust it, extract its tensors where it was "
+            f'made, and name the new file: python -c "{EXTRACT}" {shlex.quote(str(path))} weights.pth'
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"--init-from {error}") from error
+    except OSError as error:
+        raise ValueError(f"--init-from {path}: cannot be read ({error.strerror})") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Returns whether a file begins like the format does: the length of a JSON object in 8 bytes, and the object."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError(f"{path} is a file of safetensors, and safetensors is not installed; pip install safetensors")
+    try:
+        content: dict[str, Any] = importlib.import_module("safetensors.torch").load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # its own exception class
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
     return content

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import StepConfig
+from model.config import NORM_MOMENTUM, StepConfig
 from model.distributed import World
 from model.ema import EMA
+from model.fit import difference
 from model.googlenet import GoogLeNet
 from model.init_from import InitialWeights
 from model.optim import build_optimizer, build_scheduler
+
+WAY_OUT = "start in another --run-dir"  # from a checkpoint that cannot be resumed
 
 # `Job.sums` adds these up over the steps since the last log line.
 HEADS = ("loss", "main_loss", "aux2_loss", "aux1_loss")
@@ -145,11 +148,19 @@ class Job:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"rng": rng, "sums": self.sums.cpu(), "skipped": self.skipped.cpu()}
 
+    def misfit(self, state: dict[str, Any]) -> str:
+        """Names what keeps a state from being loaded: a key that is missing or wrong, and how; empty if nothing does."""
+        own = {name: value for name, value in self.state_dict().items() if name not in ("classes", "preprocessing")}
+        if problem := difference(own | {"scores": {}}, state, ""):
+            return problem
+        too_small = [name for name, least in (("validated", 0), ("steps_per_epoch", 1)) if state[name] < least]
+        return f"{too_small[0]} is {state[too_small[0]]}" if too_small else ""
+
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
         """Restores a state.
 
         Raises:
-            ValueError: The precision or the number of images per step differs.
+            ValueError: The precision or the number of images per step differs, or the state is not one of this network.
         """
         if state["autocast_dtype"] != str(self.autocast_dtype):
             raise ValueError(
@@ -162,6 +173,9 @@ class Job:
                 f"--resume auto: the run was started with {state['global_batch_size']} images a step, and now there are "
                 f"{images}; (processes) x --batch-size x --accumulate-steps has to stay the same"
             )
+        path = state.get("path", "the checkpoint")
+        if problem := self.misfit(state):
+            raise ValueError(f"{path} cannot be resumed: {problem}; {WAY_OUT}")
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
@@ -171,7 +185,10 @@ class Job:
             setattr(network, "transform_input", self.transform_input)  # noqa: B010  (mypy does not know the attribute)
         self.sums.copy_(rank_state["sums"])
         self.skipped.copy_(rank_state["skipped"])
-        torch.set_rng_state(rank_state["rng"]["cpu"])
+        try:
+            torch.set_rng_state(rank_state["rng"]["cpu"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot be resumed: rng.cpu is no state of torch's random numbers; {WAY_OUT}") from error
         if self.device.type == "cuda" and rank_state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(rank_state["rng"]["cuda"], self.device)
 
@@ -205,11 +222,11 @@ def build_job(
     assert config.batch_size, "choose a batch size first"
     device = world.device
     _choose_kernels(config)
-    transform_input = config.model.transform_input
-    if transform_input is None:
-        transform_input = initial is not None and initial.transform_input
+    setting = config.model.transform_input
+    transform_input = initial.choose_transform_input(setting) if initial else bool(setting)
     torch.manual_seed(config.seed)  # the same weights on all ranks
     network = GoogLeNet(num_classes, config.model.aux_logits, transform_input, config.model.dropout)
+    network.set_norm_momentum(config.model.norm_momentum or NORM_MOMENTUM)
     if initial is not None:
         initial(network, classes)
     model = _place(network, config, device)

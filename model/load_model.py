@@ -1,19 +1,25 @@
-"""Loads a trained network from a checkpoint."""
+"""Loads a trained network from a checkpoint, after checking everything that the checkpoint says about it."""
 
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from model.checkpoint import load_checkpoint
 from model.ema import averaged_weights
+from model.fit import listed, misfits
 from model.googlenet import GoogLeNet
 
 Weights = Literal["ema", "raw"]
+WeightsChoice = Literal["auto", "ema", "raw"]
 
 NEEDED = ("model", "ema", "classes", "epoch", "step", "architecture", "preprocessing")
 WAY_OUT = "name a best.pt or last.pt that train.py wrote"
+MAX_CLASSES, MAX_IMAGE_SIZE = 10_000_000, 4096
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,33 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Description:
+    """What a checkpoint says about its network; see `TrainedModel` for the attributes that both have.
+
+    Attributes:
+        aux_logits: Whether the network has auxiliary heads.
+        transform_input: Whether it renormalizes its input, see `GoogLeNet`.
+        better: The weights with the higher top-1 in the last validation, or `None` if the checkpoint has no such scores.
+    """
+
+    num_classes: int
+    aux_logits: bool
+    transform_input: bool
+    classes: tuple[str, ...] | None
+    preprocessing: Preprocessing
+    epoch: int
+    step: int
+    better: Weights | None
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """A trained network and its description.
 
     Attributes:
         path: The checkpoint.
         weights: "ema" for the averaged weights, "raw" for those of the last step.
+        why: Why these weights, for the output of commands.
         model: The network in eval mode.
         num_classes: Length of its logits.
         classes: Class names by number, or `None` if the training data had none.
@@ -50,6 +77,7 @@ class TrainedModel:
 
     path: Path
     weights: Weights
+    why: str
     model: GoogLeNet
     num_classes: int
     classes: tuple[str, ...] | None
@@ -62,8 +90,13 @@ class TrainedModel:
         return self.classes[number] if self.classes and number < len(self.classes) else None
 
 
-def load_model(path: Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(path: Path, weights: WeightsChoice = "auto", device: torch.device | str = "cpu") -> TrainedModel:
     """Loads the network of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        weights: "auto" for those that scored better in the last validation before the checkpoint.
+        device: Device of the network.
 
     Raises:
         ValueError: The file does not exist, is damaged, or is not a checkpoint.
@@ -71,47 +104,149 @@ def load_model(path: Path, weights: Weights = "ema", device: torch.device | str 
     return _build(path, _read(path), weights, device)
 
 
-def load_both(path: Path, device: torch.device | str = "cpu") -> tuple[TrainedModel, TrainedModel]:
-    """Loads the raw and the averaged network of a checkpoint; otherwise as `load_model`."""
+def load_both(path: Path, device: torch.device | str = "cpu") -> tuple[TrainedModel, TrainedModel, str]:
+    """Loads the raw and the averaged network of a checkpoint, and says which of them "auto" is; otherwise as `load_model`."""
     state = _read(path)
-    return _build(path, state, "raw", device), _build(path, state, "ema", device)
+    weights, why = choose_weights("auto", describe(path, state).better)
+    return _build(path, state, "raw", device), _build(path, state, "ema", device), f"{weights} ({why})"
 
 
-def _build(path: Path, state: dict[str, Any], weights: Weights, device: torch.device | str) -> TrainedModel:
-    missing = [name for name in NEEDED if name not in state]
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {', '.join(missing)}; {WAY_OUT}")
-    architecture, preprocessing = state["architecture"], state["preprocessing"]
-    try:
-        # Parameters on "meta" have no values, so drawing initial ones takes no time and no random numbers.
-        with torch.device("meta"):
-            model = GoogLeNet(
-                architecture["num_classes"],
-                aux_logits=architecture["aux_logits"],
-                transform_input=architecture["transform_input"],
-            )
-        tensors = state["model"] if weights == "raw" else averaged_weights(state["ema"])
-        model.load_state_dict(tensors, assign=True)
-        return TrainedModel(
-            path=path,
-            weights=weights,
-            model=model.to(device).eval(),
-            num_classes=architecture["num_classes"],
-            classes=None if state["classes"] is None else tuple(state["classes"]),
-            preprocessing=Preprocessing(
-                preprocessing["image_size"],
-                preprocessing["resize_shorter"],
-                tuple(preprocessing["mean"]),
-                tuple(preprocessing["std"]),
-            ),
-            epoch=state["epoch"],
-            step=state["step"],
+def choose_weights(choice: WeightsChoice, better: Weights | None) -> tuple[Weights, str]:
+    """Returns the weights to take from a checkpoint, and the reason.
+
+    Args:
+        choice: The user's choice.
+        better: Those that scored better, see `Description`.
+    """
+    if choice != "auto":
+        return choice, "as --weights says"
+    if better is None:
+        return "ema", "averaged; the checkpoint has no validation scores to choose by"
+    return better, "the better ones on the validation split"
+
+
+def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Description:
+    """Reads what a checkpoint says about its network.
+
+    Args:
+        path: The checkpoint, for messages.
+        state: Its content.
+        way_out: End of the messages.
+
+    Raises:
+        ValueError: Something is missing, or it cannot be right. The message names the file and the key.
+    """
+    if missing := [name for name in NEEDED if name not in state]:
+        raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {', '.join(missing)}; {way_out}")
+
+    def take(key: str, is_right: Callable[[Any], bool], needed: str) -> Any:
+        value = state
+        for name in key.split("."):
+            if not isinstance(value, dict) or name not in value:
+                raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {key}; {way_out}")
+            value = value[name]
+        if not is_right(value):
+            raise ValueError(f"{path}: {key} is {_short(value)}, and {needed} is needed; {way_out}")
+        return value
+
+    count = take("architecture.num_classes", _whole(1, MAX_CLASSES), f"a whole number from 1 to {MAX_CLASSES:,}")
+    classes = take("classes", lambda value: value is None or _is_names(value, count), f"None or a list of {count} names")
+    size = take("preprocessing.image_size", _whole(32, MAX_IMAGE_SIZE), f"a whole number from 32 to {MAX_IMAGE_SIZE}")
+    sides = f"a whole number from {size}, the image size, to {2 * MAX_IMAGE_SIZE}"
+    return Description(
+        num_classes=count,
+        aux_logits=take("architecture.aux_logits", _is_bool, "True or False"),
+        transform_input=take("architecture.transform_input", _is_bool, "True or False"),
+        classes=None if classes is None else tuple(classes),
+        preprocessing=Preprocessing(
+            size,
+            take("preprocessing.resize_shorter", _whole(size, 2 * MAX_IMAGE_SIZE), sides),
+            tuple(take("preprocessing.mean", _colors(0, 1), "three numbers from 0 to 1")),
+            tuple(take("preprocessing.std", _colors(1e-6, 1e6), "three numbers above 0")),
+        ),
+        epoch=take("epoch", _whole(0, 2**63), "a whole number"),
+        step=take("step", _whole(0, 2**63), "a whole number"),
+        better=_better(state.get("scores")),
+    )
+
+
+def weights_of(path: Path, state: dict[str, Any], described: Description, weights: Weights) -> dict[str, Tensor]:
+    """Returns the raw or the averaged weights of a checkpoint as a state dict of the network.
+
+    Raises:
+        ValueError: They are not the weights of the network that the checkpoint describes.
+    """
+    tensors = state["model"] if weights == "raw" else state["ema"]
+    place = "model" if weights == "raw" else "ema"
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path}: {place} is not a state dict; {WAY_OUT}")
+    if weights == "ema":
+        tensors = averaged_weights(tensors)
+    if problems := misfits(tensors, _empty(described).state_dict()):
+        raise ValueError(
+            f"{path}: its weights are not those of the network that it describes ({place}: {listed(problems)}); {WAY_OUT}"
         )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this version of train.py ({error}); {WAY_OUT}") from error
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights are not those of the network that it describes ({what}); {WAY_OUT}") from error
+    return tensors
+
+
+def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: torch.device | str) -> TrainedModel:
+    described = describe(path, state)
+    weights, why = choose_weights(choice, described.better)
+    model = _empty(described)
+    model.load_state_dict(weights_of(path, state, described, weights), assign=True)
+    return TrainedModel(
+        path=path,
+        weights=weights,
+        why=why,
+        model=model.to(device).float().eval(),
+        num_classes=described.num_classes,
+        classes=described.classes,
+        preprocessing=described.preprocessing,
+        epoch=described.epoch,
+        step=described.step,
+    )
+
+
+def _empty(described: Description) -> GoogLeNet:
+    """Builds the network on "meta". Its parameters have no values, so drawing them takes no time and no random numbers."""
+    with torch.device("meta"):
+        return GoogLeNet(described.num_classes, aux_logits=described.aux_logits, transform_input=described.transform_input)
+
+
+def _short(value: Any) -> str:
+    try:
+        return ascii(reprlib.repr(value))[1:-1][:60]
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _better(scores: Any) -> Weights | None:
+    """Returns the weights with the higher top-1; the averaged ones if both are equal."""
+    if not isinstance(scores, dict) or not all(_is_number(scores.get(name)) for name in ("top1", "ema_top1")):
+        return None
+    return "raw" if scores["top1"] > scores["ema_top1"] else "ema"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300  # neither NaN nor too long for a float
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(name, str) for name in value)
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _colors(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(v) and low <= v <= high for v in value)
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, global_batch_size: in
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = config.scaled(config.lr, global_batch_size)
+    lr = config.scaled(config.peak_lr, global_batch_size)
     optimizer = SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     if config.momentum:
         # If gradient scaling skips the first step, the fused kernel leaves the buffers that it creates uninitialized.
@@ -28,9 +28,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, global_batch_size: in
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
     """Builds the learning rate schedule. Call its `step()` after each step of the optimizer."""
     total = epochs * steps_per_epoch
-    warmup = round(min(config.warmup_epochs, epochs / 2) * steps_per_epoch)
+    warmup = config.warmup_steps(epochs=epochs, steps_per_epoch=steps_per_epoch)
     first_cycle = config.cycle_epochs * steps_per_epoch if config.cycle_epochs else total - warmup
-    lowest = config.min_lr / config.lr * optimizer.param_groups[0]["lr"]  # scaled to the batch like the peak
+    lowest = config.min_lr / config.peak_lr * optimizer.param_groups[0]["lr"]  # scaled to the batch like the peak
     cosine = CosineAnnealingWarmRestarts(optimizer, first_cycle, eta_min=lowest)
     if not warmup:
         return cosine

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
+from pipelines.bad_samples.limits import MAX_PIXELS, TIMEOUT_SECONDS, check_max_pixels
 from pipelines.notation import AugmentationList
 from pipelines.shards.shard_set import ShardSet, open_shards
 
@@ -18,8 +19,10 @@ class DataConfig:
     """Validation shards, in the same notation."""
     index_dir: str = ""
     """Folder of index files that `shards index` wrote. They take precedence over those beside the tars."""
+    image_key: str = ""
+    """Extension of the image in each sample, such as input.jpg. By default any extension of an image."""
     label_key: str = ""
-    """Key of the label in each sample's .json, a.b for nested keys. If not given, the label is the sample's .cls."""
+    """Key of the label in each sample's .json, a.b for nested keys, or X.json:KEY, or a member X.cls. By default the .cls."""
     class_file: str = ""
     """File of class names, one per line, in the order of their numbers. Labels in .cls or .json may then be names."""
     backend: Literal["dali", "pillow", "synthetic"] = "dali"
@@ -51,6 +54,10 @@ class DataConfig:
     """How to treat a bad sample. skip: leave it out and count it. stop: end the run."""
     max_bad_fraction: float = 0.001
     """Largest fraction of bad samples in a split before the run ends. One bad sample is always allowed, unless this is 0."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image, as its header states it. A larger image is a bad sample. Default: as in Pillow."""
+    timeout: float = TIMEOUT_SECONDS
+    """Seconds that reading or decoding a batch may take. Then the run ends and names the samples. Not for copies of shards."""
     quarantine: tuple[str, ...] = ()
     """Run folders or quarantine.jsonl files of earlier runs. The bad samples that they list are left out from the start."""
 
@@ -63,6 +70,9 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{_flag(name)} {value}: a number from 0 to 1 is needed")
+        check_max_pixels(self.max_pixels, "--data.max-pixels")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"--data.timeout {self.timeout}: a positive number of seconds is needed")
         if not 0 < self.cache_gigabytes < float("inf"):
             raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
         if self.sampler == "balanced" and self.order == "blocks":
@@ -89,7 +99,7 @@ class DataConfig:
             ValueError: There are none, or they cannot be used.
         """
         pattern = self.train if split == "train" else self.valid
-        return open_shards(pattern, split, self.index_dir, self.label_key, self.class_file)
+        return open_shards(pattern, split, self.index_dir, self.label_key, self.class_file, self.image_key)
 
     def image_size_of(self, epoch: int, image_size: int) -> int:
         """Returns the side of training images in an epoch, in pixels.

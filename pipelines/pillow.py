@@ -14,12 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
+from pipelines.bad_samples.limits import too_many_pixels
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD, Batch, Loader, resize_shorter_for
 from pipelines.shards.deal import Deal
 from pipelines.shards.index import read_index
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, read_label
+from pipelines.shards.members import find_component
+from pipelines.shards.shard_set import ShardSet, read_label
 from pipelines.spec import LoaderSpec
+
+Image.MAX_IMAGE_PIXELS = None  # --data.max-pixels takes its place
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
@@ -30,15 +34,15 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         shards: Shards of the split.
-        config: Names the crop and the flips.
+        config: Names the crop and the flips, and limits the pixels of an image.
         spec: Describes the images; `num_classes` must be set.
 
     Raises:
-        ValueError: The shards are remote, or a label is missing or out of range.
+        ValueError: The shards are remote, or a label is missing or out of range. An item raises it if its image is too large.
     """
 
     def __init__(self, shards: ShardSet, config: DataConfig, spec: LoaderSpec) -> None:
-        self._spec, self._crop = spec, config.crop
+        self._spec, self._crop, self._max_pixels = spec, config.crop, config.max_pixels
         self._flips = [flip for flip in config.augment if isinstance(flip, HorizontalFlip)]
         assert spec.num_classes is not None
         self._samples = _locate(shards, spec.num_classes)
@@ -51,8 +55,10 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         with open(tar, "rb") as file:
             file.seek(offset)
             encoded = file.read(size)
-        # Pillow opens files lazily and leaves EXIF rotation to the caller.
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+        opened = Image.open(io.BytesIO(encoded))  # reads the header only
+        if too_many := too_many_pixels(*opened.size, self._max_pixels, "--data.max-pixels"):
+            raise ValueError(f"{tar}:{offset}: {too_many}")
+        image = ImageOps.exif_transpose(opened).convert("RGB")  # Pillow leaves EXIF rotation to the caller
         if self._spec.is_train:
             rng = np.random.default_rng([self._spec.seed, index])
             image = random_resized_crop(image, self._spec.image_size, self._crop, rng)
@@ -194,7 +200,7 @@ def _locate(shards: ShardSet, num_classes: int) -> list[tuple[str, int, int, int
     for tar, index in zip(shards.tars, shards.indices, strict=True):
         with open(tar, "rb") as file:
             for sample in read_index(index):
-                image = find_component(sample, IMAGE_EXTENSIONS, tar)
+                image = find_component(sample, shards.images, tar)
                 label = read_label(file, sample, tar, shards.label_reader)
                 if label >= num_classes:
                     raise ValueError(

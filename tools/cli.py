@@ -1,8 +1,36 @@
 """How every command starts and ends."""
 
 import io
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from pipelines.location import expand_arguments
+from pipelines.printable import printable_text
+
+
+def command_line(arguments: Sequence[str] | None) -> list[str]:
+    """Returns the words of the command line, or those given, with `~` and `file:` resolved in all of them.
+
+    Raises:
+        ValueError: A `file:` URL is malformed.
+    """
+    return expand_arguments(list(sys.argv[1:] if arguments is None else arguments))
+
+
+class LogLines(logging.Formatter):
+    """Formats log lines without the control characters that names from files may have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_text(super().format(record))
+
+
+def log_to(stream: TextIO) -> None:
+    """Sends the log lines of this process to a stream."""
+    logging.basicConfig(level=logging.INFO, stream=stream, force=True)
+    for handler in logging.root.handlers:
+        handler.setFormatter(LogLines("%(message)s"))
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:
@@ -27,10 +55,10 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted", *,
         print(interrupted, file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     if exits or status:
         sys.exit(status)

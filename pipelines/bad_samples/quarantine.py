@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipelines.json_file import as_object, get, read_json_lines
+from pipelines.printable import printable
 from pipelines.remote.object_store import is_url
 from pipelines.shards.index import read_index, read_sample
-from pipelines.shards.shard_set import ShardSet, image_or_first
+from pipelines.shards.members import image_or_first
+from pipelines.shards.shard_set import ShardSet
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
@@ -47,7 +50,7 @@ class BadSample:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.tar}:{self.offset}:{self.member}: {self.reason}"
+        return printable(f"{self.tar}:{self.offset}:{self.member}: {self.reason}")
 
 
 def location(tar: str) -> str:
@@ -71,20 +74,11 @@ def read_quarantine(path: Path) -> list[BadSample]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; a run writes {FILE_NAME} into its folder once it meets a bad sample")
     samples = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-            samples.append(
-                BadSample(str(fields["tar"]), int(fields["offset"]), str(fields["member"]), str(fields.get("reason", "")))
-            )
-        except json.JSONDecodeError as error:
-            if line.endswith("}"):
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            continue  # the run was killed while it wrote this line
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: an object with "tar", "offset" and "member" is needed ({error})'
-            ) from error
+    for place, value in read_json_lines(path, torn=True):
+        fields = as_object(value, place)
+        texts = {key: get(fields, key, "a text", place) for key in ("tar", "member")}
+        offset = get(fields, "offset", "a whole number from 0", place)
+        samples.append(BadSample(**texts, offset=offset, reason=get(fields, "reason", "a text", place, default="")))
     return samples
 
 
@@ -150,13 +144,13 @@ class Quarantine:
         found = {}
         for shard, reasons in listed.items():
             for row, members in enumerate(read_index(self.shards.indices[shard])):
-                named = image_or_first(members)
+                named = image_or_first(members, self.shards.images)
                 if (named.offset, named.name) in reasons:
                     found[RowId(shard, row)] = reasons[named.offset, named.name]
         return found
 
     def _describe(self, row: RowId, reason: str) -> BadSample:
-        component = image_or_first(read_sample(self.shards.indices[row.shard], row.row))
+        component = image_or_first(read_sample(self.shards.indices[row.shard], row.row), self.shards.images)
         return BadSample(location(self.shards.tars[row.shard]), component.offset, component.name, reason)
 
     def _check(self) -> None:

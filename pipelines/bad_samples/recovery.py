@@ -2,21 +2,27 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.bad_samples.decoder_check import undecodable
+from pipelines.bad_samples.decoder_check import undecodable, why_unusable
 from pipelines.bad_samples.quarantine import Quarantine, RowId
 from pipelines.shards.deal import Deal, Plan
+from pipelines.shards.index import read_sample
+from pipelines.shards.members import image_or_first
 from pipelines.shards.reader import Bytes, Fetched, Reader
 from pipelines.shards.tars import Tars
 
 # A tiny gray image (PPM) that takes a bad sample's slot while decoding and never leaves the loader. The random draws of the
 # other samples depend on their slots, so the slots must not move.
 PLACEHOLDER = np.frombuffer(b"P6 8 8 255\n" + bytes([128]) * (8 * 8 * 3), np.uint8)
+# How images begin that are judged by their headers before they reach a decoder: those at which it could end the process, and
+# those of formats with kinds that it misreads. JPEG, PNG and WebP are not among them, so that they cost nothing.
+JUDGED = {b"II", b"MM", b"\0\0", b"\xff\x4f", *(f"P{kind}".encode() for kind in "1234567fF")}
+MOST_NAMES = 4  # of the samples of a batch, in a message
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,12 @@ class Recovery:
         deal: This rank's share of the samples.
         reader: Reads stand-ins.
         tars: Tells a changed tar from a bad sample.
+        max_pixels: Images may have this many pixels at most.
     """
 
-    def __init__(self, quarantine: Quarantine, deal: Deal, reader: Reader, tars: Tars) -> None:
+    def __init__(self, quarantine: Quarantine, deal: Deal, reader: Reader, tars: Tars, max_pixels: int) -> None:
         self._quarantine, self._deal, self._reader, self._tars = quarantine, deal, reader, tars
+        self._max_pixels = max_pixels
 
     def usable(self, fetched: Fetched) -> UsableBatch:
         """Puts placeholders or stand-ins into the slots of the samples that are known to be bad.
@@ -60,6 +68,7 @@ class Recovery:
         Raises:
             ValueError: A tar changed, or no sample of the split is good.
         """
+        self._mark_unusable(fetched)
         rows, images, labels = list(fetched.rows), list(fetched.images), fetched.labels.copy()
         bad = [slot for slot, row in enumerate(rows) if slot in fetched.reasons or row in self._quarantine]
         for slot in bad:
@@ -82,22 +91,35 @@ class Recovery:
         """
         self._record(fetched.plan, fetched.rows, fetched.reasons, fetched.reasons)
 
-    def record_undecodable(self, batch: UsableBatch, stops_alone: Callable[[int], bool]) -> bool:
+    def record_undecodable(self, batch: UsableBatch, stops: Callable[[Sequence[Bytes]], bool]) -> bool:
         """Records the samples at which the pipeline stopped; returns whether there are any.
 
         Args:
-            batch: The batch at which it stopped.
-            stops_alone: Tells whether a pipeline stops at one image alone, by its slot. Called if every image can be decoded.
+            batch: A batch at which it may have stopped.
+            stops: Tells whether a pipeline stops at this batch with other images in its slots.
 
         Raises:
             ValueError: A tar changed, or there are too many bad samples.
         """
-        images = [batch.images[slot].tobytes() for slot in batch.kept]
-        reasons = undecodable(images, lambda i: stops_alone(batch.kept[i]))
+        reasons = undecodable(
+            [batch.images[slot].tobytes() for slot in batch.kept],
+            lambda chosen: stops(_only(batch.images, {batch.kept[i] for i in chosen})),
+            self._max_pixels,
+            "--data.max-pixels",
+        )
         found = {batch.kept[i]: reason for i, reason in reasons.items()}
         bad = {*range(len(batch.rows))} - {*batch.kept} | {*found}
         self._record(batch.fetched.plan, batch.rows, found, bad)
         return bool(found)
+
+    def describe(self, rows: Sequence[RowId]) -> str:
+        """Names the first of these samples. Reads index files."""
+        names = []
+        for row in rows[:MOST_NAMES]:
+            image = image_or_first(read_sample(self._quarantine.shards.indices[row.shard], row.row))
+            names.append(f"{self._quarantine.shards.tars[row.shard]}:{image.offset}:{image.name}")
+        more = f" and {len(rows) - len(names):,} more" if len(rows) > len(names) else ""
+        return f"its samples: {', '.join(names)}{more}"
 
     def _record(self, plan: Plan, rows: list[RowId], found: Mapping[int, str], bad: Collection[int]) -> None:
         """Records bad samples that are new.
@@ -114,6 +136,14 @@ class Recovery:
             split = f"training, epoch {plan.epoch + 1}" if self._deal.train else "validation"
             self._quarantine.add(new, f"{split}, batch {plan.batch + 1}, rank {self._deal.rank}")
 
+    def _mark_unusable(self, fetched: Fetched) -> None:
+        """Adds the images that must not reach the decoder to the samples that cannot be used."""
+        for slot, image in enumerate(fetched.images):
+            if image[:2].tobytes() in JUDGED:
+                reason = why_unusable(image.tobytes(), self._max_pixels, "--data.max-pixels")
+                if reason:
+                    fetched.reasons.setdefault(slot, reason)
+
     def _stand_ins(self, plan: Plan) -> Iterator[tuple[RowId, Bytes, int]]:
         """Reads samples not known to be bad from the places after a batch, so that the choice is reproducible.
 
@@ -127,6 +157,7 @@ class Recovery:
             samples = order.samples(plan.epoch, first, last)
             first, left = last % order.num_places, left - len(samples)
             fetched = self._reader.submit(dataclasses.replace(plan, samples=samples, is_last=True)).result()
+            self._mark_unusable(fetched)
             for slot, row in enumerate(fetched.rows):
                 if slot not in fetched.reasons and row not in self._quarantine:
                     is_found = True
@@ -135,3 +166,8 @@ class Recovery:
         if not is_found:
             tar = self._quarantine.shards.tars[0]
             raise ValueError(f"there is not one good sample in {tar} and the other shards; `shards verify` says why")
+
+
+def _only(images: Sequence[Bytes], slots: Collection[int]) -> list[Bytes]:
+    """Returns the images of a batch with placeholders in all other slots. The random draws belong to slots, so none moves."""
+    return [image if slot in slots else PLACEHOLDER for slot, image in enumerate(images)]

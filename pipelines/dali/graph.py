@@ -17,6 +17,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines.augment import HorizontalFlip
+from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.dali import operators
 from pipelines.dali.draws import draws_from_outside
 
@@ -36,16 +37,17 @@ DALI_VERSION: str = nvidia.dali.__version__
 DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 
-def with_headers_read(encoded: DataNode) -> DataNode:
-    """Passes the encoded images on after all their headers have been parsed.
+def with_headers_read(encoded: DataNode, max_pixels: int) -> DataNode:
+    """Passes the encoded images on after all their headers have been parsed. Stops at an image with more than `max_pixels`.
 
     The decoder parses the headers of a batch in several threads. If one fails, it may return before the others are done (DALI
     2.4, `imgcodec/image_decoder.h`): they go on in freed memory, and the process ends with a segmentation fault.
     `peek_image_shape` waits for all of them, and raises an error that can be handled.
     """
-    height_width_channels = fn.peek_image_shape(encoded)
-    # This reshapes nothing. It makes the decoder wait for the line above.
-    size = fn.cast(encoded.shape(), dtype=types.INT32) + 0 * fn.cast(height_width_channels[0], dtype=types.INT32)
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT64)  # products of integers might overflow
+    is_too_large = shape[0] * shape[1] > float(max_pixels)
+    # This reshapes nothing. It makes the decoder wait for the lines above, and fails if the size is not that of the bytes.
+    size = fn.cast(encoded.shape(), dtype=types.INT32) + is_too_large
     return fn.reshape(encoded, shape=size)
 
 
@@ -58,7 +60,7 @@ def image_pipeline(config: "DataConfig", spec: "LoaderSpec", until: Stage = "nor
     """
     # The bytes are not copied, so the caller must keep them in place.
     encoded = fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1, no_copy=True)
-    image = with_headers_read(encoded)
+    image = with_headers_read(encoded, config.max_pixels)
     if until == "headers":
         return image
     device = "gpu" if spec.device.type == "cuda" else "cpu"
@@ -75,10 +77,16 @@ def has_conditionals(config: "DataConfig", spec: "LoaderSpec") -> bool:
 
 @pipeline_def(exec_dynamic=True, prefetch_queue_depth=1)
 def decoding_pipeline(
-    *, device: operators.Device, image_size: int, resize_shorter: int, mean: operators.Color, std: operators.Color
+    *,
+    device: operators.Device,
+    image_size: int,
+    resize_shorter: int,
+    mean: operators.Color,
+    std: operators.Color,
+    max_pixels: int = MAX_PIXELS,
 ) -> DataNode:
     """Turns encoded images, the argument `encoded` of each run, into validation images `(H, W, 3)`, float32 on `device`."""
-    encoded = with_headers_read(fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1))
+    encoded = with_headers_read(fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1), max_pixels)
     return operators.validation_images(
         encoded, size=image_size, device=device, dtype=types.FLOAT, resize_shorter=resize_shorter, mean=mean, std=std
     )

@@ -1,24 +1,29 @@
 """The DALI loader: feeds the batches of a rank to a DALI pipeline, and hands the images over to torch."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import record_function
 
+from pipelines.bad_samples.decoder_check import decoders_silenced
 from pipelines.bad_samples.quarantine import Quarantine
 from pipelines.bad_samples.recovery import Recovery, UsableBatch
 from pipelines.dali.graph import DALI_VERSION, ImagePipeline, describe
 from pipelines.dali.read_ahead import ReadAhead
 from pipelines.dali.to_torch import HandOver
 from pipelines.loader import Batch, Loader
-from pipelines.shards.deal import Deal
+from pipelines.shards.deal import Deal, Plan
+from pipelines.shards.reader import Bytes
 from pipelines.shards.shard_set import ShardSet
 from pipelines.spec import LoaderSpec
+from pipelines.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
@@ -49,7 +54,8 @@ class DALILoader(Loader):
         self._config, self._spec = config, spec
         self._quarantine = Quarantine(shards, config, spec.quarantine)
         self._source = ReadAhead(shards, config, deal, spec.num_classes)
-        self._recovery = Recovery(self._quarantine, deal, self._source.reader, self._source.tars)
+        self._recovery = Recovery(self._quarantine, deal, self._source.reader, self._source.tars, config.max_pixels)
+        self._watchdog = Watchdog(config.timeout, "--data.timeout")
         self._hand_over = HandOver(spec.device)
         self._pipeline: ImagePipeline | None = None
         self._decoding = deque[UsableBatch]()
@@ -84,8 +90,10 @@ class DALILoader(Loader):
     def close(self) -> None:
         self._drop_pipeline()
         self._decoding.clear()
-        self._source.close()
-        self._hand_over.close()
+        with self._watchdog.waiting("closing the loader", lambda: "a read is blocked"):
+            self._source.close()
+            self._hand_over.close()
+        self._watchdog.close()
         self._unusable = CLOSED
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +120,8 @@ class DALILoader(Loader):
 
     def _drop_pipeline(self) -> None:
         if self._pipeline is not None:
-            self._pipeline.close()
+            with self._watchdog.waiting("ending a pipeline", lambda: "a decoder or an augmentation is blocked"):
+                self._pipeline.close()
             self._pipeline = None
 
     def _take(self) -> Batch | None:
@@ -121,7 +130,7 @@ class DALILoader(Loader):
             self._keep_busy()
             assert self._pipeline is not None
             try:
-                with record_function("dali: run"):
+                with record_function("dali: run"), self._watching("decoding", self._decoding[0].fetched.plan):
                     images = self._pipeline.images(self._hand_over.stream)
                 break
             except RuntimeError as error:
@@ -149,12 +158,20 @@ class DALILoader(Loader):
             if pipeline is None or len(self._decoding) >= pipeline.queue_depth:
                 return
             try:
-                self._feed(pipeline, self._recovery.usable(self._source.next_batch()))
+                with contextlib.nullcontext() if self._source.copies else self._watching("reading", plan):
+                    batch = self._recovery.usable(self._source.next_batch())
+                self._feed(pipeline, batch)
             except (ValueError, OSError):
                 if self._decoding:
                     return  # reported when that batch is due
                 raise
             self._source.advance()
+
+    def _watching(self, what: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """Watches what is done with a batch, which may block."""
+        split = f"training, epoch {plan.epoch + 1}" if self._spec.is_train else "validation"
+        what = f"{what} batch {plan.batch + 1} of {split}, on rank {self._spec.rank}"
+        return self._watchdog.waiting(what, lambda: self._recovery.describe(self._source.rows(plan)))
 
     def _feed(self, pipeline: ImagePipeline, batch: UsableBatch) -> None:
         pipeline.feed(batch.images, batch.fetched.plan.epoch, batch.fetched.plan.place)
@@ -183,8 +200,9 @@ class DALILoader(Loader):
             ValueError: Something else stopped it, a tar changed, or there are too many bad samples.
         """
         self._drop_pipeline()
-        failed = self._decoding[0]
-        if not self._recovery.record_undecodable(failed, lambda slot: self._stops_alone(failed, slot)):
+        # DALI does not say at which of the batches in progress it stopped.
+        searches = (self._search(one) for one in self._decoding)
+        if not any(searches):
             raise ValueError(describe(error)) from error
         under_way = [batch.fetched for batch in self._decoding]
         self._decoding.clear()
@@ -193,17 +211,22 @@ class DALILoader(Loader):
         for fetched in under_way:
             self._feed(pipeline, self._recovery.usable(fetched))
 
-    def _stops_alone(self, batch: UsableBatch, slot: int) -> bool:
-        """Whether a pipeline stops at the image in that slot by itself."""
+    def _search(self, batch: UsableBatch) -> bool:
+        """Records the samples of a batch at which the pipeline stopped; returns whether there are any."""
         plan = batch.fetched.plan
-        pipeline = ImagePipeline(self._config, dataclasses.replace(self._spec_for(plan.epoch), batch_size=1))
-        try:
-            pipeline.feed([batch.images[slot]], plan.epoch, plan.place + slot)
-            pipeline.images()
-        except RuntimeError:
-            return True
-        finally:
-            pipeline.close()
+        with self._watching("searching for bad samples in", plan):
+            return self._recovery.record_undecodable(batch, partial(self._stops_at, plan))
+
+    def _stops_at(self, plan: Plan, images: Sequence[Bytes]) -> bool:
+        """Whether a pipeline stops at a batch with these images in its slots."""
+        spec = self._spec_for(plan.epoch)
+        pipeline = ImagePipeline(self._config, spec)
+        with contextlib.closing(pipeline), decoders_silenced(), self._watching("decoding parts of", plan):
+            pipeline.feed(images, plan.epoch, plan.place)
+            try:
+                pipeline.images()
+            except RuntimeError:
+                return True
         return False
 
 

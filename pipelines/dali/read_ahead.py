@@ -5,6 +5,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from pipelines.bad_samples.quarantine import RowId
 from pipelines.dali.graph import PREFETCH
 from pipelines.remote.cache import ShardCache, open_cache
 from pipelines.shards.deal import Deal, Plan
@@ -41,9 +42,9 @@ class ReadAhead:
         self._opened = contextlib.ExitStack()
         self._cache: ShardCache | None = None
         self.tars: Tars
-        extents = Extents(shards)
+        self._extents = extents = Extents(shards)
         if shards.is_remote:
-            self._cache = self._opened.enter_context(open_cache(config.cache_dir, config.cache_gigabytes))
+            self._cache = self._opened.enter_context(open_cache(config.cache_dir, config.cache_gigabytes, config.timeout))
             self.tars = CopiedTars(shards, self._cache, deal, extents)
             self.reader = Reader(shards, extents, self.tars, num_classes, num_threads=1)
         else:
@@ -78,6 +79,15 @@ class ReadAhead:
             self._is_epoch_requested = plan.is_last
             self._requested.append((plan, self.reader.submit(plan)))
         return self._requested[0][0] if self._requested else None
+
+    @property
+    def copies(self) -> bool:
+        """Whether reading waits for copies of remote shards. Requests to the store have time limits of their own."""
+        return self._cache is not None
+
+    def rows(self, plan: Plan) -> list[RowId]:
+        """Returns the row IDs of the samples of a batch."""
+        return [RowId(*row) for row in zip(*self._extents.locate(plan.samples), strict=True)]
 
     def is_ready(self) -> bool:
         """Whether the next batch has been read."""

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable
+from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable, why_unusable
 from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
+from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.dali.graph import decoding_pipeline, describe
 from pipelines.dali.operators import Color
 from pipelines.dali.to_torch import HandOver
@@ -24,6 +25,7 @@ class ValidationDecoder:
         std: Divides them.
         device: Device of the images: "cpu", or a CUDA device with its index.
         num_threads: CPU threads.
+        max_pixels: Images with more pixels are bad.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class ValidationDecoder:
         std: Color,
         device: torch.device,
         num_threads: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self._max_pixels = max_pixels
         self._make = lambda: decoding_pipeline(
             device="gpu" if device.type == "cuda" else "cpu",
             device_id=device.index if device.type == "cuda" else None,
@@ -46,6 +50,7 @@ class ValidationDecoder:
             resize_shorter=resize_shorter,
             mean=mean,
             std=std,
+            max_pixels=max_pixels,
         )
         self._pipeline = self._make()
         self._hand_over = HandOver(device)
@@ -64,20 +69,21 @@ class ValidationDecoder:
         Raises:
             OSError: DALI stopped for another reason than an image.
         """
-        bad = {i: CUT_SHORT for i, image in enumerate(images) if is_cut_short(image)}
-        while good := {i: image for i, image in enumerate(images) if i not in bad}:
+        reasons = [CUT_SHORT if is_cut_short(image) else why_unusable(image, self._max_pixels) for image in images]
+        bad = {i: reason for i, reason in enumerate(reasons) if reason}
+        while good := [i for i in range(len(images)) if i not in bad]:
             try:
-                return self._run(list(good.values())), bad
+                return self._run([images[i] for i in good]), bad
             except RuntimeError as error:
                 self._pipeline = self._make()  # a pipeline that stopped cannot be used again
-                found = self._undecodable(list(good.values()))
+                found = self._undecodable([images[i] for i in good])
                 if not found:
                     raise OSError(describe(error)) from error
-                bad |= {place: found[i] for i, place in enumerate(good) if i in found}
+                bad |= {good[i]: reason for i, reason in found.items()}
         return self._empty, bad
 
     def _undecodable(self, images: Sequence[bytes]) -> dict[int, str]:
-        return undecodable(images, lambda i: self._stops_at(images[i]))
+        return undecodable(images, lambda chosen: self._stops_at([images[i] for i in chosen]), self._max_pixels, "--max-pixels")
 
     def _run(self, images: Sequence[bytes]) -> Tensor:
         with decoders_silenced():
@@ -85,9 +91,9 @@ class ValidationDecoder:
         # NHWC seen as NCHW is channels_last.
         return self._hand_over(batch.as_tensor()).permute(0, 3, 1, 2)
 
-    def _stops_at(self, image: bytes) -> bool:
+    def _stops_at(self, images: Sequence[bytes]) -> bool:
         try:
-            self._run([image])
+            self._run(images)
         except RuntimeError:
             self._pipeline = self._make()
             return True

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipelines.bad_samples.limits import TIMEOUT_SECONDS
 from pipelines.remote.cache_folder import Busy, CacheFolder, Full, object_key
 from pipelines.remote.object_store import RemoteFile, stat
 from pipelines.remote.retrying import Stopped, warn_once
@@ -49,13 +50,14 @@ class ShardCache:
         folder: Folder for the copies; created if missing.
         max_bytes: Limit for all copies in the folder, including partial ones.
         num_threads: Shards to copy at the same time.
+        timeout: Longest wait for room while nobody copies, reads or releases anything, in seconds.
 
     Raises:
         ValueError: The folder is not writable.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, num_threads: int = 8) -> None:
-        self._folder = CacheFolder(folder, max_bytes)
+    def __init__(self, folder: Path, max_bytes: int, num_threads: int = 8, timeout: float = TIMEOUT_SECONDS) -> None:
+        self._folder, self._timeout = CacheFolder(folder, max_bytes), timeout
         self._num_threads = num_threads
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -83,15 +85,15 @@ class ShardCache:
     def hold(self, shards: Iterable[tuple[str, int]]) -> Iterator[list[Path]]:
         """Waits until all shards are copied, and keeps the copies until the context ends.
 
-        If other readers use all the room, it waits for them as well. Do not hold a second set of shards while holding the
-        first: two such readers could deadlock.
+        If other readers use all the room, it waits for them as well, as long as they show life. Do not hold a second set of
+        shards while holding the first: two such readers could deadlock.
 
         Args:
             shards: URLs and their sizes in bytes. The context yields their copies in the same order.
 
         Raises:
             ValueError: The shards do not fit into the cache, or have changed size.
-            OSError: A shard cannot be copied; the message names it.
+            OSError: A shard cannot be copied; the message names it. Or there is no room, and others hold it without using it.
         """
         shards = list(shards)
         try:
@@ -102,6 +104,10 @@ class ShardCache:
             with self._condition:
                 self._ahead_not_before = 0.0
                 self._condition.notify_all()
+
+    def show_life(self) -> None:
+        """Call this while reading copies that are held, so that others know that they may wait for their room."""
+        self._folder.show_life()
 
     def close(self) -> None:
         """Ends the background work. Partial copies stay, and are completed when they are needed again."""
@@ -115,15 +121,19 @@ class ShardCache:
         self._tasks.clear()
 
     def _wait_for_room(self, shards: list[tuple[str, int]], lease: contextlib.ExitStack) -> None:
-        told = False
+        before, waited = None, 0.0  # seconds without any activity
         while True:
             try:
                 lease.enter_context(self._folder.lease(shards))
                 return
             except Full as error:
-                if not told:
-                    log.warning("waiting for room: %s", error)
-                told = True
+                why = f"held by {self._folder.holders()}: {error}"
+            if before is None:
+                log.warning("waiting for room, %s", why)
+            now = self._folder.activity()
+            before, waited = now, (waited + FULL_SECONDS if now == before else 0.0)
+            if waited >= self._timeout:
+                raise OSError(f"waited {self._timeout:g} s (--data.timeout) for room that nobody uses, {why}")
             if self._stop.wait(FULL_SECONDS):
                 raise Stopped
 
@@ -226,15 +236,26 @@ class ShardCache:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise ValueError(
-                        f"{part.name}: {error.strerror}; lower --data.cache-gigabytes, or name another --data.cache-dir"
+                        f"{part.name}: {error.strerror}; lower --data.cache-gigabytes, or name another --data.cache-dir "
+                        "(in evaluate without data.; TMPDIR moves the folder of predict)"
                     ) from error
                 raise
             return self._folder.publish(file)
 
 
 @contextlib.contextmanager
-def open_cache(cache_dir: str, gigabytes: float) -> Iterator[ShardCache]:
-    """Opens a cache in `cache_dir`; if it is empty, in a temporary folder that is deleted at the end."""
+def open_cache(cache_dir: str, gigabytes: float, timeout: float = TIMEOUT_SECONDS) -> Iterator[ShardCache]:
+    """Opens a cache in `cache_dir`; if it is empty, in a temporary folder that is deleted at the end. See `ShardCache`.
+
+    Raises:
+        ValueError: The folder cannot be made.
+    """
     with contextlib.ExitStack() as stack:
-        folder = cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="googlenet-dali-"))
-        yield stack.enter_context(contextlib.closing(ShardCache(Path(folder), int(gigabytes * 1e9))))
+        try:
+            folder = cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="googlenet-dali-"))
+        except OSError as error:
+            raise ValueError(
+                f"no temporary folder for copies of shards ({error.strerror}); name one with --data.cache-dir (in evaluate "
+                "--cache-dir), or set TMPDIR"
+            ) from error
+        yield stack.enter_context(contextlib.closing(ShardCache(Path(folder), int(gigabytes * 1e9), timeout=timeout)))

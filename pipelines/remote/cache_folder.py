@@ -1,8 +1,8 @@
 """A folder of copies that processes share: who may write and delete which file, within a limit of bytes.
 
-`NAME.OBJECT-VERSION.SIZE.tar` is a complete copy. The suffix `.part` marks a partial one, which its writer locks. A `.lease`
-file lists the objects that a process reads, and stays locked while it does. Files are created, renamed and deleted only under
-the lock of `.lock`. The locks are flocks, so they end with their process, however it ends.
+`NAME.OBJECT-VERSION.SIZE.tar` is a complete copy. The suffix `.part` marks a partial one, which its writer locks. A file
+`HOST.PROCESS.ID.lease` lists the objects that a process reads, and stays locked while it does. Files are created, renamed and
+deleted only under the lock of `.lock`. The locks are flocks, so they end with their process, however it ends.
 """
 
 import contextlib
@@ -10,12 +10,14 @@ import fcntl
 import hashlib
 import os
 import re
+import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
 
+from pipelines.files import close_locked, open_locked
 from pipelines.remote.object_store import RemoteFile
 
 _NAME = re.compile(r".*\.(?P<key>[0-9a-f]{16})-[0-9a-f]{8}\.(?P<size>\d+)\.tar(?P<part>\.part)?")
@@ -60,7 +62,8 @@ class CacheFolder:
                 pass
         except OSError as error:
             raise ValueError(
-                f"{path}: cannot be written to ({error.strerror}); name another folder with --data.cache-dir"
+                f"{path}: cannot be written to ({error.strerror}); name another folder with --data.cache-dir (in evaluate "
+                "--cache-dir)"
             ) from error
 
     @contextlib.contextmanager
@@ -78,8 +81,8 @@ class CacheFolder:
             if needed > self._max_bytes:
                 by_others = needed - sum(wanted.values())
                 raise (Full if needed - by_others <= self._max_bytes else ValueError)(self._too_small(needed, by_others))
-            path = self._path / f"{uuid.uuid4().hex}.lease"
-            file = _open_locked(path)
+            path = self._path / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.lease"
+            file = open_locked(path)
             assert file, path
             file.write("".join(f"{key} {size}\n" for key, size in wanted.items()).encode())
             self._own_leases.add(path)
@@ -89,7 +92,28 @@ class CacheFolder:
             with self._locked():
                 path.unlink()
                 self._own_leases.remove(path)
-                _close_locked(file)
+                close_locked(file)
+
+    def show_life(self) -> None:
+        """Marks the own leases as in use now. Others that wait for their room see that it is not held by a blocked process."""
+        for path in list(self._own_leases):
+            with contextlib.suppress(FileNotFoundError):  # just released
+                os.utime(path)
+
+    def activity(self) -> frozenset[tuple[str, int, int]]:
+        """Returns a value that changes with each step of a copy, and with each lease that is taken, used or released."""
+        found = set()
+        for file in os.scandir(self._path):
+            with contextlib.suppress(FileNotFoundError):  # just deleted
+                if file.name.endswith((".lease", ".tar", ".part")):
+                    found.add((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+        return frozenset(found)
+
+    def holders(self) -> str:
+        """Names the other processes that read copies now."""
+        names = [path.name.rsplit(".", 3) for path in self._path.glob("*.lease") if path not in self._own_leases]
+        found = sorted({f"process {name[1]} on {name[0]}" for name in names if len(name) == 4})
+        return " and ".join(found) or "other processes"
 
     def find(self, file: RemoteFile) -> Path | None:
         """Returns the copy of an object if it is complete, and marks it as used now."""
@@ -123,13 +147,13 @@ class CacheFolder:
                 raise Busy
             if not part_path.exists():
                 self._make_room(file.size, leased, keep)
-            part = _open_locked(part_path)
+            part = open_locked(part_path)
             if part is None:
                 raise Busy
         try:
             yield part
         finally:
-            _close_locked(part)
+            close_locked(part)
 
     def publish(self, file: RemoteFile) -> Path:
         """Turns the partial copy, which the caller has filled, into the copy."""
@@ -184,10 +208,10 @@ class CacheFolder:
     def _delete(self, entry: _Entry) -> bool:
         """Deletes a copy, unless it is being written; returns whether it did."""
         if entry.is_part:
-            file = _open_locked(entry.path)
+            file = open_locked(entry.path)
             if file is None:
                 return False
-            _close_locked(file)
+            close_locked(file)
         entry.path.unlink()
         return True
 
@@ -206,9 +230,9 @@ class CacheFolder:
         for path in self._path.glob("*.lease"):
             if of_others and path in self._own_leases:
                 continue
-            file = _open_locked(path)
+            file = open_locked(path)
             if file:
-                _close_locked(file)
+                close_locked(file)
                 path.unlink()
                 continue
             for line in path.read_text().splitlines():
@@ -236,22 +260,6 @@ class CacheFolder:
 def object_key(url: str) -> str:
     """Returns the part of file names that identifies an object."""
     return hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
-def _open_locked(path: Path) -> FileIO | None:
-    """Opens a file, created if missing, and locks it until `_close_locked`; returns `None` if another owner has the lock."""
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def _close_locked(file: FileIO) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a forked process keeps the file open
-    file.close()
 
 
 def _gigabytes(size: int) -> str:

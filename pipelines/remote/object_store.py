@@ -5,7 +5,9 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
+import glob
 import io
 import logging
 import os
@@ -15,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from pipelines.remote.retrying import Stopped, retrying
+from pipelines.location import READABLE
+from pipelines.remote.retrying import Stopped, http_status, retrying
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -73,7 +76,18 @@ def stat(
 
 def stat_once(url: str, stop: threading.Event | None = None) -> RemoteFile:
     """Returns size and checksums of an object without retrying. Raises whatever the store's library raises."""
-    entry = _call(url, "info", stop)
+    try:
+        entry = _call(url, "info", stop)
+    except FileNotFoundError as error:
+        # fsspec says so of web servers that do not answer or deny access, too.
+        if isinstance(error.__cause__, Exception) and _is_web(url) and http_status(error.__cause__) not in (404, 410):
+            raise error.__cause__ from None
+        raise
+    except OSError as error:
+        # S3 answers HEAD without a body, which would say why: expired credentials, another key, another time.
+        if url.startswith(("s3://", "s3a://")) and (isinstance(error, PermissionError) or error.errno == errno.EINVAL):
+            _call(url, "cat_file", stop, start=0, end=1)
+        raise
     if entry["type"] != "file":
         raise FileNotFoundError(url)
     return _remote_file(url, entry)
@@ -105,7 +119,7 @@ def _listed(urls: list[str]) -> dict[str, RemoteFile]:
     listed = dict[str, RemoteFile]()
     for folder, within in folders.items():
         # Web servers have no listings, and a store may deny them.
-        if len(within) >= LISTED_FROM and not folder.startswith(("http://", "https://")):
+        if len(within) >= LISTED_FROM and not _is_web(folder):
             with contextlib.suppress(PermissionError):
                 prefix = os.path.commonprefix(within)  # noqa: RUF071  (stores list by characters)
                 listed.update((file.url, file) for file in glob_files(f"{prefix}*"))
@@ -122,7 +136,14 @@ def glob_files(pattern: str) -> list[RemoteFile]:
     return _list(pattern, "glob")
 
 
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
 def _list(url: str, method: str) -> list[RemoteFile]:
+    if _is_web(url) and (method == "ls" or glob.has_magic(url)):
+        what = "a URL with a query is not read" if "?" in url else "the folders of a web server cannot be listed"
+        raise ValueError(f"{url}: {what}; name the tars themselves, as in http://HOST/FOLDER/x-{{000000..000009}}.tar")
     try:
         found = retrying(url, lambda: _call(url, method, None, detail=True))
     except FileNotFoundError:  # the prefix or the bucket
@@ -133,8 +154,8 @@ def _list(url: str, method: str) -> list[RemoteFile]:
     return sorted(files, key=lambda file: file.url)
 
 
-def read_text(url: str) -> str | None:
-    """Reads the text of a small object; returns `None` if it does not exist.
+def read_existing(url: str) -> bytes | None:
+    """Reads a small object; returns `None` if it does not exist.
 
     Raises:
         OSError: See `retrying`.
@@ -143,17 +164,29 @@ def read_text(url: str) -> str | None:
         data: bytes = retrying(url, lambda: _call(url, "cat_file", None))
     except (FileNotFoundError, PermissionError):  # without permission to list, S3 denies access to missing objects
         return None
-    return data.decode("utf-8", "backslashreplace")
+    return data
+
+
+def read_text(url: str) -> str | None:
+    """Reads the text of a small object like `read_existing`."""
+    data = read_existing(url)
+    return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
 def read_range(url: str, start: int, end: int, stop: threading.Event | None = None) -> bytes:
     """Reads the bytes from `start` up to `end` without retrying.
 
     Raises:
-        OSError: The answer has a different length.
+        OSError: The answer is shorter.
+        ValueError: The server sends more than it was asked for.
         Exception: Whatever the store's library raises; see `retrying`.
     """
     data: bytes = _call(url, "cat_file", stop, start=start, end=end)
+    if len(data) > end - start:  # HTTP allows a server to ignore ranges
+        raise ValueError(
+            f"{url}: the server answered a request for {end - start:,} bytes with {len(data):,}: it does not support range "
+            "requests; copy the shards to a local folder"
+        )
     if len(data) != end - start:
         raise OSError(f"received {len(data):,} bytes instead of {end - start:,}, from byte {start:,} on")
     return data
@@ -272,7 +305,15 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
         _quieten("gcsfs", logging.CRITICAL)  # it logs each error that it raises, with a traceback
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
         return GCSFileSystem(requests_timeout=timeout, **common)
-    return url_to_fs(root, **common)[0]
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        return url_to_fs(root, client_kwargs={"timeout": timeout}, **common)[0]
+    try:
+        return url_to_fs(root, **common)[0]
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}; {READABLE} are read") from error
 
 
 def _quieten(name: str, level: int) -> None:
@@ -285,6 +326,8 @@ def _quieten(name: str, level: int) -> None:
 def _remote_file(url: str, entry: dict[str, Any]) -> RemoteFile:
     """Builds a `RemoteFile` from an fsspec entry, whose keys depend on the store."""
     # Google has md5Hash, generation and crc32c. Others have an ETag, or a time under one of these names.
+    if entry["size"] is None:
+        raise ValueError(f"{url}: the server does not state its size; copy the shards to a local folder")
     names = "generation", "ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "created"
     return RemoteFile(
         url,

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from pipelines.location import READABLE, URL_SCHEMES
+
 PATIENCE_SECONDS = 180.0  # how long a request may fail before it is given up
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -87,7 +89,9 @@ def storage_errors(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{url}: no such object, folder or bucket") from error
     except ImportError as error:
-        raise ValueError(f"{url}: a package is missing ({error}); pip install -e '.[remote]'") from error
+        scheme = url.partition(":")[0]
+        way_out = "pip install -e '.[remote]'" if scheme in URL_SCHEMES else f"{READABLE} are read without it"
+        raise ValueError(f"{url}: a package is missing ({error}); {way_out}") from error
     except Exception as error:
         kind = PermissionError if _is_forbidden(error) else OSError
         raise kind(f"{url}: {_describe(error)}") from error
@@ -111,7 +115,7 @@ def _is_transient(error: BaseException) -> bool:
         or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
     ):
         return False
-    status = _http_status(error)
+    status = http_status(error)
     return status is None or status < 400 or status in (408, 425, 429) or status >= 500
 
 
@@ -119,7 +123,7 @@ def _is_forbidden(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or str(error).startswith("Forbidden:")  # gcsfs raises an OSError with this text
 
 
-def _http_status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """Returns the HTTP status behind an error of s3fs, gcsfs or aiohttp, if any."""
     response = getattr(error.__cause__, "response", None)  # s3fs wraps botocore's error
     if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):

@@ -1,17 +1,24 @@
 """Finds the tars and the `_info.json` that a path, a pattern or a URL names."""
 
 import collections
+import fnmatch
 import glob
-import json
 import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipelines.remote.object_store import RemoteFile, glob_files, is_url, list_folder, read_text, stat_existing
+from pipelines.json_file import as_object, get, parse_json, read_limited
+from pipelines.location import expand_location, refuse_other_notations
+from pipelines.printable import printable
+from pipelines.remote.object_store import RemoteFile, glob_files, is_url, list_folder, read_existing, stat_existing
+from pipelines.shards.compression import TAR_ENDINGS, compressed, compression_of
 
 INFO_FILE = "_info.json"
+# What other tools call the splits. Hugging Face's `datasets` recognizes the same words (`SPLIT_KEYWORDS` in data_files.py).
+SPLIT_NAMES = (("train", "training"), ("valid", "validation", "val", "dev"))
 
 
 def find_local(pattern: str, split: str) -> tuple[list[Path], dict[str, Any]]:
@@ -19,7 +26,10 @@ def find_local(pattern: str, split: str) -> tuple[list[Path], dict[str, Any]]:
     if os.path.isdir(pattern):
         folder, info = Path(pattern), read_info(Path(pattern))
         splits = info.get("splits")
-        return _listed_tars(folder, _choose_split(str(folder), splits, split)) if splits else _unlisted_tars(folder), info
+        if not splits:
+            return _unlisted_tars(folder), info
+        there = [path.name for path in folder.glob("*.tar")]
+        return _listed_tars(folder, _choose_split(str(folder), splits, split, there)), info
     tars = _expand(pattern)
     return tars, read_info(tars[0].parent)
 
@@ -50,6 +60,7 @@ def find_splits(pattern: str) -> dict[str, list[Path]]:
     Raises:
         ValueError: Nothing matches.
     """
+    pattern = expand_location(pattern)
     folder = Path(pattern) if os.path.isdir(pattern) else None
     splits = read_info(folder).get("splits") if folder else None
     if folder and splits:
@@ -69,25 +80,38 @@ def read_info(folder: Path) -> dict[str, Any]:
     """Reads the `_info.json` of a folder of shards; returns an empty dict if there is none.
 
     Raises:
-        ValueError: The file is not a JSON object.
+        ValueError: The file cannot be used; see `parse_info`.
     """
     path = folder / INFO_FILE
-    return parse_info(path.read_text(), str(path)) if path.exists() else {}
+    return parse_info(read_limited(path), str(path)) if path.exists() else {}
 
 
-def parse_info(text: str, place: str) -> dict[str, Any]:
-    """Parses the text of an `_info.json`.
+def parse_info(content: bytes, place: str) -> dict[str, Any]:
+    """Parses the content of an `_info.json`, in which each split has `filenames`. Unknown keys are kept.
 
     Raises:
-        ValueError: It is not a JSON object; the message begins with `place`.
+        ValueError: It is not JSON, or a known key has a value that cannot be used; the message begins with `place`.
     """
-    try:
-        info = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{place}: a JSON object is needed, not {type(info).__name__}")
+    info = as_object(parse_json(content, place), place)
+    get(info, "classes", "a list of texts", place, default=None)
+    for name, split in get(info, "splits", "an object", place, default={}).items():
+        where = f"{place}: split {printable(name)!r}"
+        _check_split(as_object(split, where), where)
     return info
+
+
+def _check_split(split: dict[str, Any], place: str) -> None:
+    for name in get(split, "filenames", "a list of texts", place):
+        # Anything else could lead out of the folder.
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(
+                f"{place}: 'filenames' has {printable(name)!r}, which is not the name of a file beside {INFO_FILE}"
+            )
+    for key in ("shard_lengths", "shard_bytes"):
+        get(split, key, "a list of whole numbers from 0", place, default=None)
+    get(split, "num_samples", "a whole number from 0", place, default=None)
+    conversion = get(split, "conversion", "an object", place, default={})
+    get(get(conversion, "source", "an object", place, default={}), "images", "a whole number from 0", place, default=None)
 
 
 def _find_in_remote_folder(folder: str, split: str) -> tuple[list[RemoteFile], dict[str, Any]]:
@@ -95,7 +119,7 @@ def _find_in_remote_folder(folder: str, split: str) -> tuple[list[RemoteFile], d
     info = _read_remote_info(folder) if INFO_FILE in files else {}
     splits = info.get("splits")
     if splits:
-        names = _choose_split(folder, splits, split)["filenames"]
+        names = _choose_split(folder, splits, split, files)["filenames"]
         _check_complete(folder, [name for name in names if name not in files])
     else:
         names = sorted(name for name in files if name.endswith(".tar"))
@@ -105,8 +129,8 @@ def _find_in_remote_folder(folder: str, split: str) -> tuple[list[RemoteFile], d
 
 def _read_remote_info(folder: str) -> dict[str, Any]:
     place = f"{folder}/{INFO_FILE}"
-    text = read_text(place)
-    return {} if text is None else parse_info(text, place)
+    content = read_existing(place)
+    return {} if content is None else parse_info(content, place)
 
 
 def _listed_tars(folder: Path, split_info: dict[str, Any]) -> list[Path]:
@@ -116,38 +140,82 @@ def _listed_tars(folder: Path, split_info: dict[str, Any]) -> list[Path]:
 
 
 def _unlisted_tars(folder: Path) -> list[Path]:
-    tars = sorted(folder.glob("*.tar"))
+    tars = tars_of_folder(folder)
     _check_one_set(str(folder), [tar.name for tar in tars])
     return tars
 
 
-def _choose_split(folder: str, splits: dict[str, Any], split: str) -> dict[str, Any]:
-    if split in splits:
-        return dict(splits[split])
-    raise ValueError(
-        f"folder {folder} has the splits {', '.join(sorted(splits))} and none called {split!r}; "
-        f"name the shards themselves, for example '{folder}/{min(splits)}-*.tar'"
-    )
+def tars_of_folder(folder: Path) -> list[Path]:
+    """Returns the tars of a folder, by name.
+
+    Raises:
+        ValueError: There are none; the message says so of compressed ones.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if tars:
+        return tars
+    for file in sorted(folder.glob("*")):
+        if file.name.endswith(TAR_ENDINGS) and file.is_file() and (kind := compression_of(file)):
+            raise ValueError(f"no .tar files in folder {folder}; {compressed(str(file), kind)}")
+    raise ValueError(f"no .tar files in folder {folder}")
+
+
+def _choose_split(folder: str, splits: Mapping[str, Any], split: str, files: Collection[str]) -> dict[str, Any]:
+    """Returns the entry of a split. If no split has its exact name, one with another name for the same will do.
+
+    Args:
+        folder: Path or URL.
+        splits: The entries by name.
+        split: Name of the split.
+        files: Names of the files in the folder.
+    """
+    others = next((names for names in SPLIT_NAMES if split in names), ())
+    found = [split] if split in splits else [name for name in others if name in splits]
+    if len(found) == 1:
+        return dict(splits[found[0]])
+    candidates = sorted(found or splits)
+    names = ", ".join(map(printable, candidates))
+    problem = f"each may be {split!r}" if found else f"none called {split!r}"
+    patterns = (_pattern_of(folder, splits[name]["filenames"], files) for name in candidates)
+    raise ValueError(f"folder {folder} has the splits {names} and {problem}; name the shards themselves{_example(patterns)}")
+
+
+def _pattern_of(folder: str, names: Sequence[str], files: Collection[str]) -> str:
+    """Returns a pattern that matches these files of a folder and no others; empty if there is no simple one."""
+    schemes = set(map(naming_scheme, names))
+    for prefix, digits in schemes if len(schemes) == 1 else ():
+        for name in (f"{glob.escape(prefix)}*.tar", f"{glob.escape(prefix)}{'[0-9]' * digits}.tar"):
+            pattern = f"{glob.escape(folder)}/{name}"
+            if sorted(fnmatch.filter(files, name)) == sorted(names) and _split_braces(pattern) == [pattern]:
+                return pattern
+    return ""
+
+
+def _example(patterns: Iterable[str]) -> str:
+    return next((f", for example '{printable(pattern)}'" for pattern in patterns if pattern), "")
 
 
 def _check_complete(folder: str, missing: list[str]) -> None:
     if missing:
-        raise ValueError(f"{folder}/{INFO_FILE} lists shards that are not there: {', '.join(missing[:5])}")
+        raise ValueError(f"{folder}/{INFO_FILE} lists shards that are not there: {', '.join(map(printable, missing[:5]))}")
 
 
 def _check_one_set(folder: str, names: list[str]) -> None:
     """Without an `_info.json` the tars of a folder must be one set, so that train and valid are never mixed."""
     if not names:
         raise ValueError(f"no .tar files in folder {folder}")
-    schemes = collections.Counter(map(naming_scheme, names))
+    schemes = collections.defaultdict(list)
+    for name in names:
+        schemes[naming_scheme(name)].append(name)
     if len(schemes) > 1:
-        found = ", ".join(f"{prefix}{'#' * digits}.tar ({count})" for (prefix, digits), count in sorted(schemes.items())[:5])
-        raise ValueError(
-            f"folder {folder} has shards of several naming schemes: {found}; name one, as in '{folder}/PREFIX-*.tar'"
-        )
+        counts = [f"{printable(prefix)}{'#' * digits}.tar ({len(of)})" for (prefix, digits), of in sorted(schemes.items())[:5]]
+        example = _example(_pattern_of(folder, of, names) for _, of in sorted(schemes.items()))
+        raise ValueError(f"folder {folder} has shards of several naming schemes: {', '.join(counts)}; name one{example}")
 
 
 def _split_braces(pattern: str) -> list[str]:
+    if "{" not in pattern and "}" not in pattern:
+        return [pattern]  # `braceexpand` would remove backslashes
     try:
         return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
@@ -157,11 +225,15 @@ def _split_braces(pattern: str) -> list[str]:
 def _expand(pattern: str) -> list[Path]:
     if is_url(pattern):
         raise ValueError(f"{pattern!r}: this command reads local shards only; copy them to a local folder")
+    if os.path.isfile(pattern):  # a name may have brackets or braces
+        return [Path(pattern)]
+    refuse_other_notations(pattern)
     tars: list[Path] = []
     for part in _split_braces(pattern):
         found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
         if not found or not os.path.isfile(found[0]):
-            raise ValueError(f"no such shard: {part!r}{_part_of(pattern, part)}; looked from {Path.cwd()}")
+            place = "" if os.path.isabs(part) else f"; looked from {Path.cwd()}"
+            raise ValueError(f"no such shard: {part!r}{_part_of(pattern, part)}{place}")
         tars += [Path(tar) for tar in found]
     return tars
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,16 @@ from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
-from pipelines.files import replace_text, user_cache
+from pipelines.files import cache_errors, replace_text, user_cache
+from pipelines.printable import printable
 from pipelines.remote.object_store import RemoteFile, in_threads, is_url, open_remote, read_text
+from pipelines.shards.compression import compressed, compression_in
+from pipelines.shards.walk import Entry, walk
 
 VERSION = "v1.2"
+HEADER_CHARACTERS = 100  # the first line is shorter
+LEAST_LINE_BYTES = 8  # of a sample in an index
+MOST_DIGITS = 18  # of offsets and sizes: a million terabytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def _open_tar(tar: str | Path | RemoteFile) -> BinaryIO:
 
 
 def iter_components(file: BinaryIO, place: str) -> Iterator[Component]:
-    """Yields the members of a tar that can belong to samples, in order; seeks over their data.
+    """Yields the files in a tar that can belong to samples, in order; seeks over their data.
 
     Args:
         file: The tar.
@@ -69,29 +76,15 @@ def iter_components(file: BinaryIO, place: str) -> Iterator[Component]:
     Raises:
         ValueError: The file is not a tar, or is damaged or cut short. The members before the damage are yielded first.
     """
-    try:
-        # The error handler turns names that are not UTF-8 into printable text, and keeps different names different.
-        with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile collects all members here
-                key, extension = split_name(member.name)
-                if member.isreg() and key and not key.endswith("/"):
-                    yield Component(extension, member.offset_data, member.size, member.name)
-            end = tar.offset
-    # tarfile lets the last two escape from a damaged header.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise ValueError(f"{place}: not a readable tar ({error})") from error
-    check_end_mark(file, place, end)
+    return (component for entry in walk(file, place) if (component := as_component(entry)) is not None)
 
 
-def check_end_mark(file: BinaryIO, place: str, end: int) -> None:
-    """Raises `ValueError` unless a tar ends with a block of zeros. `tarfile` accepts tars cut short between two members."""
-    file.seek(end)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise ValueError(f"{place}: cut short; there is no end mark after its last complete member, at byte {end:,}")
-    if any(block):
-        raise ValueError(f"{place}: damaged; at byte {end:,} there is neither a member nor an end mark")
+def as_component(entry: Entry) -> Component | None:
+    """Returns a member as the component of a sample; `None` if it has no bytes of its own, or no key."""
+    key, extension = split_name(entry.name)
+    if entry.other or not key or key.endswith("/"):
+        return None
+    return Component(extension, entry.offset, entry.size, entry.name)
 
 
 def group_samples(components: Iterable[Component]) -> list[Sample]:
@@ -122,7 +115,7 @@ def read_index(index_path: Path) -> list[Sample]:
         ValueError: The file is not an index of version 1.2, or is damaged.
     """
     with open(index_path, errors="replace") as file:
-        num_samples = _parse_header(index_path, file.readline())
+        num_samples = _read_header(file, str(index_path))
         samples = [list(parse_line(index_path, line)) for line in file]
     if len(samples) != num_samples:
         raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {len(samples)} listed")
@@ -136,22 +129,32 @@ def read_sample(index_path: Path, row: int) -> Sample:
         ValueError: The file is not an index of version 1.2, is damaged, or lists fewer samples.
     """
     with open(index_path, errors="replace") as file:
-        num_samples = _parse_header(index_path, file.readline())
+        num_samples = _read_header(file, str(index_path))
         for line in itertools.islice(file, row, row + 1):
             return list(parse_line(index_path, line))
     raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, but sample {row} is missing")
 
 
 def count_samples(index_path: Path) -> int:
-    """Reads the number of samples from the first line."""
+    """Reads the number of samples from the first line.
+
+    Raises:
+        ValueError: The file is not an index of version 1.2, or too small for so many samples.
+    """
     with open(index_path, errors="replace") as file:
-        return _parse_header(index_path, file.readline())
+        num_samples = _read_header(file, str(index_path))
+        size = os.fstat(file.fileno()).st_size
+    if num_samples * LEAST_LINE_BYTES > size:
+        raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, in a file of {size:,} bytes")
+    return num_samples
 
 
-def _parse_header(index_path: Path | str, line: str) -> int:
+def _read_header(index: TextIO, place: str) -> int:
+    line = index.readline(HEADER_CHARACTERS)
     version, _, count = line.strip().partition(" ")
-    if version != VERSION or not count.isdigit():
-        raise ValueError(f"{index_path}: not an index file; its first line is {line[:60]!r}, not '{VERSION} NUM_SAMPLES'")
+    if version != VERSION or not _is_number(count):
+        found = f"its first line is {line[:60]!r}, not '{VERSION} NUM_SAMPLES'" if line else "it is empty"
+        raise ValueError(f"{place}: not an index file; {found}")
     return int(count)
 
 
@@ -165,9 +168,16 @@ def parse_line(index_path: Path | str, line: str) -> Iterator[Component]:
     if not fields or len(fields) % 4:
         raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields per component")
     for extension, offset, size, name in zip(*[iter(fields)] * 4, strict=True):
-        if not (offset.isdecimal() and size.isdecimal()):
-            raise ValueError(f"{index_path}: damaged index; offset {offset!r} and size {size!r} of {name} are not both numbers")
+        if not (_is_number(offset) and _is_number(size)):
+            raise ValueError(
+                f"{index_path}: damaged index; offset {offset[:30]!r} and size {size[:30]!r} of {printable(name[:80])} "
+                "are not both numbers of bytes"
+            )
         yield Component(extension, int(offset), int(size), name)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def ensure_indices(tars: Sequence[Path] | Sequence[RemoteFile], index_dir: str = "") -> list[Path]:
@@ -191,7 +201,7 @@ def ensure_index(tar: Path | RemoteFile, index_dir: str = "") -> Path:
     If the cache folder lacks the index, it is built there. The index beside a remote tar is copied there.
 
     Raises:
-        ValueError: The index belongs to another tar, or the file is not a tar.
+        ValueError: The index belongs to another tar, or the file is not a tar, or the cache folder cannot be written to.
         OSError: The tar cannot be read.
     """
     stem = Path(str(tar)).stem
@@ -206,7 +216,9 @@ def ensure_index(tar: Path | RemoteFile, index_dir: str = "") -> Path:
     cached = user_cache("index", f"{stem}-{hashlib.sha256(_identity(tar).encode()).hexdigest()[:16]}.idx")
     if not cached.exists():
         text = _read_beside(tar) if isinstance(tar, RemoteFile) else None
-        replace_text(cached, text or format_index(scan_tar(tar)))
+        text = text or format_index(scan_tar(tar))
+        with cache_errors(cached.parent):
+            replace_text(cached, text)
     return cached
 
 
@@ -229,10 +241,13 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
     """Compares the first sample of an index with its tar. Users move index files and replace tars, and the loader would decode
     whatever bytes a wrong index points at. Another tar is unlikely to have members of the same sizes at the same offsets.
     """
-    num_samples = _parse_header(place, index.readline())
+    num_samples = _read_header(index, place)
     with _open_tar(tar) as file:
+        if kind := compression_in(file.read(8)):
+            raise ValueError(compressed(str(tar), kind))
+        size = file.seek(0, io.SEEK_END)
         for component in parse_line(place, index.readline()) if num_samples else ():
-            file.seek(max(0, component.offset - tarfile.BLOCKSIZE))
+            file.seek(min(max(0, component.offset - tarfile.BLOCKSIZE), size))
             if _member_size(file.read(tarfile.BLOCKSIZE)) != component.size:
                 raise ValueError(f"{place}: not an index of {tar}; remove it, or rebuild it with `shards index --overwrite`")
 

@@ -1,14 +1,45 @@
 """The label of a sample: which member holds it, and which class number it means."""
 
 import json
-from collections.abc import Sequence
+import re
+import string
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pipelines.printable import printable
+
 LARGEST_DIGITS = 9  # class numbers are kept as int32
 MOST_KNOWN = 100_000  # contents of `.cls` members to remember; looking one up is several times faster than parsing it
+MOST_KNOWN_BYTES = 256  # longer contents are parsed each time, or the memory would fill
+SHOWN = 40  # characters of a label in messages
+PADDING = string.whitespace + "\0\ufeff\u00a0"  # around a label: blanks, NUL bytes, the byte-order mark
 _AMBIGUOUS = -1  # stands for the number of a name that several classes share
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BINARY_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+# A whole number, also as the float that some tools write; group 1 is its value.
+_NUMBER = re.compile(r"([0-9]+)(?:\.0*)?")
+# What is no class name, unless a class file lists it: `\d` includes the digits of all scripts.
+_UNLIKELY = {
+    "a number, but not a class number in ASCII digits": re.compile(r"[-+]?[\d.,_ ]*\d[\d.,_ ]*([eE][-+]?\d+)?"),
+    "how Python prints bytes": re.compile(r"b(['\"]).*\1"),
+    "how Python prints a tensor or an array": re.compile(r"(tensor|array|(np|numpy|torch)\.\w+)\(.*\)"),
+    "a list of values": re.compile(r"\[.*\]|\(.*,.*\)"),
+    "JSON": re.compile(r"\{.*\}"),
+    "text in quotation marks": re.compile(r"(['\"]).*\1"),
+}
+_BINARY = {
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a pickle of Python"),
+    b"PK\x03\x04": "a zip file or a file of torch.save",
+    b"\x93NUMPY": "a file of numpy.save",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+class BinaryLabelError(ValueError):
+    """A label is not text but, it seems, an integer in binary."""
 
 
 @dataclass(frozen=True)
@@ -19,19 +50,16 @@ class LabelReader:
     If the file lists a number as the name of another class, digits would be ambiguous, so all labels must be names.
 
     Attributes:
-        key: Key of the label in the sample's `.json`, with dots between nested keys; empty if the label is the sample's `.cls`.
+        extension: Extension of the member with the label, in lower case.
+        key: Key of the label in that member, with dots between nested keys; empty if the member is the label.
         classes: Class names by number; `None` if they are unknown, and labels must be numbers.
         class_file: File of the class names; empty if they come from an `_info.json`.
     """
 
+    extension: str = "cls"
     key: str = ""
     classes: tuple[str, ...] | None = None
     class_file: str = ""
-
-    @property
-    def extension(self) -> str:
-        """Extension of the member with the label, in lower case."""
-        return "json" if self.key else "cls"
 
     def parse(self, raw: bytes, place: str) -> int:
         """Returns the class number in the content of a member.
@@ -45,45 +73,44 @@ class LabelReader:
         Raises:
             ValueError: The content is not a valid label; the message begins with `place`.
         """
-        if not self.key:
-            number = self._known.get(raw)
-            if number is None:
-                number = self._number(raw, place)
-                if len(self._known) < MOST_KNOWN:
-                    self._known[raw] = number
-            return number
-        try:
-            label = json_label(raw, self.key)
-        except KeyError as error:
-            raise ValueError(f"{place}: {error.args[0]}; --label-key (in training --data.label-key) names another") from error
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)  # some tools write columns of integers as floats
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise ValueError(f"{place}: {self.key!r} is {str(label)[:40]}, which is neither a class number nor a class name")
-        return self._number(str(label).encode("utf-8", "replace"), place)
+        number = None if self.key else self._known.get(raw)
+        if number is None:
+            try:
+                number = self.number(self.text(raw))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            if not self.key and len(raw) <= MOST_KNOWN_BYTES and len(self._known) < MOST_KNOWN:
+                self._known[raw] = number
+        return number
 
-    def _number(self, label: bytes, place: str) -> int:
-        """Returns the class number of a number or a name, ignoring blanks around it."""
-        digits = label.strip()
-        if self._names and (found := self._names.get(digits.decode("utf-8", "replace"))) is not None:
+    def text(self, raw: bytes) -> str:
+        """Returns the label in the content of a member, a number or a name, without what surrounds it.
+
+        Raises:
+            ValueError: The content is no text, or no JSON with a label under the key.
+        """
+        return json_text(raw, self.key, self.extension) if self.key else plain_text(raw)
+
+    def number(self, label: str) -> int:
+        """Returns the class number of a number or a name.
+
+        Raises:
+            ValueError: It is neither a class number nor one of the classes.
+        """
+        if self._names and (found := self._names.get(label)) is not None:
             if found == _AMBIGUOUS:
-                raise ValueError(f"{place}: the label is {_shown(digits)}, which is the name of several classes; use numbers")
+                raise ValueError(f"the label is {_shown(label)}, which is the name of several classes; use numbers")
             return found
-        if digits.isdigit() and self._numbers_allowed:
-            if len(digits.lstrip(b"0")) > LARGEST_DIGITS:
-                raise ValueError(f"{place}: the label is {label[:40]!r}, which is too large for a class number")
-            return int(digits)
+        if self._numbers_allowed and (number := class_number(label)) is not None:
+            return number
+        looks = _looks_like(label)
         if self.classes is None:
-            raise ValueError(
-                f"{place}: the label is {label[:40]!r}; a class number in ASCII digits is needed, or a file of class names "
-                "with --class-file (in training --data.class-file)"
-            )
+            needed = "" if looks else ", or a file of class names with --class-file (in training --data.class-file)"
+            raise ValueError(f"the label is {_shown(label)}{looks}; a class number in ASCII digits is needed{needed}")
         source = self.class_file or "_info.json"
         neither = " nor a class number" if self._numbers_allowed else ""
         raise ValueError(
-            f"{place}: the label is {_shown(digits)}, which is none of the {len(self.classes)} classes of {source}{neither}"
+            f"the label is {_shown(label)}{looks}, which is none of the {len(self.classes)} classes of {source}{neither}"
         )
 
     @cached_property
@@ -106,19 +133,145 @@ class LabelReader:
         return not self.class_file or all(int(name) == place for name, place in self._names.items() if _is_number(name))
 
 
+def plain_text(raw: bytes) -> str:
+    """Returns the text of a member that is a label, without the white space, NUL bytes and byte-order mark around it.
+
+    Raises:
+        ValueError: It is empty, or not one line of UTF-8 text without control characters.
+    """
+    if raw.startswith(tuple(_BINARY)):
+        what = next(what for begin, what in _BINARY.items() if raw.startswith(begin))
+        raise ValueError(f"the label is {what}, which begins with {raw[:16]!r}; a line of UTF-8 text is needed")
+    try:
+        return _stripped(raw.decode(), "the label")
+    except ValueError as error:
+        if len(raw) in (1, 2, 4, 8) and _BINARY_BYTES.search(raw):
+            looks = f"the label is {raw!r}, which looks like a number in binary; ASCII digits are needed"
+            raise BinaryLabelError(looks) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise ValueError(f"the label is {raw[:SHOWN]!r}, which is not UTF-8 text") from error
+        raise
+
+
+def is_padded(raw: bytes) -> bool:
+    """Returns whether the content of a member could also be a small number in binary, as a 1 with three NUL bytes: 49."""
+    return len(raw) in (2, 4, 8) and raw.endswith(b"\0")
+
+
+def json_text(raw: bytes, key: str, extension: str = "json") -> str:
+    """Returns the label under a key of a `.json` member, with dots between nested keys.
+
+    Raises:
+        ValueError: The content is not JSON, or the key is missing, or its value is neither a class number nor a name.
+    """
+    try:
+        value: Any = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"damaged .{extension} ({error})") from error
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"no {key!r} in .{extension}; --label-key (in training --data.label-key) names another")
+        value = value[part]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # some tools write columns of integers as floats
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{key!r} is {printable(str(value)[:SHOWN])}, which is neither a class number nor a class name")
+    return _stripped(str(value), repr(key))
+
+
+def _stripped(text: str, what: str) -> str:
+    text = text.strip(PADDING)
+    if not text:
+        raise ValueError(f"{what} is empty")
+    if _CONTROL.search(text):
+        has = "several lines" if len(text.splitlines()) > 1 else "control characters"
+        raise ValueError(f"{what} has {has}: {_shown(text)}")
+    return text
+
+
+def class_number(label: str) -> int | None:
+    """Returns the class number of a label in ASCII digits (`7`, also `7.0`); `None` for other labels.
+
+    Raises:
+        ValueError: The number is too large.
+    """
+    match = _NUMBER.fullmatch(label)
+    if match is None:
+        return None
+    if len(match[1].lstrip("0")) > LARGEST_DIGITS:
+        raise ValueError(f"the label is {_shown(label)}, which is too large for a class number")
+    return int(match[1])
+
+
+def check_range(number: int, num_classes: int) -> None:
+    """Raises `ValueError` if there are too few classes for a class number."""
+    if number >= num_classes:
+        raise ValueError(f"class {number} is out of range; there are {num_classes} classes, from 0 on")
+
+
+def require_name(label: str) -> None:
+    """Checks the name of a class that nobody has listed.
+
+    Raises:
+        ValueError: It is not a name but, for example, a number that is no class number, or what Python prints for bytes.
+    """
+    if looks := _looks_like(label):
+        raise ValueError(f"the label is {_shown(label)}{looks}; a class number in ASCII digits or a class name is needed")
+
+
+def _looks_like(label: str) -> str:
+    if _NUMBER.fullmatch(label):
+        return ""
+    return next((f" ({what})" for what, pattern in _UNLIKELY.items() if pattern.fullmatch(label)), "")
+
+
+def no_class_zero(used: Collection[int]) -> str:
+    """Returns a warning if the labels of a split seem to begin at 1; else an empty text.
+
+    Args:
+        used: Class numbers that occur.
+    """
+    if len(used) < 2 or min(used) != 1:
+        return ""
+    return (
+        "no sample has class 0; class numbers begin at 0, so labels that begin at 1 shift all class names by one, "
+        "and leave an output of the network unused"
+    )
+
+
+def label_place(label_key: str) -> tuple[str, str]:
+    """Returns the extension of the member that holds the label, and the key in it, from the option --label-key.
+
+    `cls` or a value that ends in `.cls` is the extension of a member that is the label. `json:KEY` or `X.json:KEY` is a key in
+    that member. Any other value is a key in `.json`. Without a value, the label is the `.cls`.
+
+    Raises:
+        ValueError: The key is missing behind the colon.
+    """
+    member, colon, key = label_key.partition(":")
+    if colon and re.fullmatch(r"(.*\.)?json", member, re.IGNORECASE):
+        if not key:
+            raise ValueError(f"--label-key {label_key}: a key is needed behind the colon")
+        return member.lower().removeprefix("."), key
+    if re.fullmatch(r"(.*\.)?cls", label_key, re.IGNORECASE):
+        return label_key.lower().removeprefix("."), ""
+    return ("json", label_key) if label_key else ("cls", "")
+
+
 def open_labels(label_key: str = "", class_file: str = "", listed: Sequence[str] | None = None) -> LabelReader:
     """Builds the reader of labels from the options and the classes of an `_info.json`.
 
     Args:
-        label_key: Key of the label in `.json`; empty for labels in `.cls`.
+        label_key: Member or key of the label, see `label_place`; empty for labels in `.cls`.
         class_file: File of class names, one per line in the order of their numbers; empty if there is none.
         listed: Classes in the `_info.json` beside the shards.
 
     Raises:
         ValueError: The class file cannot be read, has an empty line, or contradicts the `_info.json`.
     """
+    extension, key = label_place(label_key)
     if not class_file:
-        return LabelReader(label_key, tuple(listed) if listed else None)
+        return LabelReader(extension, key, tuple(listed) if listed else None)
     classes = _read_class_file(class_file)
     # The converter lists numbers if its source has no names. A class file may name those.
     unnamed = listed and list(listed) == [str(number) for number in range(len(listed))] and len(listed) <= len(classes)
@@ -127,7 +280,7 @@ def open_labels(label_key: str = "", class_file: str = "", listed: Sequence[str]
             f"{class_file} has other classes than the _info.json beside the shards, or in another order; "
             "omit the class file, or use the one that matches the shards"
         )
-    return LabelReader(label_key, classes, class_file)
+    return LabelReader(extension, key, classes, class_file)
 
 
 def _read_class_file(path: str) -> tuple[str, ...]:
@@ -144,27 +297,9 @@ def _read_class_file(path: str) -> tuple[str, ...]:
     return names
 
 
-def json_label(raw: bytes, key: str) -> Any:
-    """Returns the value of a key in a `.json` member, with dots between nested keys.
-
-    Raises:
-        KeyError: The key is missing; the argument is a message.
-        ValueError: The content is not JSON.
-    """
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"damaged .json ({error})") from error
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise KeyError(f"no {key!r} in .json")
-        value = value[part]
-    return value
-
-
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
-def _shown(label: bytes) -> str:
-    return repr(label.decode("utf-8", "replace")[:40])
+def _shown(label: str) -> str:
+    return repr(label[:SHOWN])

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.bad_samples import png
 from pipelines.bad_samples.jpeg import CUT_SHORT, END, is_cut_short
 from pipelines.bad_samples.quarantine import RowId
 from pipelines.shards.deal import Plan
 from pipelines.shards.extents import Extents, Table
+from pipelines.shards.labels import check_range
+from pipelines.shards.members import not_there
 from pipelines.shards.shard_set import ShardSet
 from pipelines.shards.tars import OpenTar, Tars
 
@@ -123,10 +126,7 @@ class Reader:
         for shard, offset, size, start in wanted:
             if _read_into(tars[shard], buffer[start : start + size], offset) < size:
                 self._tars.check_size(shard)
-                raise ValueError(
-                    f"{self._shards.indices[shard]}: damaged index, or the index of another tar; it lists bytes from "
-                    f"{offset:,} to {offset + size:,}, where {tars[shard].path} has none"
-                )
+                raise ValueError(f"{self._shards.indices[shard]}: {not_there(offset, size)}, where {tars[shard].path} has none")
 
     def _labels(self, rows: list[RowId], layout: "_Layout", buffer: Bytes) -> tuple[NDArray[np.int64], dict[int, str]]:
         labels, reasons = np.zeros(len(rows), np.int64), {}
@@ -136,7 +136,7 @@ class Reader:
                     raise ValueError(self._extents.lacks(*rows[i]))
                 label = self._shards.label_reader.parse(buffer[start:end].tobytes(), "")
                 if label >= self._num_classes:
-                    raise ValueError(f"class {label} is out of range; there are {self._num_classes} classes, from 0 on")
+                    check_range(label, self._num_classes)
                 labels[i] = label
             except ValueError as error:
                 reasons[i] = str(error).removeprefix(": ")
@@ -144,11 +144,18 @@ class Reader:
 
 
 def _cut_short(images: list[Bytes], layout: "_Layout", buffer: Bytes) -> dict[int, str]:
-    """Finds truncated JPEGs. Almost all images end with the end marker, and need no further check."""
+    """Finds truncated JPEGs and PNGs. Almost all JPEGs end with the end marker, and need no further check."""
     ends = layout.ends[:, 0]
     is_unclear = (buffer[np.maximum(ends - 2, 0)] != END[0]) | (buffer[np.maximum(ends - 1, 0)] != END[1])
     unclear = np.flatnonzero(is_unclear).tolist()
-    return {slot: CUT_SHORT for slot in unclear if is_cut_short(images[slot].tobytes())}
+    found = {}
+    for slot in unclear:
+        image = images[slot].tobytes()
+        if is_cut_short(image):
+            found[slot] = CUT_SHORT
+        elif png.is_cut_short(image):
+            found[slot] = png.CUT_SHORT
+    return found
 
 
 class _Layout:

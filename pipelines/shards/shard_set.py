@@ -6,22 +6,22 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from pipelines.files import replace_bytes, user_cache
+from pipelines.location import expand_location
 from pipelines.remote.object_store import RemoteFile, is_url
 from pipelines.shards.find_tars import INFO_FILE, find_local, find_remote
-from pipelines.shards.index import Component, Sample, count_samples, ensure_indices, read_index
+from pipelines.shards.index import Sample, count_samples, ensure_indices, read_index
 from pipelines.shards.labels import LabelReader, open_labels
+from pipelines.shards.members import IMAGE_EXTENSIONS, find_component, image_extensions, read_member, require_members, short
 
 if TYPE_CHECKING:  # the --help of the tools imports this module, and needs no numpy
     import numpy as np
     from numpy.typing import NDArray
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2", "pnm", "ppm", "pgm")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ShardSet:
         sizes: Bytes per tar.
         classes: Class names by label; `None` if neither an `_info.json` nor a class file lists them.
         label_reader: Finds and reads the label of a sample.
+        images: Extensions of the image of a sample, in lower case.
     """
 
     tars: tuple[str, ...]
@@ -43,6 +44,7 @@ class ShardSet:
     sizes: tuple[int, ...]
     classes: tuple[str, ...] | None
     label_reader: LabelReader = LabelReader()
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
 
     @property
     def num_samples(self) -> int:
@@ -73,7 +75,17 @@ class ShardSet:
         Raises:
             ValueError: A sample has no valid label, or the tars are remote, where each read would be a request.
         """
-        return [read_label(*sample, self.label_reader) for sample in self._samples()]
+        labels = []
+        for file, sample, tar, samples in self._samples():
+            require_members(tar, sample, self.images, self.label_reader.extension, samples)
+            labels.append(read_label(file, sample, tar, self.label_reader))
+        return labels
+
+    def used_classes(self) -> list[int]:
+        """Returns the class numbers that occur, ascending; raises like `label_array`."""
+        import numpy as np
+
+        return [label for label in np.unique(self.label_array()).tolist() if label >= 0]
 
     def label_array(self) -> "NDArray[np.int32]":
         """Returns the labels of all samples, int32 `(num_samples,)`; -1 for unreadable ones.
@@ -92,9 +104,9 @@ class ShardSet:
                 if found.dtype == np.int32 and found.shape == (self.num_samples,):
                     return found
         labels = np.full(self.num_samples, -1, np.int32)
-        for row, sample in enumerate(self._samples()):
+        for row, (file, sample, tar, _) in enumerate(self._samples()):
             with contextlib.suppress(ValueError):
-                labels[row] = read_label(*sample, self.label_reader)
+                labels[row] = read_label(file, sample, tar, self.label_reader)
         if kept is not None:
             content = io.BytesIO()
             np.save(content, labels)
@@ -102,8 +114,8 @@ class ShardSet:
                 replace_bytes(kept, content.getvalue())
         return labels
 
-    def _samples(self) -> Iterator[tuple[BinaryIO, Sample, str]]:
-        """Yields (open tar, sample, path of the tar) for all samples."""
+    def _samples(self) -> Iterator[tuple[BinaryIO, Sample, str, list[Sample]]]:
+        """Yields (open tar, sample, path of the tar, all samples of the tar) for all samples."""
         if self.is_remote:
             raise ValueError(
                 f"{self.tars[0]}: labels of remote shards are not read before training. To state the number of classes, put an "
@@ -111,8 +123,9 @@ class ShardSet:
             )
         for tar, index in zip(self.tars, self.indices, strict=True):
             with open(tar, "rb") as file:
-                for sample in read_index(index):
-                    yield file, sample, tar
+                samples = read_index(index)
+                for sample in samples:
+                    yield file, sample, tar, samples
 
     def _kept_labels(self) -> Path | None:
         """Returns the cache file for the labels of these local shards; `None` without a writable cache folder."""
@@ -121,26 +134,9 @@ class ShardSet:
         identity = "\n".join([repr(self.label_reader), *states])
         try:
             path = user_cache("labels", f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy")
-        except OSError:
+        except ValueError:
             return None
         return path if os.access(path.parent, os.W_OK) else None
-
-
-def image_or_first(sample: Sample) -> Component:
-    """Returns the image of a sample, or its first member if it has no image. Messages name the sample by it."""
-    return first_of(sample, IMAGE_EXTENSIONS) or sample[0]
-
-
-def first_of(sample: Sample, extensions: Sequence[str]) -> Component | None:
-    """Returns the first component of a sample with one of the extensions, in either case."""
-    return next((component for component in sample if component.extension.lower() in extensions), None)
-
-
-def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -> Component:
-    """Returns what `first_of` finds, or raises `ValueError` with the names of tar and sample."""
-    if (found := first_of(sample, extensions)) is not None:
-        return found
-    raise ValueError(f"{tar}: the sample of {sample[0].name} has no member that ends in .{' .'.join(extensions)}")
 
 
 def read_label(file: BinaryIO, sample: Sample, tar: str | Path, reader: LabelReader) -> int:
@@ -150,11 +146,12 @@ def read_label(file: BinaryIO, sample: Sample, tar: str | Path, reader: LabelRea
         ValueError: The label is missing or invalid; the message names tar, offset and member.
     """
     label = find_component(sample, (reader.extension,), tar)
-    file.seek(label.offset)
-    return reader.parse(file.read(label.size), f"{tar}:{label.offset}:{label.name}")
+    return reader.parse(read_member(file, label, tar), f"{tar}:{label.offset}:{short(label.name)}")
 
 
-def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = "", class_file: str = "") -> ShardSet:
+def open_shards(
+    pattern: str, split: str, index_dir: str = "", label_key: str = "", class_file: str = "", image_key: str = ""
+) -> ShardSet:
     """Opens the shards that a glob, a brace pattern, a tar or a folder names, local or in an object store.
 
     Args:
@@ -164,12 +161,14 @@ def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = 
         index_dir: Folder of index files, which take precedence over those beside the tars.
         label_key: See `open_labels`.
         class_file: See `open_labels`.
+        image_key: See `image_extensions`.
 
     Raises:
         ValueError: Nothing matches, the folder lacks the split, there are no samples, an index does not belong to its tar, or
             the class file is invalid.
         OSError: The store cannot be read.
     """
+    pattern, index_dir, class_file = map(expand_location, (pattern, index_dir, class_file))
     if index_dir and not os.path.isdir(index_dir):
         raise ValueError(
             f"{index_dir}: no such folder of index files; `shards index SHARDS --index-dir {index_dir}` creates it"
@@ -196,4 +195,5 @@ def open_shards(pattern: str, split: str, index_dir: str = "", label_key: str = 
         sizes=tuple(itertools.compress(sizes, lengths)),
         classes=label_reader.classes,
         label_reader=label_reader,
+        images=image_extensions(image_key),
     )

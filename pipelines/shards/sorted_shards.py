@@ -74,7 +74,7 @@ def _convert_command(shards: ShardSet, data: "DataConfig") -> str:
     source = data.train
     if os.path.isdir(source):  # it may hold other splits as well
         source = f"{source.rstrip('/')}/{naming_scheme(Path(shards.tars[0]).name)[0]}*.tar"
-    options = {"--label-key": data.label_key, "--class-file": data.class_file}
+    options = {"--image-key": data.image_key, "--label-key": data.label_key, "--class-file": data.class_file}
     words = ["shards", "convert", source, "NEW_FOLDER", "--name", "train"]
     return shlex.join([*words, *(word for option, value in options.items() if value for word in (option, value))])
 

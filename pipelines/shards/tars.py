@@ -151,6 +151,7 @@ class CopiedTars(Tars):
         for block in np.unique(blocks).tolist():
             slots = np.flatnonzero(blocks == block)
             self._enter(plan, block, set(self._extents.locate(plan.samples[slots])[0]))
+            self._cache.show_life()
             yield slots.tolist()
         if plan.is_last:
             self.close()

@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["reset", "cut", "short", "flip", "503", "403", "500", "hang", "etag"]
+Fault = Literal["reset", "cut", "short", "flip", "503", "403", "expired", "500", "hang", "etag"]
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 ERRORS = {
     "503": (503, SLOW_DOWN),
     "500": (500, b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>again</Message></Error>"),
+    "expired": (400, EXPIRED),
     "403": (403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
 }
 

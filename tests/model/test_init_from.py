@@ -1,5 +1,6 @@
 """`--init-from`: which weights are loaded, which are reset, and which files are refused."""
 
+import functools
 import json
 import logging
 import zipfile
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 import train
 from model.checkpoint import load_checkpoint, save_checkpoint
@@ -19,17 +21,55 @@ from model.ema import averaged_weights
 from model.googlenet import GoogLeNet
 from model.init_from import read_initial_weights
 from model.job import Job, build_job
+from tests.helpers import checkpoints
 from tests.helpers.command import run_main
 from tests.helpers.runs import train_command
 
 ALONE = alone(torch.device("cpu"))
 
 State = dict[str, Tensor]
+PREPROCESSING = {"image_size": 32, "resize_shorter": 37, "mean": checkpoints.MEAN, "std": checkpoints.STD}
+ON = (
+    "transform_input: on, because the statistics of its first layer are those of inputs with a deviation of 0.5; "
+    "--model.no-transform-input overrides it\n"
+)
+OFF = (
+    "transform_input: off, because the statistics of its first layer are those of inputs with ImageNet's deviation; "
+    "--model.transform-input overrides it\n"
+)
+UNKNOWN = (
+    "transform_input: off; the file does not tell whether its weights need it, as torchvision's published ones do; "
+    "--model.transform-input turns it on\n"
+)
 
 
-def make_state(num_classes: int = 1000, *, aux_logits: bool = True, seed: int = 5) -> State:
-    torch.manual_seed(seed)
-    return GoogLeNet(num_classes, aux_logits).state_dict()
+def make_photos() -> Tensor:
+    """Returns images `(16, 3, 64, 64)` like photos: structure at every scale, mostly gray; normalized as ImageNet's."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(16, 3, 64, 64)
+    for cells in (1, 2, 4, 8, 16):
+        gray, colors = (torch.randn(16, channels, cells, cells, generator=generator) for channels in (1, 3))
+        images += interpolate(gray + 0.3 * colors, size=(64, 64), mode="bicubic")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoints.MEAN, checkpoints.STD))
+    return ((0.45 + 0.14 * images).clamp(0, 1) - mean) / std
+
+
+@functools.cache
+def _trained(num_classes: int, *, transform_input: bool) -> State:
+    torch.manual_seed(5)
+    network = GoogLeNet(num_classes, transform_input=transform_input)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(make_photos())
+    return network.state_dict()
+
+
+def make_state(num_classes: int = 1000, *, aux_logits: bool = True, transform_input: bool = True) -> State:
+    """Returns weights with the statistics of photos. By default, they need a renormalized input, as torchvision's do."""
+    state = _trained(num_classes, transform_input=transform_input)
+    return {name: value.clone() for name, value in state.items() if aux_logits or not name.startswith("aux")}
 
 
 def make_job(
@@ -47,6 +87,7 @@ def make_job(
         classes=classes,
         autocast_dtype=None,
         steps_per_epoch=10,
+        preprocessing=PREPROCESSING,
         initial=None if path is None else read_initial_weights(path, is_partial=is_partial),
     )
 
@@ -96,7 +137,11 @@ def test_a_checkpoint_gives_its_average_and_how_its_input_is_scaled(
     assert not torch.equal(average["fc.weight"], saved["model"]["fc.weight"])
     for name, value in job.ema.module.state_dict().items():  # the average starts there as well
         assert torch.equal(value, average[name])
-    assert said() == {"INFO": f"loaded {len(average) - 1} of {len(average) - 1} tensors from {checkpoint}\n"}
+    weights = "weights: ema (averaged; the checkpoint has no validation scores to choose by)"
+    assert said() == {
+        "INFO": "transform_input: on, as in the checkpoint; --model.no-transform-input overrides it\n"
+        f"loaded {len(average) - 1} of {len(average) - 1} tensors from {checkpoint}, {weights}\n"
+    }
     assert not make_job(path=checkpoint, transform_input=False).model.transform_input  # the setting overrides the file
 
 
@@ -113,12 +158,12 @@ def test_a_state_dict_as_torchvision_publishes_it(tmp_path: Path, said: Callable
     assert job.model.fc.weight.shape == (3, 1024)
     assert job.model.fc.weight.std().item() == pytest.approx(0.88 * 0.01, rel=0.1)  # like fresh weights
     assert said()["INFO"] == (
-        f"loaded {len(state) - len(anew)} of {len(state)} tensors from {path}\n"
+        f"{ON}loaded {len(state) - len(anew)} of {len(state)} tensors from {path}\n"
         "the file has 1000 classes, and the data 3: the last layers are reset: fc, aux1.fc2, aux2.fc2\n"
     )
     whole = make_job(1000, path=path)
     assert taken_from(state, whole) == {*state}
-    assert said() == {"INFO": f"loaded {len(state)} of {len(state)} tensors from {path}\n"}
+    assert said() == {"INFO": f"{ON}loaded {len(state)} of {len(state)} tensors from {path}\n"}
 
 
 def test_auxiliary_heads_on_one_side_only(tmp_path: Path, said: Callable[[], dict[str, str]]) -> None:
@@ -129,7 +174,7 @@ def test_auxiliary_heads_on_one_side_only(tmp_path: Path, said: Callable[[], dic
     assert "the file lacks auxiliary heads; they are reset: aux1, aux2\n" in said()["INFO"]
     torch.save(full, path)
     assert taken_from(full, make_job(path=path, aux_logits=False)) == {*bare}
-    assert said() == {"INFO": f"loaded {len(bare)} of {len(bare)} tensors from {path}\n"}
+    assert said() == {"INFO": f"{ON}loaded {len(bare)} of {len(bare)} tensors from {path}\n"}
     torch.save(make_state(7, aux_logits=False), path)
     make_job(path=path, aux_logits=False)
     assert "the file has 7 classes, and the data 3: the last layers are reset: fc\n" in said()["INFO"]
@@ -197,8 +242,8 @@ def test_what_does_not_fit_is_refused_or_left(
     lines = said()
     for text in (str(refused.value), lines["WARNING"]):
         assert [complaint for complaint in complaints if complaint not in text] == []
-    assert lines["INFO"] == f"loaded {len(state) + num_taken} of {len(state)} tensors from {path}\n"
-    assert lines["WARNING"].startswith(f"not loaded from {path}: ")
+    assert lines["INFO"].endswith(f"loaded {len(state) + num_taken} of {len(state)} tensors from {path}\n")
+    assert f"not loaded from {path}: " in lines["WARNING"]
     assert len(taken_from(state, job)) >= len(state) + num_taken
 
 
@@ -220,14 +265,14 @@ def save_cut(path: Path) -> None:
     ("write", "message"),
     [
         (lambda path: None, "no such file"),
-        (Path.mkdir, "no such file"),
-        (Path.touch, "cannot be read"),
-        (save_text, "cannot be read"),
-        (save_zip, "is not a checkpoint: it contains more than tensors and plain values"),
+        (Path.mkdir, "a folder; name a file"),
+        (Path.touch, "damaged, or not a checkpoint"),
+        (save_text, "damaged, or not a checkpoint"),
+        (save_zip, "is damaged, or not a checkpoint: torch finds no tensors"),
         (save_cut, "damaged, or not a checkpoint"),
         (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
-        (lambda path: torch.save([1], path, _use_new_zipfile_serialization=False), "holds a list instead of a state dict"),
-        (lambda path: torch.save({"state_dict": make_state(3)}, path), "neither a checkpoint of train.py nor a state dict"),
+        (lambda path: torch.save([1], path, _use_new_zipfile_serialization=False), "it holds a list"),
+        (lambda path: torch.save({"best": make_state(3)}, path), "nor a state dict of tensors; it holds best$"),
         (lambda path: torch.save({1: torch.zeros(3)}, path), "neither a checkpoint of train.py nor a state dict"),
         (lambda path: torch.save({"weight": torch.zeros(3)}, path), "nothing in it fits the network"),
     ],
@@ -243,8 +288,8 @@ def test_what_holds_no_weights_is_refused(write: Callable[[Path], object], messa
 
 def test_fine_tuning_from_beginning_to_end(shards: Path, tmp_path: Path) -> None:
     """An incomplete file of torchvision is refused, then loaded in part. The run resumes without the file."""
-    path, run = tmp_path / "googlenet.pth", tmp_path / "run"
-    torch.save(without(make_state(), CONV), path)
+    path, run, missing = tmp_path / "googlenet.pth", tmp_path / "run", "conv2.conv.weight"
+    torch.save(without(make_state(), missing), path)
     command = (
         *("--data.train", shards, "--data.valid", shards, "--epochs", 2, "--batch-size", 20, "--image-size", 32),
         *("--device", "cpu", "--init-from", path, "--run-dir", run, "--resume", "auto"),
@@ -252,20 +297,22 @@ def test_fine_tuning_from_beginning_to_end(shards: Path, tmp_path: Path) -> None
     refused = run_main(train.main, *command)
     assert refused.status == 2
     (line,) = refused.stderr.splitlines()
-    assert line == (f"error: --init-from {path} does not fit: {CONV} is missing; --init-from-partial loads what fits")
+    assert line == (f"error: --init-from {path} does not fit: {missing} is missing; --init-from-partial loads what fits")
     done = train_command(*command, "--init-from-partial", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the file has 1000 classes, and the data 3: the last layers are reset: fc, aux1.fc2, aux2.fc2\n" in done.stdout
-    assert f"not loaded from {path}: {CONV} is missing\n" in done.stdout
+    assert f"not loaded from {path}: {missing} is missing\n" in done.stdout
     first, last = sorted((run / "checkpoints").iterdir())
     whole = load_checkpoint(last)
     assert whole["architecture"]["transform_input"]
+    assert ON in done.stdout
 
     last.unlink()
     path.unlink()
     done = train_command(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
+    assert json.loads((run / "config.json").read_text())["transform_input"] is True
     again = load_checkpoint(run / "last.pt")
     assert again["architecture"] == whole["architecture"]
     for part in ("model", "ema"):

@@ -1,14 +1,19 @@
 """Loading networks from checkpoints, and files that are none."""
 
+import math
 import re
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model.checkpoint import save_checkpoint
 from model.ema import EMA
+from model.fit import misfit
 from model.googlenet import GoogLeNet
 from model.load_model import Preprocessing, load_model
 from tests.helpers import checkpoints
@@ -113,6 +118,117 @@ def test_other_things_that_torch_saves(tmp_path: Path) -> None:
         load_model(path)
 
 
+PREPROCESSING = {"image_size": 32, "resize_shorter": 37, "mean": checkpoints.MEAN, "std": checkpoints.STD}
+ARCHITECTURE = {"num_classes": 3, "aux_logits": True, "transform_input": False}
+DEEP: list[Any] = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "values", "needed"),
+    [
+        (
+            "preprocessing",
+            "image_size",
+            (0, -1, 10**9, "x", 32.0, True, None, 10**500, DEEP),
+            "a whole number from 32 to 4096",
+        ),
+        ("preprocessing", "resize_shorter", (0, 31, 10**9, "37"), "a whole number from 32, the image size, to 8192"),
+        (
+            *("preprocessing", "mean"),
+            ((0.5, 0.5), (0.5, 0.5, math.nan), (1e400, 0, 0), "abc", 0.5, (-1, 0, 0), (10**400, 0, 0), [[0.5]] * 3),
+            "three numbers from 0 to 1",
+        ),
+        (
+            "preprocessing",
+            "std",
+            ((0.2, 0.2, 0.0), (0.2, 0.2), (0.2, 0.2, -0.1), (1, 1, math.inf), None),
+            "three numbers above 0",
+        ),
+        ("architecture", "num_classes", (0, -3, 10**12, "3", 3.0, None), "a whole number from 1 to 10,000,000"),
+        ("architecture", "aux_logits", (1, "yes", None), "True or False"),
+        ("architecture", "transform_input", (0, torch.zeros(1)), "True or False"),
+        ("", "classes", (("ant", "bee"), "ant", (1, 2, 3), {"ant": 0}, 3), "None or a list of 3 names"),
+        ("", "epoch", (-1, 1.5, "2", None, (2,)), "a whole number"),
+        ("", "step", (-1, True, torch.tensor(3)), "a whole number"),
+    ],
+)
+def test_impossible_entries(tmp_path: Path, part: str, name: str, values: Sequence[Any], needed: str) -> None:
+    """They are refused in one line that names the file and the key, before anything is built from them."""
+    whole = {"preprocessing": PREPROCESSING, "architecture": ARCHITECTURE}
+    for value in values:
+        changes = {part: {**whole[part], name: value}} if part else {name: value}
+        path = checkpoints.write(tmp_path / "best.pt", **{"model": {}, "ema": {}, **changes})
+        with pytest.raises(
+            ValueError, match=rf"best\.pt: {f'{part}.{name}'.strip('.')} is .*, and {needed} is needed; name a"
+        ) as no:
+            load_model(path)
+        assert "\n" not in str(no.value)
+        assert len(str(no.value)) < 400
+    for value in (None, [], "x"):
+        if part:
+            with pytest.raises(ValueError, match=rf"best\.pt: .* it lacks {part}\.\w+; name a"):
+                load_model(checkpoints.write(tmp_path / "best.pt", **{"model": {}, "ema": {}, part: value}))
+
+
+@pytest.mark.parametrize("place", ["model", "ema"])
+def test_impossible_tensors(tmp_path: Path, place: str) -> None:
+    prefix = "module." if place == "ema" else ""
+    for value, why in (
+        (torch.zeros(1).expand(3, 1024), "a tensor that lacks the memory of its values"),
+        (torch.zeros(1).expand(3, 10**12), "3x1000000000000 instead of 3x1024"),
+        (torch.zeros(3, 1024, dtype=torch.int32), "a tensor of integers instead of floats"),
+        (torch.zeros(3, 1024, dtype=torch.complex64), "a tensor of complex numbers instead of floats"),
+        ([1.0], "a list instead of a tensor"),
+    ):
+        small = {f"{prefix}fc.bias": torch.zeros(3), f"{prefix}fc.weight": value}
+        path = checkpoints.write(tmp_path / "best.pt", **{"model": {}, "ema": {}, place: small})
+        with pytest.raises(
+            ValueError, match=rf"not those of the network that it describes \({place}: .*; and \d+ more\)"
+        ) as no:
+            load_model(path, "raw" if place == "model" else "ema")
+        assert "is missing" in str(no.value)
+        assert misfit(value, torch.zeros(3, 1024)) == why
+    for value in ([1], {1: torch.zeros(3)}):
+        with pytest.raises(ValueError, match=rf"best\.pt: {place} is not a state dict; name a"):
+            load_model(checkpoints.write(tmp_path / "best.pt", **{place: value}), "raw" if place == "model" else "ema")
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "why"),
+    [
+        ({"top1": 63.4, "ema_top1": 58.8}, "raw", "the better ones on the validation split"),
+        ({"top1": 58.8, "ema_top1": 63.4}, "ema", "the better ones on the validation split"),
+        ({}, "ema", "averaged; the checkpoint has no validation scores to choose by"),  # before the first validation
+        (None, "ema", "averaged; the checkpoint has no validation scores to choose by"),
+        ({"top1": math.nan, "ema_top1": "x"}, "ema", "averaged; the checkpoint has no validation scores to choose by"),
+    ],
+)
+def test_the_better_weights_are_taken(tmp_path: Path, scores: Any, chosen: str, why: str) -> None:
+    path = checkpoints.write(tmp_path / "best.pt", scores=scores)
+    trained = load_model(path)
+    assert (trained.weights, trained.why) == (chosen, why)
+    assert torch.equal(trained.model.fc.weight * (3 if chosen == "ema" else 1), checkpoints.state()["model"]["fc.weight"])
+    asked = load_model(path, "ema" if chosen == "raw" else "raw")
+    assert (asked.weights, asked.why) == ("ema" if chosen == "raw" else "raw", "as --weights says")
+
+
+def test_lying_archives(tmp_path: Path) -> None:
+    """An archive cannot make the reader take more memory than the file has."""
+    path, bomb = tmp_path / "best.pt", tmp_path / "bomb.pt"
+    save_checkpoint(path, {"a": torch.arange(300.0)})
+    for compression, message in ((zipfile.ZIP_DEFLATED, "a compressed archive"), (zipfile.ZIP_STORED, "its entries overlap")):
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(bomb, "w", compression) as other, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of duplicate names
+            for name in (*whole.namelist(), whole.namelist()[0]):
+                other.writestr(name, whole.read(name))
+        with pytest.raises(
+            ValueError, match=rf"bomb\.pt is damaged, or not a checkpoint: {'it is ' if 'a c' in message else ''}{message}"
+        ):
+            load_model(bomb)
+
+
 def test_lacking_and_contradicting(tmp_path: Path) -> None:
     old = checkpoints.state()
     del old["architecture"], old["preprocessing"]
@@ -120,11 +236,12 @@ def test_lacking_and_contradicting(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"old\.pt: .* it lacks architecture, preprocessing; name a best\.pt"):
         load_model(tmp_path / "old.pt")
     path = checkpoints.write(tmp_path / "a.pt", architecture={"num_classes": 3, "aux_logits": True})
-    with pytest.raises(ValueError, match=r"not a checkpoint of this version of train\.py \('transform_input'\)"):
+    with pytest.raises(ValueError, match=r"this version of train\.py, it lacks architecture\.transform_input; name a"):
         load_model(path)
-    path = checkpoints.write(tmp_path / "b.pt", architecture={"num_classes": 4, "aux_logits": True, "transform_input": False})
+    architecture = {"num_classes": 4, "aux_logits": True, "transform_input": False}
+    path = checkpoints.write(tmp_path / "b.pt", architecture=architecture, classes=None)
     with pytest.raises(
-        ValueError, match=r"b\.pt: its weights are not those of the network that it describes \(.*size mismatch"
+        ValueError, match=r"b\.pt: its weights are not those of the network that it describes \(ema: .*fc\.weight is 3x1024 i"
     ) as error:
         load_model(path)
     assert "\n" not in str(error.value)

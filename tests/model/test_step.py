@@ -179,7 +179,7 @@ def test_a_run_that_diverges_ends_with_one_line(shards: Path, tmp_path: Path) ->
     done = train_command(
         *("--data.train", shards, "--data.valid", shards, "--epochs", 3, "--batch-size", 8, "--image-size", SIZE),
         *("--optim.lr", "1e30", "--optim.reference-batch-size", 0, "--optim.warmup-epochs", 0, "--max-nonfinite-steps", 9),
-        *("--device", "cpu", "--run-dir", run),
+        *("--device", "cpu", "--log-every", 20, "--run-dir", run),
         cwd=tmp_path,
     )
     assert done.returncode == 2

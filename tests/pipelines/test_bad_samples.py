@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from pipelines.augment import RandomResizedCrop
+from pipelines.bad_samples import decoder_check
 from pipelines.bad_samples.jpeg import is_cut_short
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
@@ -25,6 +26,7 @@ from pipelines.dali.graph import ImagePipeline
 from pipelines.loader import Batch, Loader, state_for_others
 from tests.conftest import write_image
 from tests.helpers.loader_contract import same, saved, take
+from tests.helpers.odd_images import ENCODED_ANEW, REFUSED, overflowing_tiff, png_header, short_bmp
 from tools.shards.verify import verify
 
 NUM_SAMPLES, PER_SHARD, BATCH_SIZE = 60, 13, 6
@@ -215,11 +217,8 @@ def test_back_to_an_earlier_position(tmp_path: Path, images: list[bytes]) -> Non
 
 def test_an_image_that_only_the_pipeline_refuses(tmp_path: Path, images: list[bytes], good: Path) -> None:
     """The decoder alone accepts a BMP with 3 bits per pixel. DALI rejects it, without saying which image it was."""
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (1, 2, 3)).save(file, "BMP")
-    bmp = bytearray(file.getvalue())
-    bmp[28] = 3  # bits per pixel
-    damaged = write_shards(tmp_path / "bad", [bytes(bmp) if i == 30 else image for i, image in enumerate(images)])
+    bmp = bmp_of_three_bits()
+    damaged = write_shards(tmp_path / "bad", [bmp if i == 30 else image for i, image in enumerate(images)])
     assert same(epochs(make(damaged), 2), without(epochs(make(good), 2), {30}))
 
 
@@ -315,7 +314,7 @@ def test_bad_labels(tmp_path: Path, images: list[bytes], good: Path, caplog: pyt
     damaged = write_shards(tmp_path / "bad", images, labels)
     assert same(epochs(make(damaged), 3), without(epochs(make(good), 3), set(labels)))
     warnings = sorted(record.message.partition(".tar:")[2].partition(":")[2] for record in caplog.records)
-    starts = ("0004.jpg: the label is b'';", "0020.jpg: the label is b'cat';", "0041.jpg: class 60 is out of range")
+    starts = ("0004.jpg: the label is empty", "0020.jpg: the label is 'cat';", "0041.jpg: class 60 is out of range")
     for warning, start in zip(warnings, starts, strict=True):
         assert warning.startswith(start)
 
@@ -454,3 +453,105 @@ def test_a_jpeg_that_is_cut_short_is_bad_wherever_the_crop_lies(tmp_path: Path, 
     loader = make(shards, crop=RandomResizedCrop(scale=(0.08, 0.1)))
     with loader, pytest.raises(ValueError, match="there is not one good sample"):
         loader.next()
+
+
+def bmp_of_three_bits() -> bytes:
+    """A BMP that nvImageCodec reads and DALI does not."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(file, "BMP")
+    return file.getvalue()[:28] + b"\3" + file.getvalue()[29:]
+
+
+ONLY_THE_PIPELINE_STOPS = {
+    "3 bits": bmp_of_three_bits(),
+    "no sample type": ENCODED_ANEW["bmp 15 bits"][0],
+}
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_any_mixture_is_sorted_out(tmp_path: Path, images: list[bytes], good: Path, split: str, share: float) -> None:
+    """What damage, DALI alone, and the limit on pixels stop may all be in one batch."""
+    harmful = [*ONLY_THE_PIPELINE_STOPS.values(), short_bmp(), png_header(30_000, 30_000), REFUSED["tiff int8"][0]]
+    harmful += [damage(images[0], kind) for kind in range(NUM_KINDS)]
+    rng = np.random.default_rng(int(10 * share))
+    bad = set(np.flatnonzero(rng.random(NUM_SAMPLES) < share).tolist())
+    mixed = write_shards(tmp_path / "bad", [harmful[i % len(harmful)] if i in bad else image for i, image in enumerate(images)])
+    path = tmp_path / "quarantine.jsonl"
+    found = epochs(make(mixed, split, quarantine=path), 1)
+    listed = {int(json.loads(line)["member"][:4]) for line in path.read_text().splitlines()}
+    assert listed <= bad  # no good image is blamed
+    assert not bad & {target for batch in found for target in batch["target"].tolist()}
+    if split == "valid":
+        assert listed == bad
+        assert same(found, without(epochs(make(good, split), 1), bad))
+
+
+def test_images_that_stop_the_pipeline_together_only(
+    tmp_path: Path, images: list[bytes], good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that depends on the batch costs one sample, not the run. Each image is presented a few times only."""
+    undisturbed = epochs(make(good, "valid"), 1)
+    pair, feed, num_fed = {images[20], images[22]}, ImagePipeline.feed, 0
+
+    def fail_for_pair(pipeline: ImagePipeline, batch: list[Any], epoch: int, place: int) -> None:
+        nonlocal num_fed
+        num_fed += 1
+        is_pair = pair <= {image.tobytes() for image in batch}
+        feed(pipeline, [np.frombuffer(b"no", np.uint8), *batch[1:]] if is_pair else batch, epoch, place)
+
+    monkeypatch.setattr(ImagePipeline, "feed", fail_for_pair)
+    assert same(epochs(make(good, "valid"), 1), without(undisturbed, {22}))
+    assert num_fed < 30
+
+
+def test_a_pipeline_that_stops_at_nothing_in_particular(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with DALI's words, and no sample is blamed."""
+    calls = 0
+
+    def fail_once(pipeline: ImagePipeline, stream: object = None) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("encountered:\nout of luck\n")
+
+    monkeypatch.setattr(ImagePipeline, "images", fail_once)
+    with make(good) as loader, pytest.raises(ValueError, match=r"^the data pipeline stopped: out of luck$"):
+        loader.next()
+    assert loader.num_bad_samples == 0
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_images_with_too_many_pixels_are_never_decoded(
+    tmp_path: Path, images: list[bytes], good: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the pipeline, nor by the search for the sample at which it stopped."""
+    monkeypatch.setattr(decoder_check, "decode_whole", lambda decoder, streams: [s for s in streams if s.width < 30_000])
+    bomb = png_header(30_000, 30_000)
+    shards = write_shards(tmp_path / "bad", [bomb if i == 7 else image for i, image in enumerate(images)])
+    path = tmp_path / "quarantine.jsonl"
+    assert same(epochs(make(shards, split, quarantine=path), 1), without(epochs(make(good, split), 1), {7}))
+    [line] = path.read_text().splitlines()
+    assert json.loads(line)["reason"] == "30000x30000 pixels, more than the limit of 89,478,485 (--data.max-pixels)"
+
+
+def test_the_limit_on_pixels_can_be_set(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    found = epochs(make(good, "valid", quarantine=path, max_pixels=60 * 60), 1)
+    sizes = {i: (40 + 13 * i % 60) * (40 + 29 * i % 50) for i in range(NUM_SAMPLES)}
+    assert {target for batch in found for target in batch["target"].tolist()} == {i for i in sizes if sizes[i] <= 3600}
+    with pytest.raises(ValueError, match=r"--data\.max-pixels 63: at least 64 is needed"):
+        DataConfig(max_pixels=63)
+
+
+def test_a_tiff_that_would_overflow_the_decoders_buffer(tmp_path: Path, images: list[bytes], good: Path) -> None:
+    """It could end the process, so no decoder gets it: not the pipeline, not the search, not `verify`."""
+    tiff = overflowing_tiff()
+    shards = write_shards(tmp_path / "bad", [tiff if i in (7, 20) else image for i, image in enumerate(images)])
+    path = tmp_path / "quarantine.jsonl"
+    assert same(epochs(make(shards, "valid", quarantine=path), 1), without(epochs(make(good, "valid"), 1), {7, 20}))
+    assert {json.loads(line)["reason"] for line in path.read_text().splitlines()} == {"damaged tiff image (a tag occurs twice)"}
+    findings = verify(str(shards), num_workers=1).findings
+    assert [finding.detail for finding in findings if finding.kind == "bad-image"] == 2 * [
+        "damaged tiff image (a tag occurs twice)"
+    ]

@@ -7,8 +7,10 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +63,9 @@ def upload(bucket: str, folder: str, count: int) -> Shards:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, shards: float = 100, threads: int = 4) -> Iterator[ShardCache]:
+def opened(folder: Path, shards: float = 100, threads: int = 4, timeout: float = 300) -> Iterator[ShardCache]:
     """Opens a cache with room for this many shards."""
-    with contextlib.closing(ShardCache(folder, int(shards * SIZE), threads)) as cache:
+    with contextlib.closing(ShardCache(folder, int(shards * SIZE), threads, timeout)) as cache:
         yield cache
 
 
@@ -290,8 +292,34 @@ def test_shards_in_use_that_do_not_fit(tmp_path: Path, s3_bucket: str, caplog: p
         with cache.hold(shards[2:]) as copies:  # after the other process has released its own
             check_copies(copies, shards[2:])
         ending.join()
-    assert "waiting for room" in caplog.text
+    assert f"waiting for room, held by process {process.pid} on {socket.gethostname()}: {tmp_path}: the shards" in caplog.text
     assert "take 0.0018 GB, 0.0009 GB of them for other loaders, and" in caplog.text
+
+
+def test_waiting_for_room_that_nobody_uses(tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that holds copies shows life with each batch. Without it, the wait ends, and names the process."""
+    monkeypatch.setattr("pipelines.remote.cache.FULL_SECONDS", 0.05)
+    shards = upload(s3_bucket, "unused", 3)
+    errors = []
+
+    def wait() -> None:
+        with opened(tmp_path, shards=2, timeout=0.6) as cache:
+            try:
+                cache.hold(shards[2:]).__enter__()
+            except OSError as error:
+                errors.append(str(error))
+
+    with opened(tmp_path, shards=2) as other, other.hold(shards[:2]):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        for _ in range(10):
+            time.sleep(0.1)
+            assert not errors
+            other.show_life()
+        waiting.join(30)
+    assert errors[0].startswith(
+        f"waited 0.6 s (--data.timeout) for room that nobody uses, held by process {os.getpid()} on {socket.gethostname()}: "
+    )
 
 
 def test_prefetching_stops_where_the_room_ends(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
@@ -414,3 +442,12 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/x: cannot be written to \(Not a directory\); name another .*--data.cache-dir"):
         ShardCache(tmp_path / "file" / "x", 1)
+
+
+def test_a_missing_temporary_folder_is_named_with_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with (
+        pytest.raises(ValueError, match=r"no temporary folder .* \(No such file or directory\); .*--data\.cache-dir .*TMPDIR"),
+        open_cache("", 1),
+    ):
+        pass

@@ -299,9 +299,9 @@ def test_foreign_shards_without_index(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (b"cat", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b'cat'"),
-        (b"", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b''"),
-        (b"n01440764_tench", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is b'n01440764_tench'"),
+        (b"cat", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is 'cat'; a class number in ASCII digits is needed"),
+        (b"", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is empty"),
+        (b"n01440764_tench", r"bad\.tar:\d+:some/folder/0001\.JPG: the label is 'n01440764_tench'; a class number"),
         (b"5", r"bad\.tar:\d+:some/folder/0001\.JPG: class 5 is out of range; there are 5 classes"),
     ],
 )
@@ -351,3 +351,9 @@ def test_pillow_names_labels_out_of_range(shards: Path) -> None:
     config = DataConfig(valid=str(shards), backend="pillow")
     with pytest.raises(ValueError, match=r"\.tar:\d+:\S+: class 2 is out of range; there are 2 classes"):
         build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=2))
+
+
+def test_pillow_has_the_limit_on_pixels(shards: Path) -> None:
+    config = DataConfig(valid=str(shards), backend="pillow", max_pixels=80)
+    with pytest.raises(ValueError, match=r"\.tar:\d+: \d+x\d+ pixels, more than the limit of 80 \(--data\.max-pixels\)$"):
+        build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=9))

@@ -123,9 +123,16 @@ def test_samples_that_lack_something(tmp_path: Path) -> None:
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(bad["tar"], bad["offset"], bad["member"], bad["reason"]) for bad in found] == [
         (str(tar), places["1.txt"], "1.txt", "no image among its members, .txt .cls"),
-        (str(tar), places["2.png"], "2.png", "no .cls among its members, .png .json"),
-        (str(tar), places["4.v2.png"], "4.v2.png", "no image and no .cls among its members, .v2.png"),
+        (str(tar), places["2.png"], "2.png", f"no .cls among its members, .png .json; {found[1]['reason'].partition('; ')[2]}"),
+        (
+            str(tar),
+            places["4.v2.png"],
+            "4.v2.png",
+            f"no image and no .cls among its members, .v2.png; {found[2]['reason'].partition('; ')[2]}",
+        ),
     ]
+    assert "--label-key KEY" in found[1]["reason"]
+    assert "give --image-key v2.png (in training --data.image-key)" in found[2]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.distributed import World
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
@@ -18,6 +19,7 @@ from pipelines.shards.shard_set import open_shards
 from tests.conftest import write_image
 from tests.tools.test_shards_command import read_with_webdataset, shards_command
 from tests.tools.test_verify import write_tar
+from tools.run.data import open_splits
 from tools.shards.info import collect
 from tools.shards.verify import verify
 
@@ -111,7 +113,7 @@ def test_classes_are_counted_once(tmp_path: Path) -> None:
     write_index(short, index[:1])
     assert open_shards(str(tar), "train").num_classes() == 1
     short.unlink()
-    with pytest.raises(ValueError, match=r"no member that ends in \.json"):
+    with pytest.raises(ValueError, match=r"x-000\.tar: k/0: no \.json among its members, \.png \.cls"):
         open_shards(str(tar), "train", label_key="label").num_classes()
 
 
@@ -138,8 +140,8 @@ def test_classes_with_numbers_as_names(tmp_path: Path, backend: str) -> None:
 @pytest.mark.parametrize(
     ("extension", "label", "options", "message"),
     [
-        ("cls", "cat", {}, r"the label is b'cat'; a class number in ASCII digits is needed, or a file of class names with"),
-        ("cls", "9" * 30, {}, "the label is b'9+', which is too large for a class number"),
+        ("cls", "cat", {}, r"the label is 'cat'; a class number in ASCII digits is needed, or a file of class names with"),
+        ("cls", "9" * 30, {}, "the label is '9+', which is too large for a class number"),
         ("cls", "catt", {"class_file": "{file}"}, r"the label is 'catt', which is none of the 4 classes of .*classes\.txt nor"),
         ("cls", "crane", {"class_file": "{file}"}, "the label is 'crane', which is the name of several classes"),
         ("cls", "4", {"class_file": "{file}"}, "class 4 is out of range; there are 4 classes, from 0 on"),
@@ -154,7 +156,7 @@ def test_classes_with_numbers_as_names(tmp_path: Path, backend: str) -> None:
         ),
         ("json", '{"label": true}', {"label_key": "label"}, "'label' is True, which is neither"),
         ("json", '{"label": 1.5}', {"label_key": "label"}, r"'label' is 1\.5, which is neither"),
-        ("json", '{"label": -1}', {"label_key": "label"}, "the label is b'-1'"),
+        ("json", '{"label": -1}', {"label_key": "label"}, "the label is '-1'"),
     ],
 )
 def test_bad_labels_are_named(
@@ -247,3 +249,13 @@ def test_converting_shards_keeps_their_classes(tmp_path: Path) -> None:
     assert table(tmp_path / "new") == {("dog", gray(0)), ("ant", gray(1)), ("dog", gray(2))}
     done = shards_command("convert", tmp_path / "images", tmp_path / "other", "--class-file", names)
     assert (done.returncode, "--class-file is for WebDataset shards, not for folders" in done.stderr) == (2, True)
+
+
+def test_labels_that_begin_at_one_give_a_warning_at_the_start_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for labels, warns in (((1, 2), True), ((0, 2), False)):
+        tar = str(write_shard(tmp_path, [str(label).encode() for label in labels], name=f"x-{labels[0]}.tar"))
+        caplog.clear()
+        open_splits(DataConfig(train=tar, valid=tar), World(0, 1, 0, 1, CPU))
+        assert ("no sample has class 0" in caplog.text) is warns

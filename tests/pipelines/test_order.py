@@ -18,8 +18,9 @@ from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.shards.deal import Deal
-from pipelines.shards.extents import read_table
+from pipelines.shards.extents import Members, read_table
 from pipelines.shards.index import format_index, scan_tar
+from pipelines.shards.members import IMAGE_EXTENSIONS
 from pipelines.shards.order import BalancedOrder, BlockOrder, GlobalOrder, InOrder, Order, permute, random_key
 from pipelines.shards.shard_set import open_shards
 from tests.helpers.loader_contract import saved, take
@@ -350,7 +351,7 @@ def test_a_shard_as_large_as_a_data_set(tmp_path: Path, shards: Path) -> None:
     samples = scan_tar(open_shards(str(shards), "train").tars[0])
     (tmp_path / "x.idx").write_text(format_index(5000 * samples))
     tracemalloc.start()
-    table = read_table(tmp_path / "x.idx", "cls")
+    table = read_table(tmp_path / "x.idx", Members(IMAGE_EXTENSIONS, "cls"))
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(table.sizes) == 5000 * len(samples)

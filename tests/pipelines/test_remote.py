@@ -22,6 +22,8 @@ from pipelines.shards.shard_set import open_shards
 from tests.helpers.faults import Fault, FaultyProxy
 from tests.helpers.loader_contract import same, saved, take
 from tests.tools.test_verify import write_tar
+from tools.shards.convert import convert
+from tools.shards.plan import Options
 
 CPU = torch.device("cpu")
 BLOCKS: dict[str, Any] = {"order": "blocks", "block_shards": 2}
@@ -83,9 +85,10 @@ def test_one_tar_and_a_folder_without_info(bucket: str, shards: Path) -> None:
     assert open_shards(url, "valid").lengths == (10, 10, 5)
     put(f"{url}/train-000000.tar", b"")
     with pytest.raises(
-        ValueError, match=rf"{url} has shards of several naming schemes: train-###### ?.*'{url}/PREFIX-\*\.tar'"
-    ):
+        ValueError, match=rf"{url} has shards of several naming schemes: train-######\.tar \(1\), .*; name one"
+    ) as error:
         open_shards(url, "valid")
+    assert str(error.value).endswith(f"for example '{url}/train-*.tar'")
 
 
 @pytest.mark.parametrize(
@@ -320,3 +323,53 @@ def test_pillow_reads_local_shards_only(s3_bucket: str, shards: Path) -> None:
 def test_settings_of_the_cache() -> None:
     with pytest.raises(ValueError, match=r"--data\.cache-gigabytes 0: a positive number is needed"):
         DataConfig(cache_gigabytes=0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "pattern", "message"),
+    [
+        ("expired", "/x.tar", r"/x\.tar: PermissionError: The provided token has expired\.$"),
+        ("expired", "", r"/why: PermissionError: The provided token has expired\.$"),
+        ("403", "/x.tar", r"/x\.tar: PermissionError: Access Denied$"),
+        ("403", "/*.tar", r"/\*\.tar: PermissionError: Access Denied$"),
+    ],
+)
+def test_the_reason_of_a_refusal_is_said_at_once(
+    s3_bucket: str, faulty: FaultyProxy, fault: Fault, pattern: str, message: str
+) -> None:
+    put(f"{s3_bucket}/why/x.tar", make_tar(["1.jpg", "1.cls"]))
+    faulty.reset(latency=0)
+    faulty.fault = lambda method, path, start: fault
+    with pytest.raises(PermissionError, match=message):
+        open_shards(f"{s3_bucket}/why{pattern}", "train")
+    assert len(faulty.requests) <= 3
+
+
+def test_a_store_that_gives_no_answer_is_given_up(s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that hang end after a time, and so do the attempts."""
+    put(f"{s3_bucket}/hang/x.tar", make_tar(["1.jpg", "1.cls"]))
+    monkeypatch.setattr(remote, "READ_SECONDS", 0.2)
+    monkeypatch.setattr("pipelines.remote.retrying.PATIENCE_SECONDS", 0.5)
+    remote._filesystem.cache_clear()
+    faulty.fault = lambda method, path, start: "hang"
+    with pytest.raises(OSError, match=r"/x\.tar: only errors for 0 s; the last one: ReadTimeoutError"):
+        open_shards(f"{s3_bucket}/hang/x.tar", "train")
+    remote._filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+def test_a_conversion_goes_on_after_faults(s3_bucket: str, faulty: FaultyProxy, image_folder: Path, fault: Fault) -> None:
+    """Each kind of request fails once, and none of the shards is built again or lost."""
+    met: set[tuple[str, bool]] = set()
+    faulty.reset(latency=0)
+
+    def once(method: str, path: str, start: int) -> Fault | None:
+        kind = (method, "list-type" in path)
+        return None if kind in met else met.add(kind) or fault  # type: ignore[func-returns-value]
+
+    faulty.fault = once
+    summary = convert(image_folder, f"{s3_bucket}/out-{fault}", Options(name="valid", shard_samples=10), num_workers=1)
+    assert summary.shard_lengths == (10, 10, 5)
+    assert len(met) >= 3
+    faulty.reset(latency=0)
+    assert open_shards(f"{s3_bucket}/out-{fault}", "valid").num_samples == 25

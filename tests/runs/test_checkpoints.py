@@ -172,6 +172,42 @@ def test_writing_in_the_background_does_not_change_what_is_saved(tmp_path: Path,
     assert not is_equal(job.state_dict(), expected)
 
 
+@pytest.mark.parametrize(
+    ("in_the_way", "message"),
+    [
+        ("checkpoints/step-000000002.pt", "checkpoints/step-000000002.pt: the checkpoint could not be saved"),
+        ("checkpoints/.step-000000002.pt.tmp", "checkpoints/step-000000002.pt: the checkpoint could not be saved"),
+        ("best.pt", "checkpoints/step-000000002.pt: the checkpoint could not be saved"),
+        ("last.pt", "checkpoints/step-000000002.pt is saved, but the run cannot go on"),
+        (".last.pt.tmp", "checkpoints/step-000000002.pt is saved, but the run cannot go on"),
+    ],
+)
+def test_a_folder_in_the_way(tmp_path: Path, in_the_way: str, message: str) -> None:
+    """The message is true, what was saved before is intact, and nothing is left over."""
+    save(tmp_path, 1)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / in_the_way).mkdir()
+    with pytest.raises(
+        OSError, match=rf"^{tmp_path}/{re.escape(message)} \(\[Errno \d+\] .*{re.escape(Path(in_the_way).name)}"
+    ):
+        save(tmp_path, 2, best=2)
+    assert step_of(tmp_path / "checkpoints" / "step-000000001.pt") == 1
+    saved = tmp_path / "checkpoints" / "step-000000002.pt"
+    assert saved.is_file() == ("is saved" in message)
+    assert not saved.is_file() or step_of(saved) == 2
+    leftover = [path for path in tmp_path.rglob(".*") if path != tmp_path / in_the_way]
+    assert leftover == []
+
+
+def test_a_file_instead_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(
+        OSError, match=r"step-000000001.pt: the checkpoint could not be saved \(\[Errno \d+\] (File exists|Not a)"
+    ):
+        save(tmp_path, 1)
+
+
 WRITE_ON_AND_ON = """
 import sys
 from pathlib import Path

@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,19 @@ from model.distributed import World, join_world
 from model.job import HEADS, build_job
 from pipelines.shards.index import read_index
 from tests.helpers.command import run_main
-from tests.helpers.runs import alone, arguments, assert_same, finish, is_equal, metrics, start, torchrun, wait_for_step, workers
+from tests.helpers.runs import (
+    alone,
+    arguments,
+    assert_same,
+    environment,
+    finish,
+    is_equal,
+    metrics,
+    start,
+    torchrun,
+    wait_for_step,
+    workers,
+)
 from tools.evaluate import cli
 
 NUM_STEPS, SHARE = 6, 4
@@ -115,9 +129,9 @@ def check_run(run: Path, output: str, num_ranks: int, num_steps: int) -> None:
     assert positions == [(rank, 3, 0) for rank in range(num_ranks)]
     assert len({str(rank["rng"]["cpu"].tolist()) for rank in last["ranks"]}) == num_ranks  # different dropout on each
     assert len(list(run.glob("events.*"))) == 2  # the second has the hyperparameters
-    images, lr = 8 * num_ranks, 0.05 * 8 * num_ranks / 64
+    images, lr = 8 * num_ranks, 0.05 * 3 * num_steps / 200
     assert output.count(f"global batch size {images} (8 images x 1 batches x {num_ranks} processes); ") == 1
-    assert output.count(f"learning rate 0.05 x {images} / 64 = {lr:g}\n") == 1
+    assert output.count(f"learning rate {lr:g} x {images} / 64 = {lr * images / 64:g}\n") == 1
     assert output.count(f"epoch 3/3  step {num_steps}/{num_steps}") == 1
     assert output.count("the run: ") == 1
 
@@ -158,6 +172,45 @@ def test_a_rank_that_is_killed(on_two: tuple[Path, str], shards: Path, tmp_path:
     assert first in (2, 3, 4)
     assert second >= 6
     assert_same(run, on_two[0])
+
+
+LEFT_ALONE = """
+import os
+import torch
+from model.distributed import join_world
+from tools.cli import run_command
+
+def command():
+    with join_world("cpu") as world:
+        world.sum(torch.ones(1))
+        if world.rank == 1:
+            os._exit(9)
+        world.sum(torch.ones(1))
+    return 0
+
+run_command(command)
+"""
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    """Without torchrun, which would end the others first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT_ALONE],
+            env={**environment(), **address, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(3)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 9, 1]
+    for error in (errors[0], errors[2]):
+        assert error.splitlines()[-1].startswith("error: no answer from rank 1 of 3 processes: ")
 
 
 RESTARTED_WITH_ONE_LATE = """

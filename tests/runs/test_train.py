@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,9 +19,16 @@ from model.googlenet import GoogLeNet
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.shards.index import read_index
+from pipelines.shards.shard_set import open_shards
 from tests.conftest import write_image
 from tests.helpers.command import run_main
 from tests.helpers.runs import ONE_THREAD, ROOT, all_metrics, metrics, train_command
+from tools.evaluate import cli as evaluate
+from tools.export import cli as export
+from tools.predict import cli as predict
+from tools.report import cli as report
+from tools.run.log import next_commands
+from tools.run.recipes import RECIPES
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -51,8 +59,8 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     run, printed = finished
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
-    assert config["optim"]["lr"] == 0.05
-    assert "learning rate 0.05 x 8 / 64 = 0.00625" in printed
+    assert config["optim"]["lr"] == pytest.approx(0.05 * 14 / 200)  # a run of 14 steps
+    assert "learning rate 0.0035 x 8 / 64 = 0.0004375" in printed
     assert config["data"]["valid"] == f"{shards}/valid-*.tar"
     last = load_checkpoint(run / "last.pt")
     assert (last["epoch"], last["step"]) == (2, 14)
@@ -75,7 +83,34 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     assert re.search(r"top-1 +\d+\.\d % +\d+\.\d %\n", printed)
     assert re.search(r"training: \d+\.\d images/s, \d+\.\d % of the time spent waiting for data", printed)
     assert str(run) in printed
-    assert "tensorboard --logdir" in printed
+
+
+def test_the_next_commands_work(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """After a run on one's own data, they are commands for its result."""
+    run, printed = finished
+    lines = [line.strip() for line in printed.split("next:")[1].splitlines()]
+    assert [line.split()[0] for line in lines] == ["evaluate", "predict", "export-model", "report", "tensorboard"]
+    for line, main in zip(lines, (evaluate.main, predict.main, export.main, report.main), strict=False):
+        words = [word.replace(f"{run}/model.pt2", f"{tmp_path}/model.pt2") for word in shlex.split(line)[1:]]
+        done = run_main(main, *words)
+        assert done.status == 0, (line, done.stderr)
+
+
+def test_next_commands_have_the_options_of_the_data_and_come_after_the_demo(shards: Path) -> None:
+    valid = open_shards(str(shards), "valid")
+    data = DataConfig(train="a", valid="my shards/*.tar", label_key="a.b", class_file="names.txt")
+    board, run = "tensorboard --logdir 'my runs'", Path("my runs/one")
+    assert next_commands(data, valid, run) == [
+        "evaluate 'my runs/one/best.pt' 'my shards/*.tar' --label-key a.b --class-file names.txt",
+        f"predict 'my runs/one/best.pt' {valid.tars[0]} --label-key a.b",
+        "export-model 'my runs/one/best.pt' -o 'my runs/one/model.pt2'",
+        "report 'my runs/one'",
+        board,
+    ]
+    assert next_commands(RECIPES["demo"].data, valid, run)[:2] == [
+        board,
+        "shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train",
+    ]
 
 
 def test_tensorboard(finished: tuple[Path, str]) -> None:
@@ -111,6 +146,7 @@ def test_the_old_pair_trains_too(shards: Path, tmp_path: Path) -> None:
     done = train_command(
         *("--data.train", shards, "--data.valid", shards, "--data.backend", "pillow", "--data.threads", 1),
         *("--epochs", 2, "--batch-size", 20, "--image-size", 32, "--model.no-aux-logits", "--precision", "bf16"),
+        *("--log-every", 3),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -146,7 +182,7 @@ def test_killed_and_resumed(finished: tuple[Path, str], shards: Path, tmp_path: 
         assert all(torch.equal(whole[part][name], killed[part][name]) for name in whole[part])
     done = train_command(*options, "--seed", 1, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: --resume auto: the run was started with --seed 3, and now it is 1\n"
+    assert done.stderr.startswith(f"error: --resume auto: {run} has other settings: --seed 3 before, --seed 1 now; ")
 
 
 def test_a_bad_sample_does_not_end_a_run(shards: Path, tmp_path: Path) -> None:
@@ -184,6 +220,7 @@ def test_augmentations_and_mixes(shards: Path, tmp_path: Path) -> None:
         ),
         *("--mix.mixup-alpha", 0.2, "--mix.cutmix-alpha", 1, "--data.crop.scale", 0.5, 1),
         *("--epochs", 1, "--batch-size", 20, "--image-size", 32, "--precision", "bf16", "--run-dir", tmp_path / "run"),
+        *("--log-every", 3),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -260,4 +297,4 @@ def test_different_classes_are_refused(shards: Path, tmp_path: Path) -> None:
     convert(tmp_path / "images", tmp_path / "other", Options(name="valid", shard_samples=10), num_workers=1)
     done = run_main(train.main, "--data.train", shards, "--data.valid", tmp_path / "other", "--run-dir", tmp_path / "run")
     assert done.status == 2
-    assert "error: training and validation shards have different classes: ant, bee, cat, dog" in done.stderr
+    assert "error: the training shards and the validation shards have different classes, " in done.stderr

@@ -1,6 +1,7 @@
 """The `export` command: the outputs and the metadata of its files."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import json
@@ -178,6 +179,11 @@ def test_output(exported: Exported) -> None:
         lines[0]
         == f"{exported.path}: {title}, {exported.path.stat().st_size / 1e6:.1f} MB, {exported.weights} weights of step 20"
     )
+    raw = exported.weights == "raw"
+    assert (
+        lines.pop(1)
+        == f"weights: {'as --weights says' if raw else 'averaged; the checkpoint has no validation scores to choose by'}"
+    )
     assert lines[1:3] == ["input:  images, float32 (N, 3, 32, 32), RGB from 0 to 1", "output: probabilities, float32 (N, 3)"]
     assert lines[3].startswith("check:  at most ")
     images = "25 images" if exported.weights == "ema" else "11 synthetic images"
@@ -215,6 +221,32 @@ def test_mismatch_is_not_written(tmp_path: Path, checkpoint: Path, pt2: Exported
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt2", b"an existing file")]
 
 
+def test_what_a_killed_export_left_is_overwritten(tmp_path: Path, checkpoint: Path, pt2: Exported) -> None:
+    copied = TORCH_EXPORT._replace(write=lambda module, example, metadata, path: path.write_bytes(pt2.path.read_bytes()))
+    (tmp_path / ".tmp.model.pt2").write_bytes(b"half")
+    export(load_model(checkpoint, "raw"), tmp_path / "model.pt2", copied)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_the_better_weights_are_exported(tmp_path: Path, pt2: Exported) -> None:
+    copied = TORCH_EXPORT._replace(write=lambda module, example, metadata, path: path.write_bytes(pt2.path.read_bytes()))
+    path = checkpoints.write(tmp_path / "best.pt", scores={"top1": 63.4, "ema_top1": 58.8})
+    summary = export(load_model(path), tmp_path / "model.pt2", copied)  # otherwise, its outputs would differ
+    assert "raw weights of step 20\nweights: the better ones on the validation split\n" in summary
+
+
+def test_a_disk_that_fills_up_names_the_output(tmp_path: Path, checkpoint: Path) -> None:
+    def fail(module: object, example: object, metadata: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"an existing file")
+    with pytest.raises(OSError, match=r"model\.pt2: could not be written \(No space left on device\); nothing was changed$"):
+        export(load_model(checkpoint), path, TORCH_EXPORT._replace(write=fail))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt2", b"an existing file")]
+
+
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_comparison(checkpoint: Path, count: int) -> None:
     """A single wrong probability is a mismatch, and so is a NaN."""
@@ -243,7 +275,10 @@ def test_comparison(checkpoint: Path, count: int) -> None:
     [
         (["none.pt", "-o", "model.pt2"], "error: none.pt: no such file; name a best.pt or last.pt"),
         (["best.pt", "-o", "model.bin"], "error: --output model.bin: the name has to end in .onnx or .pt2"),
-        (["best.pt", "-o", "none/model.onnx"], "error: --output none/model.onnx: there is no folder none; make it first"),
+        (["best.pt", "-o", "none/model.onnx"], "error: --output none/model.onnx: none does not exist; make it first"),
+        (["best.pt", "-o", "text.jpg/model.pt2"], "error: --output text.jpg/model.pt2: text.jpg is not a folder"),
+        (["best.pt", "-o", "pipe.pt2"], "error: --output pipe.pt2: exists, and is not a file; name another"),
+        (["best.pt", "-o", f"{'x' * 250}.pt2"], f"error: --output {'x' * 250}.pt2: cannot be written (File name too long)"),
         (["best.pt", "-o", "model.pt2", "--check", "none.jpg"], "error: none.jpg: no such file or folder"),
         (
             ["best.pt", "-o", "model.pt2", "--check", "text.jpg"],
@@ -257,11 +292,12 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     Path("best.pt").symlink_to(checkpoint)
     Path("text.jpg").write_text("hello")
+    os.mkfifo("pipe.pt2")
     status, output, errors = run_main(cli.main, *arguments)
     assert (status, output) == (2, "")
     assert errors.startswith(message)
     assert errors.count("\n") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "text.jpg"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "pipe.pt2", "text.jpg"]
 
 
 def test_missing_libraries(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

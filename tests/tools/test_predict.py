@@ -26,9 +26,14 @@ from tests.helpers.command import Done, run_main
 from tests.helpers.runs import ONE_THREAD
 from tools.predict import cli
 
+# The tests' checkpoint has no scores.
+WEIGHTS = "weights: ema (averaged; the checkpoint has no validation scores to choose by)\n"
+
 
 def predict(*arguments: object) -> Done:
-    return run_main(cli.main, *arguments, "--device", "cpu", "--threads", 1)
+    """Runs the command. The line about the weights, with which standard error begins, is left out."""
+    done = run_main(cli.main, *arguments, "--device", "cpu", "--threads", 1)
+    return done._replace(stderr=done.stderr.removeprefix(WEIGHTS))
 
 
 def predictions(*arguments: object) -> list[dict[str, Any]]:
@@ -248,6 +253,16 @@ def test_without_class_names(tmp_path: Path, mixed: Path) -> None:
     assert done.stdout.splitlines()[1].endswith(f" %  class {first['class']}")
 
 
+@pytest.mark.parametrize(("top1", "better"), [(63.4, "raw"), (50.0, "ema")])
+def test_the_better_weights_are_taken_and_said(tmp_path: Path, mixed: Path, top1: float, better: str) -> None:
+    scored = checkpoints.write(tmp_path / "best.pt", scores={"top1": top1, "ema_top1": 58.8})
+    done = predict(scored, mixed / "a.jpg", "--json")
+    assert done.stderr == f"weights: {better} (the better ones on the validation split)\n"
+    asked = predict(scored, mixed / "a.jpg", "--json", "--weights", better)
+    assert asked.stderr == f"weights: {better} (as --weights says)\n"
+    assert asked.stdout == done.stdout
+
+
 def test_weights(checkpoint: Path, mixed: Path) -> None:
     [ema], [raw] = (predictions(checkpoint, mixed / "a.jpg", "--weights", weights) for weights in ("ema", "raw"))
     assert (probabilities(ema) - probabilities(raw)).abs().max() > 0.01
@@ -312,8 +327,8 @@ def test_header_that_would_end_the_process(tmp_path: Path, checkpoint: Path, mix
         (tmp_path / f"{i:03d}.jpg").write_bytes(good[:100] + b"\3" * 900 + b"\xff\xd9" if i % 64 == 32 else good)
     process = start(checkpoint, tmp_path, "--json", "--batch-size", 64)
     stdout, stderr = process.communicate()
-    messages = [f"{tmp_path}/{i:03d}.jpg: not an image" for i in range(32, 640, 64)]
-    assert (process.returncode, stderr.splitlines()) == (0, messages)
+    messages = [f"{tmp_path}/{i:03d}.jpg: jpeg image that the training decoder cannot read" for i in range(32, 640, 64)]
+    assert (process.returncode, stderr.splitlines()) == (0, [WEIGHTS.strip(), *messages])
     assert len(stdout.splitlines()) == 630
 
 
@@ -325,4 +340,4 @@ def test_closed_pipe(checkpoint: Path, mixed: Path) -> None:
     assert process.wait() == 1
     assert process.stderr is not None
     with process.stderr:
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == WEIGHTS

@@ -264,12 +264,12 @@ def test_run_without_lines_is_skipped(tmp_path: Path) -> None:
         (["run", "-o", "folder.html"], "folder.html: a folder; name a file in it"),
         (["no-config"], "there is no config.json in it"),
         (["empty"], "has not written a line yet"),
-        (["broken"], "metrics.jsonl, line 2: not JSON"),
+        (["broken"], "metrics.jsonl, line 2: not valid JSON"),
         (["odd"], 'metrics.jsonl, line 1: "loss" is not a number'),
         (["list"], "metrics.jsonl, line 1: not an object with"),
         (["nothing", "-o", "report.png"], "nothing: no line of metrics.jsonl has a number that can be plotted"),
         (["no-step"], 'metrics.jsonl, line 1: no whole number "step"'),
-        (["bad-config"], "config.json: not JSON"),
+        (["bad-config"], "config.json: not valid JSON"),
     ],
 )
 def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:

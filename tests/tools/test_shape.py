@@ -10,7 +10,10 @@ from PIL import Image
 
 from pipelines.shards.shard_set import open_shards
 from tests.conftest import write_image, write_tree
+from tests.helpers.command import run_main
+from tests.helpers.odd_images import png_header
 from tests.tools.test_shards_command import digests, read_with_webdataset, shards_command
+from tools.shards.cli import main
 
 
 def convert_and_read(folder: Path, *options: object) -> dict[str, tuple[str, bytes]]:
@@ -88,7 +91,7 @@ def test_what_training_cannot_decode_is_reencoded_and_counted(tmp_path: Path) ->
     done = shards_command("convert", folder, tmp_path / "out", "--json")
     summary = json.loads(done.stdout)
     assert summary["changes"] == {"AVIF encoded as jpg": 1, "GIF encoded as jpg": 2}
-    assert summary["rejected"] == {"damaged GIF image": 1, "not an image": 1}
+    assert summary["rejected"] == {"damaged GIF image": 1, "avif image that the training decoder cannot read": 1}
     assert summary["shard_lengths"] == [4]
     stored = convert_and_read(folder)
     original = np.asarray(Image.open(folder / "a" / "three.avif").convert("RGB"), np.int16)
@@ -105,10 +108,12 @@ def test_levels_of_checking(tmp_path: Path, level: str) -> None:
     (folder / "ant" / "hole.png").write_bytes(whole[:500] + bytes(500) + whole[1000:])  # header and end are intact
     (folder / "ant" / "text.jpg").write_text("no image")
     (folder / "ant" / "text.txt").write_text("no image")
+    write_image(folder / "ant" / "wave.jp2", 8)  # encoded anew at each level
     stored = convert_and_read(folder, "--check", level)
-    good_ones = {f"00{i}" for i in range(6)}
+    good_ones = {*(f"00{i}" for i in range(6)), "wave"}
     kept = {"decode": good_ones, "structure": good_ones | {"hole"}, "none": good_ones | {"hole", "short", "text"}}
     assert set(stored) == kept[level]
+    assert opened(stored["wave"]).format == "JPEG"
 
 
 def test_shard_bytes(tmp_path: Path) -> None:
@@ -135,3 +140,37 @@ def test_the_number_of_workers_and_the_place_do_not_matter(tmp_path: Path) -> No
         written.append(digests(out))
         folder = folder.rename(tmp_path / f"elsewhere{workers}")
     assert written[0] == written[1]
+
+
+def test_images_with_too_many_pixels(tmp_path: Path) -> None:
+    """Their headers are enough. Nobody allocates the pixels, also not of a format that only Pillow reads."""
+    folder = tmp_path / "images" / "a"
+    write_image(folder / "good.png", 1, (90, 70))
+    write_image(folder / "canvas.gif", 1)
+    gif = (folder / "canvas.gif").read_bytes()
+    (folder / "canvas.gif").write_bytes(gif[:6] + b"\x60\xea\x60\xea" + gif[10:])  # 60,000 x 60,000
+    (folder / "wide.png").write_bytes(png_header(30_000, 30_000))
+    write_image(folder / "wide.jpg", 1)
+    jpeg = (folder / "wide.jpg").read_bytes()
+    place = jpeg.index(b"\xff\xc0") + 5
+    (folder / "wide.jpg").write_bytes(jpeg[:place] + b"\x75\x30\x75\x30" + jpeg[place + 4 :])
+    write_image(folder / "below.bmp", 1, (60, 64))
+    bmp = (folder / "below.bmp").read_bytes()
+    (folder / "below.bmp").write_bytes(bmp[:22] + b"\0\0\0\x80" + bmp[26:])  # top-down, 2^31 lines
+    limit = "more than the limit of 89,478,485 (--max-pixels)"
+    done = run_main(main, "convert", tmp_path / "images", tmp_path / "out", "--json", "--workers", 1)
+    assert json.loads(done.stdout)["rejected"] == {
+        f"30000x30000 pixels, {limit}": 2,
+        f"60x2147483648 pixels, {limit}": 1,
+        "more pixels than the limit of 89,478,485 (--max-pixels)": 1,
+    }
+    limits = (6299, 6300)  # the good image has 6,300
+    found = [run_main(main, "verify", tmp_path / "out", "--workers", 1, "--max-pixels", limit) for limit in limits]
+    assert [done.status for done in found] == [3, 0]
+    assert "bad-image  90x70 pixels, more than the limit of 6,299 (--max-pixels)" in found[0].stdout
+
+
+def test_the_limit_on_pixels_is_a_number_that_makes_sense(tmp_path: Path) -> None:
+    write_tree(tmp_path / "images", 3)
+    done = run_main(main, "convert", tmp_path / "images", tmp_path / "out", "--max-pixels", 0)
+    assert (done.status, done.stderr) == (2, "error: --max-pixels 0: at least 64 is needed\n")

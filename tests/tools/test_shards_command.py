@@ -159,7 +159,7 @@ def test_an_existing_split_is_replaced_only_when_asked(tmp_path: Path, image_fol
     ("arguments", "message"),
     [
         (["{0}/nowhere", "{0}/out"], "nowhere: no such file or folder"),
-        (["{0}/file", "{0}/out"], "file: neither a folder nor a .tar nor a .parquet file"),
+        (["{0}/file", "{0}/out"], "file: neither a folder nor a tar (.tar .tar.gz "),
         (["{0}/flat", "{0}/out"], "flat: no images in class folders; use the layout SRC/CLASS/IMAGE"),
         (["{0}/text", "{0}/out"], "training can decode none of its 1 files (1 not an image)"),
         (["{0}/text", "{0}/text/out"], "overlap"),
@@ -170,7 +170,7 @@ def test_an_existing_split_is_replaced_only_when_asked(tmp_path: Path, image_fol
         (["{0}/text", "{0}/out", "--quality", "0"], "--quality 0: 1 to 100"),
         (["{0}/text", "{0}/out", "--workers", "0"], "--workers 0: at least 1"),
         (["{0}/text", "{0}/file"], "file: cannot be written to (File exists)"),
-        (["{0}/text", "{0}/foreign"], "foreign has 1 tars with names from another tool (imagenet1k-train-0000.tar)"),
+        (["{0}/good", "{0}/foreign"], "foreign has 1 tars with names from another tool (imagenet1k-train-0000.tar)"),
         (["{0}/text", "nosuch://bucket/x"], "nosuch://bucket/x: cannot be written to"),
     ],
 )
@@ -179,6 +179,7 @@ def test_bad_input_gets_one_clear_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     write_image(tmp_path / "flat" / "1.jpg", 1)
+    write_image(tmp_path / "good" / "a" / "1.jpg", 1)
     (tmp_path / "text" / "a").mkdir(parents=True)
     (tmp_path / "text" / "a" / "1.jpg").write_text("no image")
     (tmp_path / "foreign").mkdir()
@@ -195,5 +196,5 @@ def test_empty_class_folders_are_mentioned(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "images", 3)
     (folder / "unused").mkdir()
     done = shards_command("convert", folder, tmp_path / "out")
-    assert "warning: skipped empty class folders: unused" in done.stdout
+    assert "warning: skipped 1 class folders without images: unused" in done.stdout
     assert open_shards(str(tmp_path / "out"), "train").classes == ("ant", "bee", "cat")

@@ -44,9 +44,9 @@ def test_missing_shards_are_named(shards: Path, tmp_path: Path, pattern: str, me
 
 def test_a_folder_without_the_split(tmp_path: Path) -> None:
     """Even if there is only one split, training data is not silently used for validation."""
-    splits = {name: {"filenames": [f"{name}-000000.tar"]} for name in ("val", "test")}
+    splits = {name: {"filenames": [f"{name}-000000.tar"]} for name in ("all", "test")}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
-    with pytest.raises(ValueError, match=r"has the splits test, val and none called 'valid'; name the shards"):
+    with pytest.raises(ValueError, match=r"has the splits all, test and none called 'valid'; name the shards"):
         open_shards(str(tmp_path), "valid")
 
 

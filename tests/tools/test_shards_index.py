@@ -64,6 +64,7 @@ def test_an_existing_index_is_kept_or_replaced_when_asked(tmp_path: Path) -> Non
         "replaced": [],
         "kept": [f"{tmp_path}/x-0.idx"],
         "errors": [done.stderr.removeprefix("error: ").rstrip("\n")],
+        "notes": [],
         "num_samples": 4,
     }
     done = shards_command("index", tmp_path / "x-*.tar", "--overwrite")

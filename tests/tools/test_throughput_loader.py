@@ -123,7 +123,7 @@ def test_a_chart_of_nothing(tmp_path: Path) -> None:
     """Where every turn failed the table says why, and the exit status is that of a failure."""
     (tmp_path / "images" / "ant").mkdir(parents=True)
     for i in range(16):
-        (tmp_path / "images" / "ant" / f"{i}.jpg").write_bytes(b"no image")
+        (tmp_path / "images" / "ant" / f"{i}.jpg").write_bytes(b"\xff\xd8\xffno image")
     convert(tmp_path / "images", tmp_path / "shards", Options(shape=Shape(check="none")), num_workers=1)
     options = ("--stages", "decode", "--rounds", 1, "--plot", tmp_path / "chart.png")
     done = throughput("--data.train", tmp_path / "shards", *SMALL, *options)

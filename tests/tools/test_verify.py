@@ -127,7 +127,7 @@ def test_everything_is_found(tmp_path: Path, image: bytes) -> None:
         "tar": f"{tmp_path}/a.tar",
         "offset": place["3.jpg"],
         "member": "3.jpg",
-        "detail": "damaged jpeg image",
+        "detail": "jpeg image cut short",
     }
     assert "'cow', which is none of the 3 classes" in details["4.cls"]["detail"]
     assert "class 3 is out of range; there are 3 classes" in details["5.cls"]["detail"]
@@ -140,7 +140,7 @@ def test_everything_is_found(tmp_path: Path, image: bytes) -> None:
     lines = table.stdout.splitlines()
     assert lines[0] == f"6 tars, {report['num_samples']} samples: 15 findings"
     assert ["bad-label", "2"] in [line.split() for line in lines]
-    assert f"{tmp_path}/a.tar:{place['3.jpg']}:3.jpg  bad-image  damaged jpeg image" in lines
+    assert f"{tmp_path}/a.tar:{place['3.jpg']}:3.jpg  bad-image  jpeg image cut short" in lines
 
 
 @pytest.mark.parametrize("with_index_dir", [False, True])

@@ -11,7 +11,8 @@ import tyro
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.dali.operators import validation_images
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, open_shards
+from pipelines.shards.members import IMAGE_EXTENSIONS
+from pipelines.shards.shard_set import ShardSet, open_shards
 from tools.bench.bucket import serve
 from tools.cli import run_command
 from tools.throughput.hardware import versions

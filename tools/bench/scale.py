@@ -18,6 +18,7 @@ from model.config import at_least
 from pipelines.shards.shard_set import open_shards
 from tools.bench.linked import LinkedShards, photograph, small
 from tools.cli import run_command
+from tools.parse import parse
 from tools.shards.parallel import num_cpus
 from tools.throughput.hardware import versions
 from tools.throughput.process import Run, open_scratch, run_measured
@@ -193,7 +194,7 @@ def _turn(name: str, task: Point, folder: Path, temporary: str) -> Callable[[], 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(lambda: tyro.cli(Scale, prog="python -m tools.bench.scale", args=arguments).run())
+    run_command(lambda: parse(lambda words: tyro.cli(Scale, prog="python -m tools.bench.scale", args=words), arguments).run())
 
 
 if __name__ == "__main__":

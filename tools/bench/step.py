@@ -96,7 +96,7 @@ def make_barest(config: Config, world: World, autocast_dtype: torch.dtype | None
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = config.optim.scaled(config.optim.lr, config.global_batch_size(world.size))
+    lr = config.optim.scaled(config.optim.peak_lr, config.global_batch_size(world.size))
     optimizer = SGD(groups, lr=lr, momentum=config.optim.momentum, nesterov=config.optim.momentum > 0, fused=True)
     scheduler = build_scheduler(optimizer, config.optim, epochs=config.epochs, steps_per_epoch=steps)
     scaler = torch.amp.GradScaler(device_type, enabled=autocast_dtype == torch.float16)

@@ -1,6 +1,5 @@
 """The command line of `evaluate`."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ import tyro
 
 from model.config import at_least
 from pipelines.config import DataConfig
-from tools.cli import run_command
+from tools.cli import log_to, run_command
+from tools.parse import parse
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Score a checkpoint on validation shards: raw and averaged weights, in total and class by class.
 
-    Several GPUs share the shards under torchrun: torchrun --nproc-per-node=4 -m tools.evaluate CHECKPOINT SHARDS.
+    Several GPUs share the shards under torchrun: torchrun --nproc-per-node=4 --no-python evaluate CHECKPOINT SHARDS.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
@@ -29,6 +29,8 @@ class Evaluate:
     """Print the scores as one JSON object."""
     index_dir: str = DataConfig.index_dir
     """Folder of index files, as --data.index-dir of train.py."""
+    image_key: str = DataConfig.image_key
+    """Extension of the image in each sample, as --data.image-key of train.py."""
     label_key: str = DataConfig.label_key
     """Key of the label in each sample's .json, as --data.label-key of train.py."""
     class_file: str = DataConfig.class_file
@@ -57,14 +59,14 @@ class Evaluate:
     def run(self) -> int:
         at_least(self, batch_size=0, torch_threads=1)
         names = (
-            *("index_dir", "label_key", "class_file", "cache_dir", "cache_gigabytes"),
+            *("index_dir", "image_key", "label_key", "class_file", "cache_dir", "cache_gigabytes"),
             *("on_error", "max_bad_fraction", "quarantine", "threads"),
         )
         try:
             data = DataConfig(valid=self.shards, **{name: getattr(self, name) for name in names})
         except ValueError as error:  # it names the flags of train.py
             raise ValueError(str(error).replace("--data.", "--")) from None
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        log_to(sys.stderr)
         from tools.evaluate.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(
@@ -80,4 +82,4 @@ class Evaluate:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(lambda: tyro.cli(Evaluate, args=arguments, prog="evaluate").run())
+    run_command(lambda: parse(lambda words: tyro.cli(Evaluate, prog="evaluate", args=words), arguments).run())

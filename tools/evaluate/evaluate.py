@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from model.evaluation import Evaluation, evaluate
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.printable import printable
 from tools.run.data import require_same_classes
 from tools.run.resources import choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 
@@ -37,12 +39,12 @@ def evaluate_checkpoint(
     with join_world(device) as world:
         if not world.is_main:
             logging.getLogger("train").setLevel(logging.WARNING)
-        raw, ema = load_both(checkpoint, world.device)
+        raw, ema, chosen = load_both(checkpoint, world.device)
         torch_threads, loader_threads = share_threads(torch_threads, data.threads, world.device, world.local_size)
         torch.set_num_threads(torch_threads)
         autocast_dtype = choose_autocast_dtype(precision, world.device)
         shards = data.open_shards("valid")
-        require_same_classes(f"{checkpoint} and the shards", shards.classes, ema.classes)
+        require_same_classes(str(checkpoint), ema.classes, "the shards", shards.classes)
         image_size = ema.preprocessing.image_size
         spec = LoaderSpec(
             split="valid",
@@ -67,6 +69,7 @@ def evaluate_checkpoint(
         assert evaluation is not None
         if world.is_main:
             print(describe_evaluation(evaluation, ema.classes or shards.classes, as_json=as_json))
+            print(f"predict and export-model take these weights: {chosen}", file=sys.stderr)
 
 
 def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None, *, as_json: bool) -> str:
@@ -76,9 +79,10 @@ def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None,
     if as_json:
         loss = scores["loss"] if math.isfinite(scores["loss"]) else None  # JSON has neither NaN nor infinity
         return json.dumps({**scores, "loss": loss, "samples": samples, "classes": rows})
-    width = max(5, *(len(row["class"]) for row in rows))
+    names = [*(printable(row["class"]) for row in rows), "all"]
+    width = max(5, *map(len, names))
     lines = [f"{'class':{width}}  samples   top-1     EMA   top-5     EMA"]
-    for row in (*rows, {"class": "all", "samples": samples, **scores}):
-        columns = "".join(f"{row[name]:6.1f} %" for name in ("top1", "ema_top1", "top5", "ema_top5"))
-        lines.append(f"{row['class']:{width}} {row['samples']:8,}{columns}")
+    for name, row in zip(names, (*rows, {"samples": samples, **scores}), strict=True):
+        columns = "".join(f"{row[score]:6.1f} %" for score in ("top1", "ema_top1", "top5", "ema_top5"))
+        lines.append(f"{name:{width}} {row['samples']:8,}{columns}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tools.cli import run_command
+from tools.parse import parse
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Export:
     """The best.pt or last.pt of a run."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """File to write, .onnx or .pt2. An existing file is replaced."""
-    weights: Literal["ema", "raw"] = "ema"
-    """ema: averaged over the training steps. raw: from the last step."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """auto: those that scored better in validation. ema: averaged over the training steps. raw: from the last step."""
     check: tuple[str, ...] = ()
     """Image files, folders or shards whose first 64 images are used to compare outputs. Default: synthetic images."""
     split: str = "valid"
@@ -51,4 +52,4 @@ class Export:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. `--help` lists the exit statuses."""
-    run_command(lambda: tyro.cli(Export, prog="export-model", args=arguments).run())
+    run_command(lambda: parse(lambda words: tyro.cli(Export, prog="export-model", args=words), arguments).run())

@@ -60,21 +60,40 @@ def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequ
     """
     size = trained.preprocessing.image_size
     pixels, normalized = _stored_images(trained, check, split) if check else _synthetic_images(trained.preprocessing)
-    temporary = output.with_name(f".{os.getpid()}.tmp.{output.name}")
+    temporary = _temporary_for(output)
     try:
         # The example has two images, because torch.export treats a batch size of one as fixed.
         file_format.write(Classifier(trained), torch.rand(2, 3, size, size), metadata(trained), temporary)
         difference = largest_difference(file_format.load(temporary), trained, pixels, normalized)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(output)
+    except OSError as error:
+        raise OSError(f"{output}: could not be written ({error.strerror or error}); nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
     megabytes = output.stat().st_size / 1e6
     return (
         f"{output}: {file_format.title}, {megabytes:.1f} MB, {trained.weights} weights of step {trained.step:,}\n"
+        f"weights: {trained.why}\n"
         f"input:  {INPUT}, float32 (N, 3, {size}, {size}), RGB from 0 to 1\n"
         f"output: {OUTPUT}, float32 (N, {trained.num_classes})\n"
         f"check:  at most {difference:.1e} from the network's on {len(pixels)} {'' if check else 'synthetic '}images"
     )
+
+
+def _temporary_for(output: Path) -> Path:
+    """Creates the file that becomes the output, before the work that fills it. An export that was killed leaves it to the next.
+
+    Raises:
+        ValueError: The folder does not take a file of this name.
+    """
+    temporary = output.with_name(f".tmp.{output.name}")
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
+    return temporary
 
 
 def metadata(trained: TrainedModel) -> dict[str, Any]:

@@ -82,9 +82,12 @@ def choose_format(output: Path) -> Format:
         ValueError: The extension is unknown, a library is not installed, or the folder does not exist.
     """
     if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+        what = "is not a folder" if output.parent.exists() else "does not exist; make it first"
+        raise ValueError(f"--output {output}: {output.parent} {what}")
     if output.is_dir():
         raise ValueError(f"--output {output}: a folder; name a file in it")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"--output {output}: exists, and is not a file; name another")
     if output.suffix == ".pt2":
         return TORCH_EXPORT
     if output.suffix != ".onnx":

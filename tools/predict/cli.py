@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipelines.bad_samples.limits import MAX_PIXELS, check_max_pixels
+from pipelines.printable import printable
 from tools.cli import run_command
+from tools.parse import parse
 
 MAX_VALUE = 1024  # DALI ends the process if, for example, the number of threads exceeds what a machine can have
 
@@ -32,12 +35,14 @@ class Predict:
     """Image files or a quoted glob; folders, searched recursively; shards: a folder, tar, glob or brace pattern, or its URL."""
     top: int = 5
     """Number of classes to print per image."""
-    weights: Literal["ema", "raw"] = "ema"
-    """ema: averaged over the training steps. raw: from the last step."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """auto: those that scored better in validation. ema: averaged over the training steps. raw: from the last step."""
     json: bool = False
     """Print one JSON object per line; docs/after-training.md lists its keys."""
     split: str = "valid"
     """Split to read from a folder of shards that holds several."""
+    image_key: str = ""
+    """Extension of the image in each sample of shards, such as input.jpg. By default any extension of an image."""
     label_key: str = ""
     """Key of the label in each sample's .json, a.b for nested keys. By default, the label is read from .cls if there is one."""
     batch_size: int = 32
@@ -46,6 +51,8 @@ class Predict:
     """Device to compute on. auto: the GPU if there is one."""
     threads: int | None = None
     """CPU threads for decoding. Default: one per CPU, at most 16."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels, as their header states them. Default: Pillow's limit."""
 
     def run(self) -> int:
         self._check()
@@ -56,13 +63,21 @@ class Predict:
 
         device = choose_device(self.device)
         trained = load_model(self.checkpoint, self.weights, device)
-        images = open_inputs(self.images, self.split, self.label_key, trained.classes)
+        images = open_inputs(self.images, self.split, self.label_key, trained.classes, self.image_key)
+        print(f"weights: {trained.weights} ({trained.why})", file=sys.stderr)
         count = 0
-        for prediction in predict(
-            trained, images, top=self.top, batch_size=self.batch_size, device=device, num_threads=self.threads
-        ):
+        predictions = predict(
+            trained,
+            images,
+            top=self.top,
+            batch_size=self.batch_size,
+            device=device,
+            num_threads=self.threads,
+            max_pixels=self.max_pixels,
+        )
+        for prediction in predictions:
             if prediction.problem:
-                print(f"{prediction.image.name}: {prediction.problem}", file=sys.stderr)
+                print(printable(f"{prediction.image.name}: {prediction.problem}"), file=sys.stderr)
             if prediction.scores:
                 print(prediction.as_json() if self.json else prediction.as_text(), flush=True)
                 count += 1
@@ -73,6 +88,7 @@ class Predict:
     def _check(self) -> None:
         if not self.images:
             raise ValueError("name images, folders or shards after the checkpoint")
+        check_max_pixels(self.max_pixels)
         for name in ("top", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_VALUE:
@@ -81,4 +97,4 @@ class Predict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. `--help` lists the exit statuses."""
-    run_command(lambda: tyro.cli(Predict, prog="predict", args=arguments).run())
+    run_command(lambda: parse(lambda words: tyro.cli(Predict, prog="predict", args=words), arguments).run())

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from pipelines.location import expand_location, refuse_other_notations
 from pipelines.remote.cache import open_cache
 from pipelines.remote.object_store import is_url
+from pipelines.shards.compression import TAR_ENDINGS
 from pipelines.shards.find_tars import INFO_FILE
 from pipelines.shards.index import Sample, read_index, split_name
-from pipelines.shards.labels import LabelReader
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, image_or_first, open_shards, read_label
+from pipelines.shards.members import IMAGE_EXTENSIONS, image_or_first
+from pipelines.shards.shard_set import ShardSet, open_shards, read_label
 from tools.shards.sources.folders import list_files
 from tools.shards.sources.listing import Extents
 
@@ -45,7 +47,9 @@ class EncodedImage:
         return ":".join(self.place.values())
 
 
-def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tuple[str, ...] | None) -> Iterator[EncodedImage]:
+def open_inputs(
+    inputs: Sequence[str], split: str, label_key: str, classes: tuple[str, ...] | None, image_key: str = ""
+) -> Iterator[EncodedImage]:
     """Checks all inputs, then reads their images in order.
 
     Args:
@@ -53,24 +57,29 @@ def open_inputs(inputs: Sequence[str], split: str, label_key: str, classes: tupl
         split: Split to read from a folder of shards that holds several.
         label_key: Key of the labels in `.json`, see `open_shards`.
         classes: Class names by number, for shards without names of their own.
+        image_key: Extension of the image in each sample, see `open_shards`.
 
     Raises:
         ValueError: An input does not exist, or holds no image or sample.
         OSError: A shard cannot be read; raised while reading.
     """
-    return itertools.chain.from_iterable([_open_input(location, split, label_key, classes) for location in inputs])
+    return itertools.chain.from_iterable([_open_input(location, split, label_key, classes, image_key) for location in inputs])
 
 
-def _open_input(location: str, split: str, label_key: str, classes: tuple[str, ...] | None) -> Iterable[EncodedImage]:
+def _open_input(
+    location: str, split: str, label_key: str, classes: tuple[str, ...] | None, image_key: str
+) -> Iterable[EncodedImage]:
+    location = expand_location(location)
     path = Path(location)
     if path.is_dir() and not (path / INFO_FILE).exists():
         if not any(path.glob("*.tar")):
             return _open_folder(location)
         if any(map(_is_image, os.listdir(path))):
             raise ValueError(f"{location}: holds images and tars; name the tars ('{path / '*.tar'}'), or the images, or both")
-    if path.is_file() and path.suffix != ".tar":
+    if path.is_file() and not path.name.endswith(TAR_ENDINGS):
         return map(_read_file, [location])
     if not path.exists() and not is_url(location):
+        refuse_other_notations(location)
         # The shell leaves a quoted pattern to us.
         paths = [match for match in sorted(glob.glob(location, recursive=True)) if not Path(match).is_dir()]
         if paths and not any(match.endswith(".tar") for match in paths):
@@ -79,7 +88,7 @@ def _open_input(location: str, split: str, label_key: str, classes: tuple[str, .
             raise ValueError(f"{location}: no such image")
         if not set(location) & set("*?[{"):
             raise ValueError(f"{location}: no such file or folder")
-    shards = open_shards(location, split, label_key=label_key)
+    shards = open_shards(location, split, label_key=label_key, image_key=image_key)
     if shards.classes is None:
         shards = replace(shards, label_reader=replace(shards.label_reader, classes=classes))
     return _read_shards(shards)
@@ -119,13 +128,13 @@ def _read_shards(shards: ShardSet) -> Iterator[EncodedImage]:
                     cache.prefetch(urls[number + 1 : number + 2])
                 file = copy.enter_context(open(path, "rb"))
                 for sample in read_index(index):
-                    yield _read_sample(file, tar, sample, shards.label_reader)
+                    yield _read_sample(file, sample, tar, shards)
 
 
-def _read_sample(file: BinaryIO, tar: str, sample: Sample, reader: LabelReader) -> EncodedImage:
+def _read_sample(file: BinaryIO, sample: Sample, tar: str, shards: ShardSet) -> EncodedImage:
     place = {"tar": tar, "key": split_name(sample[0].name)[0]}
-    image = image_or_first(sample)
-    if image.extension.lower() not in IMAGE_EXTENSIONS:
+    image, reader = image_or_first(sample, shards.images), shards.label_reader
+    if image.extension.lower() not in shards.images:
         return EncodedImage(place, problem=f"no image among its members, .{' .'.join(part.extension for part in sample)}")
     label, warning = None, ""
     if any(part.extension.lower() == reader.extension for part in sample):

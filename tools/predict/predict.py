@@ -5,13 +5,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from model.load_model import TrainedModel
+from pipelines.bad_samples.limits import MAX_PIXELS, TIMEOUT_SECONDS
 from pipelines.dali.validation_decoder import ValidationDecoder
+from pipelines.printable import printable
+from pipelines.watchdog import Watchdog
 from tools.predict.inputs import EncodedImage
+
+MOST_NAMES = 4  # of the images of a batch, in a message
 
 
 class ClassScore(NamedTuple):
@@ -49,7 +55,7 @@ class Prediction:
         """Formats the prediction as one line for the image and one for each class."""
         label = "" if self.image.label is None else f"  (label: {_class_text(*self.image.label)})"
         lines = [f"  {100 * s.probability:5.1f} %  {_class_text(s.number, s.name)}" for s in self.scores]
-        return "\n".join([f"{self.image.name}{label}", *lines])
+        return "\n".join(map(printable, [f"{self.image.name}{label}", *lines]))
 
 
 def predict(
@@ -60,6 +66,7 @@ def predict(
     batch_size: int,
     device: torch.device,
     num_threads: int | None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Prediction]:
     """Classifies images in order. At most one batch of images is in memory.
 
@@ -70,15 +77,18 @@ def predict(
         batch_size: Images per batch.
         device: Device to compute on.
         num_threads: CPU threads for decoding; one per CPU by default, at most 16.
+        max_pixels: Images with more pixels are not decoded.
 
     Raises:
         OSError: A shard cannot be read.
     """
-    decoder = validation_decoder(trained, batch_size, device, num_threads)
+    decoder = validation_decoder(trained, batch_size, device, num_threads, max_pixels)
+    watchdog = Watchdog(TIMEOUT_SECONDS)
     model = trained.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     while batch := list(itertools.islice(images, batch_size)):
         readable = [image for image in batch if not image.problem]
-        pixels, undecodable = decoder([image.content for image in readable])
+        with watchdog.waiting("decoding a batch", partial(_named, readable)):
+            pixels, undecodable = decoder([image.content for image in readable])
         with torch.inference_mode():
             probabilities, numbers = model(pixels).softmax(1).topk(min(top, trained.num_classes))
         rows = zip(numbers.tolist(), probabilities.tolist(), strict=True)
@@ -91,14 +101,25 @@ def predict(
 
 
 def validation_decoder(
-    trained: TrainedModel, batch_size: int, device: torch.device, num_threads: int | None = None, *, normalized: bool = True
+    trained: TrainedModel,
+    batch_size: int,
+    device: torch.device,
+    num_threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    normalized: bool = True,
 ) -> ValidationDecoder:
     """Builds the decoder for a network's input. If `normalized` is false, its pixels are in [0, 1] instead."""
     settings = asdict(trained.preprocessing)
     if not normalized:
         settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     threads = num_threads or min(len(os.sched_getaffinity(0)), 16)
-    return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=threads)
+    return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=threads, max_pixels=max_pixels)
+
+
+def _named(images: Sequence[EncodedImage]) -> str:
+    more = f" and {len(images) - MOST_NAMES:,} more" if len(images) > MOST_NAMES else ""
+    return f"its images: {', '.join(image.name for image in images[:MOST_NAMES])}{more}"
 
 
 def _class_text(number: int, name: str | None) -> str:

@@ -9,7 +9,9 @@ from typing import Annotated
 import tyro
 
 from pipelines.files import replace_bytes
+from pipelines.printable import counted, printable
 from tools.cli import run_command
+from tools.parse import parse
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Report:
 
         output = self.output or self.runs[0] / "report.html"
         replace_bytes(output, draw_png(runs) if output.suffix.lower() == ".png" else page(runs))
-        print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {output.stat().st_size / 1000:,.0f} kB")
+        print(f"{printable(str(output))}: {counted(len(runs), 'run')}, {output.stat().st_size / 1000:,.0f} kB")
         return 0
 
     def _check(self) -> None:
@@ -59,4 +61,4 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. `--help` lists the exit statuses."""
-    run_command(lambda: tyro.cli(Report, prog="report", args=arguments).run())
+    run_command(lambda: parse(lambda words: tyro.cli(Report, prog="report", args=words), arguments).run())

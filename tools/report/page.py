@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.printable import printable
 from tools.report.charts import colors, draw_svgs
 from tools.report.runs import Floats, Run, Split, differing_settings
 
@@ -166,4 +167,4 @@ def _label(run: Run, color: str) -> str:
 
 def _text(text: str) -> str:
     """Escapes text for HTML. Bytes of file names that are not text become question marks."""
-    return html.escape(text.encode(errors="replace").decode())
+    return html.escape(printable(text.encode(errors="replace").decode()))

@@ -12,6 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.json_file import as_object, read_json, read_json_lines
+from pipelines.printable import printable
+
 Split = Literal["train", "valid"]
 Floats = NDArray[np.float64]
 LOCATION_SETTINGS = ("run_dir", "resume")  # they say where the run is stored, not what it does
@@ -90,7 +93,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not runs:
         raise empty[0]
     for skipped in empty:
-        print(f"skipped: {skipped}", file=sys.stderr)
+        print(printable(f"skipped: {skipped}"), file=sys.stderr)
     return runs
 
 
@@ -150,15 +153,9 @@ def _is_finite(value: float | None) -> bool:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl, without an incomplete last line that is still being written."""
     lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if not text.endswith(b"\n"):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    for place, line in read_json_lines(path, finite=False):  # a diverged run of an earlier version has such numbers
         if problem := _problem(line):
-            raise ValueError(f"{path}, line {number}: {problem}; docs/training.md describes the format")
+            raise ValueError(f"{place}: {problem}; docs/training.md describes the format")
         lines.append(line)
     return lines
 
@@ -169,20 +166,19 @@ def _problem(line: Any) -> str:
         return 'not an object with "split", "train" or "valid"'
     split: Split = line["split"]
     for name in ("epoch", "step"):
-        if not isinstance(line.get(name, 0 if (split, name) == ("valid", "step") else None), int):
+        number = line.get(name, 0 if (split, name) == ("valid", "step") else None)
+        if not isinstance(number, int) or not 0 <= number < 2**53:
             return f'no whole number "{name}"'
     wrong = [name for name in METRICS[split] if not isinstance(line.get(name), (int, float, type(None)))]
     return f'"{wrong[0]}" is not a number' if wrong else ""
 
 
 def _read_settings(path: Path) -> dict[str, str]:
+    config = as_object(read_json(path), str(path))
     try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not an object of settings")
-    return {name: value for name, value in _flatten(config).items() if name not in LOCATION_SETTINGS}
+        return {name: value for name, value in _flatten(config).items() if name not in LOCATION_SETTINGS}
+    except RecursionError:
+        raise ValueError(f"{path}: the settings are nested too deeply") from None
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

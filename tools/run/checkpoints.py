@@ -91,22 +91,40 @@ class Checkpoints:
         if copied is not None:
             copied.synchronize()
         folder = self._run_path / FOLDER
-        folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:09d}.pt"
         temporary = path.with_name(f".{path.name}.tmp")
-        for stale in folder.glob(".*.tmp"):  # left by a killed run
-            stale.unlink(missing_ok=True)
         try:
+            folder.mkdir(exist_ok=True)
+            for stale in folder.glob(".*.tmp"):  # left by a killed run: this run alone writes here, see run_lock.py
+                stale.unlink(missing_ok=True)
             write_checkpoint(temporary, state)
-            if is_best:  # first: a run killed in between validates again and finds the same best
-                _link(temporary, self._run_path / "best.pt")
-            temporary.replace(path)
-            _link(path, self._run_path / "last.pt")
+            try:
+                if is_best:  # first: a run killed in between validates again and finds the same best
+                    _link(temporary, self._run_path / "best.pt")
+                temporary.replace(path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(f"{path}: the checkpoint could not be saved ({error}); earlier ones are intact") from error
-        for old in sorted(folder.glob("step-*.pt"))[: -self._keep]:
-            old.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Lets `last.pt` be the newest checkpoint, and deletes old ones. A killed run may not have come to it.
+
+        Raises:
+            OSError: A file cannot be replaced or deleted.
+        """
+        found, last = sorted((self._run_path / FOLDER).glob("step-*.pt")), self._run_path / "last.pt"
+        if not found:
+            return
+        try:
+            if not last.exists() or not last.samefile(found[-1]):
+                _link(found[-1], last)
+            for old in found[: -self._keep]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"{found[-1]} is saved, but the run cannot go on ({error})") from error
 
 
 def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
@@ -139,13 +157,13 @@ def _link(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
         try:
+            os.link(source, temporary)
+        except OSError:
             shutil.copyfile(source, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-    temporary.replace(target)
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -3,7 +3,7 @@
 This module imports no torch, so `--help` and wrong flags are answered at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Config(StepConfig):
     """Initialize from this checkpoint or torchvision state dict. The last layers are reset if the classes differ."""
     init_from_partial: bool = False
     """Load the tensors of --init-from that fit and reset the others, instead of refusing the file."""
+    init_from_weights: Literal["auto", "ema", "raw"] = "auto"
+    """Weights of an --init-from checkpoint of train.py. auto: those that scored better in its last validation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one."""
     max_nonfinite_steps: int = 25
@@ -52,8 +54,8 @@ class Config(StepConfig):
     """Folder for the output of the run. By default, runs/DATE-TIME-PROCESS."""
     resume: Literal["no", "auto"] = "no"
     """auto: continue the run in --run-dir from its last checkpoint, or start it if there is none."""
-    log_every: int = 20
-    """Steps between two log lines."""
+    log_every: int | None = None
+    """Steps between two log lines. By default 20; in short epochs a fifth of the epoch."""
     profile: int | None = None
     """Trace this many steps, starting with the eleventh. The run folder receives trace.json, and a summary in profile.txt."""
 
@@ -64,6 +66,11 @@ class Config(StepConfig):
             raise ValueError("--resume auto needs --run-dir, the folder of the run to continue")
         if self.init_from_partial and self.init_from is None:
             raise ValueError("--init-from-partial needs --init-from")
+
+    def choose(self, steps_per_epoch: int) -> "Config":
+        """Returns the settings with those chosen that are left open and depend on the number of steps."""
+        config = super().choose(steps_per_epoch)
+        return config if self.log_every else replace(config, log_every=min(20, max(1, steps_per_epoch // 5)))
 
     @property
     def largest_image_size(self) -> int:

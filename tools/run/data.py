@@ -11,12 +11,15 @@ from typing import Any
 from model.distributed import World
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD, resize_shorter_for
+from pipelines.printable import counted, printable
+from pipelines.shards.labels import no_class_zero
 from pipelines.shards.shard_set import ShardSet, open_shards
 from pipelines.shards.sorted_shards import order_warning
 from tools.run.recipes import DEMO_DATA
 
 log = logging.getLogger("train")
 
+NAMED_CLASSES = 5  # of each side, in the message about different classes
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,18 +43,36 @@ def open_splits(config: DataConfig, world: World) -> Shards:
             _make_demo_data()
         world.barrier()
     train, valid = config.open_shards("train"), config.open_shards("valid")
-    require_same_classes("training and validation shards", train.classes, valid.classes)
+    require_same_classes("the training shards", train.classes, "the validation shards", valid.classes)
     num_classes = max(train.num_classes(), valid.num_classes())
     if world.is_main and (warning := order_warning(train, config, num_classes)):
         log.warning("%s", warning)
+    # Without names, the labels have been read to count the classes.
+    if world.is_main and train.classes is None and (warning := no_class_zero(train.used_classes())):
+        log.warning("%s: %s", config.train, warning)
     return Shards(train, valid, num_classes)
 
 
-def require_same_classes(what: str, one: Sequence[str] | None, other: Sequence[str] | None) -> None:
-    """Raises a `ValueError` about two things if both list their classes, and the lists differ."""
-    if one and other and one != other:
-        only = sorted(set(one) ^ set(other))
-        raise ValueError(f"{what} have different classes: {', '.join(only[:20]) or 'another order'}")
+def require_same_classes(one: str, classes: Sequence[str] | None, other: str, others: Sequence[str] | None) -> None:
+    """Raises a `ValueError` about two things if both list their classes, and the lists differ. It says which has which."""
+    if not classes or not others or list(classes) == list(others):
+        return
+    only, only_others = sorted(set(classes) - set(others)), sorted(set(others) - set(classes))
+    if sorted(classes) == sorted(others):
+        place = [mine == theirs for mine, theirs in zip(classes, others, strict=True)].index(False)
+        at = f"class {place} is {printable(classes[place])} in {one}, and {printable(others[place])} in {other}"
+        raise ValueError(f"{one} and {other} have their classes in another order: {at}")
+    if sorted(map(str.casefold, classes)) == sorted(map(str.casefold, others)):
+        pairs = f"{_few(only)} in {one}, and {_few(only_others)} in {other}"
+        raise ValueError(f"{one} and {other} have classes that differ in capital letters: {pairs}")
+    sides = [f"only in {where}: {_few(names)}" for where, names in ((one, only), (other, only_others)) if names]
+    counts = f"{len(classes):,} and {len(others):,}"
+    raise ValueError(f"{one} and {other} have different classes, {counts}; {'; '.join(sides) or 'some are listed twice'}")
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, names[:NAMED_CLASSES]))
+    return f"{shown} and {len(names) - NAMED_CLASSES:,} more" if len(names) > NAMED_CLASSES else shown
 
 
 def _make_demo_data() -> None:
@@ -74,7 +95,9 @@ def count_steps(num_batches: int, accumulate_steps: int) -> int:
         ValueError: An epoch has too few batches for one step.
     """
     if num_batches < accumulate_steps:
-        raise ValueError(f"{num_batches} batches an epoch, too few for a step of --accumulate-steps {accumulate_steps}")
+        raise ValueError(
+            f"{counted(num_batches, 'batch', 'batches')} an epoch, too few for a step of --accumulate-steps {accumulate_steps}"
+        )
     return num_batches // accumulate_steps
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +14,24 @@ from model.distributed import World
 from model.evaluation import Evaluation
 from model.job import HEADS, Job
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
+from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
+from pipelines.shards.shard_set import ShardSet
+from tools.cli import log_to
+from tools.run.config import Config
 from tools.run.data import Shards
+from tools.run.recipes import DEMO_DATA
 from tools.run.run_folder import RunFolder
 
 log = logging.getLogger("train")
 
+FEW_STEPS = 1000  # a judgment
+
 
 def configure_logging(world: World) -> None:
     """Sends log lines to stdout. Ranks other than 0 report only warnings."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    log_to(sys.stdout)
     if not world.is_main:
         log.setLevel(logging.WARNING)
 
@@ -44,9 +52,25 @@ def describe_steps(job: Job) -> str:
     config, optim = job.config, job.config.optim
     images = config.global_batch_size(job.world.size)
     parts = f"{config.batch_size} images x {config.accumulate_steps} batches x {job.world.size} processes"
-    lr = f"{optim.scaled(optim.lr, images):g}"
-    lr = f"{optim.lr:g} x {images} / {optim.reference_batch_size} = {lr}" if optim.reference_batch_size else f"{lr}, not scaled"
+    scaled, reference = optim.scaled(optim.peak_lr, images), optim.reference_batch_size
+    lr = f"{optim.peak_lr:g} x {images} / {reference} = {scaled:g}" if reference else f"{scaled:g}, not scaled"
     return f"global batch size {images} ({parts}); learning rate {lr}"
+
+
+def log_schedule(job: Job, config: Config) -> None:
+    """Reports the settings that depend on the number of steps, and warns of a run with few steps."""
+    steps, num_steps = job.steps_per_epoch, config.epochs * job.steps_per_epoch
+    log.info(
+        "%d steps an epoch, %d in all: warm-up over %d steps, a log line every %d steps, running statistics with momentum %g",
+        *(steps, num_steps, config.optim.warmup_steps(epochs=config.epochs, steps_per_epoch=steps)),
+        *(config.log_every, config.model.norm_momentum),
+    )
+    if num_steps < FEW_STEPS and config.init_from is None and config.recipe != "demo":
+        log.info(
+            "%d steps are few for training from random weights; with published ones, a small data set usually ends better: "
+            "--recipe finetune --init-from googlenet-1378be20.pth (see docs/recipes.md)",
+            num_steps,
+        )
 
 
 class TrainingLog:
@@ -119,8 +143,8 @@ class TrainingLog:
     def _time_left(self) -> str:
         job, total = self._job, self._meter.total
         images = (job.config.epochs * job.steps_per_epoch - job.step) * job.config.batch_size * job.config.accumulate_steps
-        seconds = images * total.seconds / total.images
-        return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s"
+        seconds = round(images * total.seconds / total.images)
+        return f"{seconds // 60}m{seconds % 60:02}s"
 
     def pace(self) -> None:
         """Reports what limited the epoch, over all ranks. The first batches are slower and are reported separately.
@@ -153,8 +177,8 @@ class TrainingLog:
         self._folder.write_evaluation(evaluation, job.classes, job.step)
 
 
-def log_end(job: Job, num_bad: int, meter: Meter, path: Path) -> None:
-    """Prints the final scores and rates, and warns of bad samples."""
+def log_end(job: Job, num_bad: int, meter: Meter, path: Path, commands: Sequence[str]) -> None:
+    """Prints the final scores and rates and the commands that may come next, and warns of bad samples."""
     rates = job.world.gather(meter.total)
     num_bad = sum(job.world.gather(num_bad))
     if num_bad:
@@ -163,13 +187,37 @@ def log_end(job: Job, num_bad: int, meter: Meter, path: Path) -> None:
             *(num_bad, path / QUARANTINE, path),
         )
     if job.world.is_main:
-        print(report(job.scores, rates, path, job.seconds))
+        print(report(job.scores, rates, path, job.seconds, commands))
 
 
-def report(scores: dict[str, float], of_ranks: Sequence[Rates], path: Path, seconds: float) -> str:
+def next_commands(data: DataConfig, valid: ShardSet, path: Path) -> list[str]:
+    """Returns the commands that may come after a run: those for its result, or after the demo those for one's own images."""
+    board = f"tensorboard --logdir {shlex.quote(str(path.parent))}"
+    if data.train == str(DEMO_DATA):
+        return [
+            board,
+            "shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train",
+            "shards convert THE_SAME_FOR_VALIDATION shards/mine --name valid",
+            "python train.py --data.train shards/mine --data.valid shards/mine",
+        ]
+    given = {name: getattr(data, name) for name in ("label_key", "class_file", "index_dir", "cache_dir")}
+    options = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+    best = str(path / "best.pt")
+    label_key = ["--label-key", data.label_key] if data.label_key else []
+    return [
+        shlex.join(["evaluate", best, data.valid, *options]),
+        shlex.join(["predict", best, valid.tars[0], *label_key]),
+        shlex.join(["export-model", best, "-o", str(path / "model.pt2")]),
+        shlex.join(["report", str(path)]),
+        board,
+    ]
+
+
+def report(scores: dict[str, float], of_ranks: Sequence[Rates], path: Path, seconds: float, commands: Sequence[str]) -> str:
     """Returns the summary at the end of a run."""
     wait_seconds = sum(rates.wait_seconds for rates in of_ranks) / len(of_ranks)
     rates = Rates(sum(rates.images for rates in of_ranks), of_ranks[0].seconds, wait_seconds)
+    separator = "\n          "
     return f"""
         raw     EMA
 top-1  {scores["top1"]:5.1f} % {scores["ema_top1"]:5.1f} %
@@ -177,7 +225,4 @@ top-5  {scores["top5"]:5.1f} % {scores["ema_top5"]:5.1f} %
 training: {rates.images_per_second:.1f} images/s, {rates.data_wait_percent:.1f} % of the time spent waiting for data
 in total: {seconds:.0f} s
 the run:  {path} (config.json, metrics.jsonl, TensorBoard events, last.pt, best.pt)
-next:     tensorboard --logdir {path.parent}
-          shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train
-          shards convert THE_SAME_FOR_VALIDATION shards/mine --name valid
-          python train.py --data.train shards/mine --data.valid shards/mine"""
+next:     {separator.join(commands)}"""

@@ -1,7 +1,11 @@
 """Preemption: a signal asks the run to stop, and the run saves a checkpoint first."""
 
+import contextlib
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -10,6 +14,9 @@ log = logging.getLogger("train")
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again. A run that a signal killed exits with 128 + its number instead.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Steps between two agreements of the ranks on saving or stopping. Each is a round trip between the hosts.
+AGREE_EVERY = 10
+INTERRUPTED = "interrupted; earlier checkpoints, if any, are intact, and --resume auto continues from the newest"
 
 
 class Preemption:
@@ -18,33 +25,69 @@ class Preemption:
     A second Ctrl-C ends the process at once. If a scheduler signals all processes, its signal and torchrun's both arrive, so
     signals within a second count as one.
 
+    Python runs a handler only after the C function that the main thread is in, and a convolution may take a minute. Therefore
+    a thread answers: the interpreter writes each signal to a pipe as it arrives (`signal.set_wakeup_fd`).
+
     Attributes:
         signal: The first signal, or `None`.
         is_obeyed: Set this when the run stops for the signal. Further signals are then ignored until the process has ended.
+
+    Args:
+        num_processes: Number of processes that train together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
         self.signal: signal.Signals | None = None
         self.is_obeyed = False
-        self._caught = 0.0
+        end = "the end of the current step or validation batch"
+        if num_processes > 1:
+            end = f"all {num_processes} processes, which agree every {AGREE_EVERY} steps and after each validation"
+        self._answer_text = (
+            f"the run waits for {end}, then saves a checkpoint and ends; a second Ctrl-C ends it at once, without a checkpoint"
+        )
 
     def __enter__(self) -> "Preemption":
-        self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        arrivals, self._arrived = os.pipe()
+        os.set_blocking(self._arrived, False)
+        self._answerer = threading.Thread(target=self._answer, args=(arrivals,), name="signals", daemon=True)
+        self._answerer.start()
+        self._before_wakeup = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self.is_obeyed:
-            # torchrun signals the remaining processes once one has ended. While Python shuts down, handlers no longer
-            # run, and a signal would kill the process and change its exit status.
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
-            return
-        for number, handler in self._before.items():
+        # torchrun signals the remaining processes once one has ended. While Python shuts down, handlers no longer run, and a
+        # signal would kill the process and change its exit status.
+        ignored = dict.fromkeys(SIGNALS, signal.SIG_IGN) if self.is_obeyed else {}
+        for number, handler in (self._before | ignored).items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._before_wakeup)
+        os.close(self._arrived)
+        self._answerer.join()
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self._caught = signal.Signals(number), time.monotonic()
-            log.warning("%s: saving a checkpoint as soon as all processes can", self.signal.name)
-        elif number == signal.SIGINT and time.monotonic() > self._caught + 1:
-            raise KeyboardInterrupt
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+    def _answer(self, arrivals: int) -> None:
+        """Answers the signals, whose numbers come as bytes from a pipe, until the pipe is closed."""
+        heard: float | None = None
+        with open(arrivals, "rb", buffering=0) as pipe:
+            while arrived := pipe.read(1):
+                [number] = arrived
+                if number not in SIGNALS:
+                    continue
+                if heard is None:
+                    heard = time.monotonic()
+                    self._remember(number, None)
+                    log.warning("%s: %s", signal.Signals(number).name, self._answer_text)
+                elif number == signal.SIGINT and time.monotonic() > heard + 1 and not self.is_obeyed:
+                    end_at_once()
+
+
+def end_at_once() -> None:
+    """Ends this process and its children, whatever the main thread does."""
+    for child in multiprocessing.active_children():  # the workers of a loader
+        child.kill()
+    with contextlib.suppress(OSError):  # the terminal has gone
+        os.write(2, f"{INTERRUPTED}\n".encode())  # not print: another thread may hold the lock of stderr
+    os._exit(130)

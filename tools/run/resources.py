@@ -1,4 +1,4 @@
-"""Defaults that depend on the machine: precision, batch size, and threads."""
+"""Defaults that depend on the machine and the size of the data set: precision, batch size, threads, and the schedule."""
 
 import dataclasses
 import logging
@@ -12,8 +12,9 @@ from tools.run.config import Config
 log = logging.getLogger("train")
 
 CPU_BATCH_SIZE = 64
-# Default batch sizes of a GPU. With smaller batches, a large GPU waits for the CPU that launches its kernels.
-GPU_BATCH_SIZES = (32, 64, 128, 256)
+BATCH_SIZES = (16, 32, 64, 128, 256)
+# With smaller batches, a large GPU waits for the CPU that launches its kernels. For small data sets, many steps matter more.
+SMALLEST_OF_LARGE_SET = 32
 # The backward pass keeps 48 MB of activations for a float32 image of 224 pixels (torch's saved_tensors_hooks).
 BYTES_OF_IMAGE = 64e6
 FEWEST_STEPS = 50  # per epoch: smaller data sets train with smaller batches
@@ -57,6 +58,12 @@ def choose_batch_size(batch_size: int, world: World, *, image_size: int, num_sam
     return chosen
 
 
+def with_defaults(config: Config, world: World, num_samples: int) -> Config:
+    """Returns the settings of a run with those chosen that are left open, for this machine and these training samples."""
+    config = with_batch_size(config, world, num_samples)
+    return config.choose(max(1, num_samples // config.global_batch_size(world.size)))
+
+
 def with_batch_size(config: Config, world: World, num_samples: int) -> Config:
     """Returns the settings of a run with the batch size of `choose_batch_size`."""
     batch_size = choose_batch_size(
@@ -71,11 +78,13 @@ def with_batch_size(config: Config, world: World, num_samples: int) -> Config:
 
 def default_batch_size(device: torch.device, image_size: int, num_samples: int, batches_per_step: int) -> int:
     """Returns the largest batch size that fits into the GPU's memory and leaves an epoch enough steps."""
-    if device.type != "cuda":
-        return CPU_BATCH_SIZE
-    fits = torch.cuda.get_device_properties(device).total_memory / 2 / (BYTES_OF_IMAGE * (image_size / 224) ** 2)
-    most = min(fits, min(num_samples / FEWEST_STEPS, LARGEST_STEP) / batches_per_step)
-    return max(size for size in GPU_BATCH_SIZES if size <= most or size == GPU_BATCH_SIZES[0])
+    most: float = CPU_BATCH_SIZE
+    if device.type == "cuda":
+        fits = torch.cuda.get_device_properties(device).total_memory / 2 / (BYTES_OF_IMAGE * (image_size / 224) ** 2)
+        most = max(min(fits, LARGEST_STEP / batches_per_step), SMALLEST_OF_LARGE_SET)
+    smallest = BATCH_SIZES[0] if num_samples < FEWEST_STEPS * SMALLEST_OF_LARGE_SET else SMALLEST_OF_LARGE_SET
+    most = min(most, num_samples / FEWEST_STEPS / batches_per_step)
+    return max(size for size in BATCH_SIZES if size <= most or size == smallest)
 
 
 def share_threads(

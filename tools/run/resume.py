@@ -14,6 +14,7 @@ from pipelines.meter import Meter, Rates
 from tools.run.checkpoints import newest_checkpoint
 from tools.run.config import Config
 from tools.run.run_folder import METRICS, flat
+from tools.run.saved_state import require_ranks, require_resumable
 
 log = logging.getLogger("train")
 
@@ -22,7 +23,7 @@ FREE_SETTINGS = (
     *("run_dir", "resume", "recipe", "checkpoint", "log_every", "device", "torch_threads", "profile", "max_nonfinite_steps"),
     *("data.train", "data.valid"),  # the shards may have moved; the loader compares their content
     *("batch_size", "accumulate_steps"),  # another world size may make the same steps; the job compares the images per step
-    *("init_from", "init_from_partial"),  # the state contains their effect
+    *("init_from", "init_from_partial", "init_from_weights"),  # the state contains their effect
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load")),
     *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),
     *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
@@ -52,10 +53,10 @@ def find_saved_state(path: Path, config: Config, world: World) -> dict[str, Any]
     if newest is None:
         return None
     saved = saved or load_checkpoint(newest)
-    if "ranks" not in saved:
-        raise ValueError(f"{newest} was written by a version that this one cannot resume; take another --run-dir")
-    check_same_run(saved["config"], settings_of(config))
-    return saved
+    require_resumable(newest, saved)
+    if saved["global_batch_size"] == config.global_batch_size(world.size):  # else `Job` refuses it, and other defaults follow
+        check_same_run(path, saved, config)
+    return saved | {"path": newest}
 
 
 def restore(saved: dict[str, Any], job: Job, loader: Loader, meter: Meter) -> None:
@@ -64,6 +65,7 @@ def restore(saved: dict[str, Any], job: Job, loader: Loader, meter: Meter) -> No
     Raises:
         ValueError: The data, the precision, or the images per step differ.
     """
+    require_ranks(saved, job, loader)
     ranks = saved["ranks"]
     if len(ranks) == job.world.size:
         own = ranks[job.world.rank]
@@ -76,17 +78,47 @@ def restore(saved: dict[str, Any], job: Job, loader: Loader, meter: Meter) -> No
     log.info("resuming after step %d", job.step)
 
 
-def check_same_run(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_same_run(path: Path, saved: dict[str, Any], config: Config) -> None:
     """Compares the settings of a checkpoint with those of the run that resumes it.
 
     Raises:
-        ValueError: A setting that the result depends on has changed.
+        ValueError: Settings that the result depends on have changed.
     """
-    before = dict(flat(saved))
-    for name, value in flat(settings):
+    before, changed = dict(flat(saved["config"])), []
+    for name, value in flat(settings_of(config)):
         if any(name == free or name.startswith(f"{free}.") for free in FREE_SETTINGS):
             continue
         if name not in before or before[name] == value:  # an older version without a setting had its default
             continue
-        flag = f"--{name}".replace("_", "-")
-        raise ValueError(f"--resume auto: the run was started with {flag} {before[name]}, and now it is {value}")
+        if name != "epochs" or not _may_have_epochs(saved, config):
+            changed.append(f"{written(name, before[name])} before, {written(name, value)} now")
+    if changed:
+        raise ValueError(
+            f"--resume auto: {path} has other settings: {'; '.join(changed)}; set what it had before, or start a new run from "
+            f"its weights: the same command without --resume, with --init-from {path / 'last.pt'} and another --run-dir"
+        )
+
+
+def _may_have_epochs(saved: dict[str, Any], config: Config) -> bool:
+    """Returns whether a run of this number of epochs would have come to the saved state, too: with the same learning rates.
+
+    A cosine without cycles ends with the run, so its rates depend on the number of epochs, unless it is a constant.
+    """
+    before, optim, steps = saved["config"]["epochs"], config.optim, saved["steps_per_epoch"]
+    if type(before) is not int:
+        return False
+    warmups = {optim.warmup_steps(epochs=epochs, steps_per_epoch=steps) for epochs in (before, config.epochs)}
+    return len(warmups) == 1 and (optim.cycle_epochs is not None or optim.min_lr == optim.peak_lr)
+
+
+def written(name: str, value: Any) -> str:
+    """Writes a setting, as config.json holds it, as the words of the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        *parts, last = flag.removeprefix("--").split(".")
+        return flag if value else "--" + ".".join([*parts, f"no-{last}"])
+    if isinstance(value, list):
+        return " ".join([flag, *(item["name"] if isinstance(item, dict) else str(item) for item in value)])
+    return f"{flag} {value}"

@@ -9,13 +9,11 @@ from pipelines.loader import Loader
 from pipelines.meter import Meter
 from tools.run.checkpoints import Checkpoints
 from tools.run.config import CheckpointConfig
-from tools.run.preemption import Preemption
+from tools.run.preemption import AGREE_EVERY, Preemption
 from tools.run.run_folder import RunFolder
 
 log = logging.getLogger("train")
 
-# Steps between two agreements of the ranks on saving or stopping. Each is a round trip between the hosts.
-AGREE_EVERY = 10
 SAVE, STOP = 1, 2
 
 
@@ -48,6 +46,8 @@ class Saver:
         self._config, self._job, self._loader, self._meter = config, job, loader, meter
         self._folder, self._preemption = folder, preemption
         self._checkpoints = Checkpoints(folder.path, config.keep)
+        if job.world.is_main:
+            self._checkpoints.tidy()
         self._started, self._saved_at, self._seconds_before = started, time.monotonic(), job.seconds
         self.must_stop = False
 

@@ -5,8 +5,9 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipelines.json_file import as_object, get, parse_json
 from pipelines.shards.index import format_index
 from tools.shards.shape import Shape, Shaped, image_batches, trusted_extension
 from tools.shards.sources.listing import Extent, read_bytes, read_into
@@ -56,11 +57,23 @@ class ShardReport:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "ShardReport":
-        fields: dict[str, Any] = json.loads(text)
-        fields["file_bytes"] = tuple(fields["file_bytes"])
-        fields["rejected"] = tuple((name, reason) for name, reason in fields["rejected"])
-        return cls(**fields)
+    def from_json(cls, content: bytes, place: str) -> "ShardReport":
+        """Parses the content of a file, whose name is `place` in messages.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        fields = as_object(parse_json(content, place), place)
+        sizes: list[int] = get(fields, "file_bytes", "a list of whole numbers from 0", place)
+        tar_bytes, index_bytes, *_ = [*sizes, 0, 0]
+        return cls(
+            name=get(fields, "name", "a text", place),
+            num_samples=get(fields, "num_samples", "a whole number from 0", place),
+            image_bytes=get(fields, "image_bytes", "a whole number from 0", place),
+            file_bytes=(tar_bytes, index_bytes),
+            rejected=tuple(map(tuple, get(fields, "rejected", "a list of pairs of texts", place))),
+            changes=get(fields, "changes", "an object of whole numbers from 0", place),
+        )
 
 
 def build_shard(task: ShardTask) -> ShardReport:

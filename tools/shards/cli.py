@@ -3,17 +3,20 @@
 import concurrent.futures
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from pipelines.augment import RandomResizedCrop
+from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.notation import AugmentationList
+from pipelines.printable import printable_text
 from tools.cli import run_command
+from tools.parse import parse
 from tools.shards.build import RejectedError
 from tools.shards.shape import Format, Level
 
@@ -40,6 +43,8 @@ class Convert:
     """Folder or s3:// or gs:// prefix of the data set. It receives NAME-000000.tar, NAME-000000.idx, ... and _info.json."""
     name: str = "train"
     """Name of the split. train.py reads the splits 'train' and 'valid'. All splits of one DST share their classes."""
+    splits: bool = False
+    """Convert all splits in SRC as train, valid and test: folders such as train/ and val/, or files such as train-*.tar."""
     shard_samples: int | None = None
     """Number of samples per shard, 1000 by default. A shard has fewer if some of its samples are rejected."""
     shard_bytes: str | None = None
@@ -47,15 +52,15 @@ class Convert:
     seed: int = 0
     """Seed of the shuffle."""
     labels: Path | None = None
-    """CSV, TSV or blank-separated file of image path and class, or one class per line for the images in sorted order."""
+    """File with lines of image path and class (CSV, TSV, or other separators), or one class per line for the sorted images."""
     class_names: Path | None = None
     """File with two columns: the label as in --labels, and the class name."""
     label_key: str | None = None
-    """Key of the label in .json (a.b if nested), or column of Parquet files. By default labels are in .cls, or in 'label'."""
+    """Key of the label in .json (a.b if nested), or X.json:KEY, or a member X.cls; or column of Parquet. See docs/shards.md."""
     class_file: str = ""
     """For shards: file of class names, one per line by number. By default: _info.json beside them, or the sorted labels."""
-    image_key: str = "image"
-    """Column of a Parquet file that holds the images."""
+    image_key: str | None = None
+    """Extension of the image in each sample of shards, such as input.jpg; or column of Parquet files, by default image."""
     source: Literal["auto", "folders", "tar", "webdataset", "parquet"] = "auto"
     """Kind of SRC, if it is not recognized."""
     resize: int | None = None
@@ -66,6 +71,8 @@ class Convert:
     """Format of the stored images. What training cannot decode (GIF, AVIF) is always re-encoded, by default as JPEG."""
     check: Level = "decode"
     """decode: Decode every image completely. structure: Read only the header and the end mark. none: Trust the file name."""
+    max_pixels: int = MAX_PIXELS
+    """Reject images with more pixels, as their header states them. Default: Pillow's limit. train.py has --data.max-pixels."""
     strict: bool = False
     """Stop at the first rejected image, with exit status 3."""
     workers: int | None = None
@@ -85,27 +92,48 @@ class Convert:
         from tools.shards.shape import Shape
         from tools.shards.sources.recognize import SourceOptions
 
-        summary = convert(
-            self.src,
-            self.dst,
-            Options(
-                name=self.name,
-                seed=self.seed,
-                shard_samples=self.shard_samples,
-                shard_bytes=None if self.shard_bytes is None else parse_bytes(self.shard_bytes),
-                shape=Shape(check=self.check, resize=self.resize, quality=self.quality, format=self.format),
+        options = Options(
+            seed=self.seed,
+            shard_samples=self.shard_samples,
+            shard_bytes=None if self.shard_bytes is None else parse_bytes(self.shard_bytes),
+            shape=Shape(
+                check=self.check, resize=self.resize, quality=self.quality, format=self.format, max_pixels=self.max_pixels
             ),
-            source_options=SourceOptions(
-                self.source, self.labels, self.class_names, self.label_key, self.image_key, self.class_file
-            ),
-            num_workers=self.workers,
-            scheduler=self.executor,
-            scratch=self.scratch,
-            overwrite=self.overwrite,
-            strict=self.strict,
         )
-        print(summary.to_json() if self.json else summary)
+        for name, source in self._sources().items():
+            summary = convert(
+                source,
+                self.dst,
+                replace(options, name=name),
+                source_options=SourceOptions(
+                    self.source, self.labels, self.class_names, self.label_key, self.image_key, self.class_file
+                ),
+                num_workers=self.workers,
+                scheduler=self.executor,
+                scratch=self.scratch,
+                overwrite=self.overwrite,
+                strict=self.strict,
+            )
+            print(summary.to_json() if self.json else printable_text(str(summary)), flush=True)
         return 0
+
+    def _sources(self) -> dict[str, str]:
+        """Returns the source of each split to convert, by the name of the split."""
+        from tools.shards.sources.splits import find_splits
+
+        if not self.splits:
+            return {self.name: self.src}
+        for option, is_given in (("--name", self.name != Convert.name), ("--labels", self.labels is not None)):
+            if is_given:
+                raise ValueError(f"{option} is for one split, and --splits for all; give one of the two options")
+        found = find_splits(self.src)
+        if not found.sources:
+            raise ValueError(
+                f"{self.src}: has no splits: class folders or shards in folders like train/ and val/, or train-*.tar"
+            )
+        for folder in found.flat:
+            print(printable_text(f"warning: {folder} has no class folders and is not converted"), file=sys.stderr)
+        return found.sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +144,10 @@ class _ReadShards:
     """Folder, glob, brace pattern or tar. Shards from other tools are accepted, too."""
     index_dir: str = ""
     """Folder of index files. They take precedence over those beside the tars."""
+    image_key: str = ""
+    """Extension of the image in each sample, such as input.jpg. By default any extension of an image."""
     label_key: str = ""
-    """Key of the label in the .json member of each sample (a.b if nested). By default the label is the .cls member."""
+    """Key of the label in each sample's .json (a.b if nested), or X.json:KEY, or a member X.cls. By default the .cls."""
     class_file: str = ""
     """File of class names, one per line in the order of their numbers."""
 
@@ -141,10 +171,11 @@ class Info(_ReadShards):
             index_dir=self.index_dir,
             label_key=self.label_key,
             class_file=self.class_file,
+            image_key=self.image_key,
             sample=self.sample,
             num_workers=self.workers,
         )
-        print(as_json(splits) if self.json else as_text(splits))
+        print(as_json(splits) if self.json else printable_text(as_text(splits)))
         return 0
 
 
@@ -186,6 +217,8 @@ class Verify(_ReadShards):
 
     check: Level = "decode"
     """decode: Decode images completely. structure: Read header and end only, many times faster. none: Do not read images."""
+    max_pixels: int = MAX_PIXELS
+    """Report images with more pixels, as their header states them. Default: Pillow's limit. train.py has --data.max-pixels."""
     workers: int | None = None
     """Number of processes. By default there is one per CPU."""
     quarantine: bool = False
@@ -201,14 +234,16 @@ class Verify(_ReadShards):
         report = verify(
             self.shards,
             level=self.check,
+            max_pixels=self.max_pixels,
             num_workers=self.workers,
             quarantine=self.quarantine,
             index_dir=Path(self.index_dir) if self.index_dir else None,
             label_key=self.label_key,
             class_file=self.class_file,
+            image_key=self.image_key,
             known=self.known,
         )
-        print(report.to_json() if self.json else report)
+        print(report.to_json() if self.json else printable_text(str(report)))
         return 3 if report.findings else 0
 
 
@@ -231,9 +266,9 @@ class Index:
         from tools.shards.index import index_shards
 
         report = index_shards(self.shards, index_dir=self.index_dir, overwrite=self.overwrite, num_workers=self.workers)
-        print(report.to_json() if self.json else report, flush=True)
+        print(report.to_json() if self.json else printable_text(str(report)), flush=True)
         for error in report.errors:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable_text(f"error: {error}"), file=sys.stderr)
         return 2 if report.errors else 0
 
 
@@ -272,10 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        verb: Verb = tyro.cli(Verb, prog="shards", description=DESCRIPTION, args=arguments)
+        verb: Verb = parse(
+            lambda words: tyro.cli(Verb, prog="shards", description=DESCRIPTION, args=words),
+            arguments,
+        )
         return verb.run()
     except RejectedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         return 3
     except concurrent.futures.BrokenExecutor:
         message = "a worker process was killed, perhaps for lack of memory; run the same command again to continue"

@@ -6,13 +6,15 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.location import refuse_other_notations
+from pipelines.printable import printable
 from pipelines.remote.object_store import is_url
 from pipelines.shards.find_tars import INFO_FILE
 from tools.shards.build import ShardReport, ShardTask, build_shard
@@ -22,6 +24,7 @@ from tools.shards.plan import Options, Plan, make_plan
 from tools.shards.resume import begin, clear, clear_unfinished, find_complete, is_begun, report_name, state_folder
 from tools.shards.sources.listing import Listing
 from tools.shards.sources.recognize import SourceOptions, list_source
+from tools.shards.sources.splits import require_one_split
 from tools.shards.storage import LocalStorage, Storage, open_storage
 
 
@@ -93,18 +96,23 @@ def convert(
     options = options or Options()
     num_workers = choose_workers(num_workers)
     # Workers on other machines have another working directory.
+    _check_notations(str(source), str(destination))
     source, destination = os.path.abspath(source), str(destination)
     if not is_url(destination):
         destination = os.path.abspath(destination)
         _keep_apart(Path(source), Path(destination))
+    source_options = source_options or SourceOptions()
+    if source_options.kind == "auto" and source_options.labels is None:
+        require_one_split(str(source), destination)
     storage = open_storage(destination)
     state = state_folder(options.name)
     if scratch is None and isinstance(storage, LocalStorage):
         scratch = storage.path / state / "unpacked"
     with storage.lock(state):
-        listing = list_source(source, source_options or SourceOptions(), scratch, num_workers)
+        listing = list_source(source, source_options, scratch, num_workers)
         plan = _plan(listing, read_info(storage), options, str(storage))
         record, table = plan.describe()
+        record["source"]["options"] = source_options.record()
         pending: list[int] = []
         try:
             split = find_complete(storage, options.name, record, overwrite)
@@ -124,7 +132,7 @@ def convert(
 
 
 def _summary(storage: Storage, plan: Plan, split: dict[str, Any], num_built: int, seconds: float) -> Summary:
-    rejected = (entry["reason"] for entry in read_rejected(storage) if entry["split"] == plan.options.name)
+    rejected = [entry for entry in read_rejected(storage) if entry["split"] == plan.options.name]
     return Summary(
         split=plan.options.name,
         num_classes=len(plan.classes),
@@ -132,10 +140,28 @@ def _summary(storage: Storage, plan: Plan, split: dict[str, Any], num_built: int
         image_bytes=split["image_bytes"],
         seconds=seconds,
         num_built=num_built,
-        rejected=dict(collections.Counter(rejected)),
+        rejected=dict(collections.Counter(entry["reason"] for entry in rejected)),
         changes=split["changes"],
-        notes=tuple(plan.listing.notes),
+        notes=(*plan.listing.notes, *_emptied_classes(plan, {entry["path"] for entry in rejected})),
     )
+
+
+def _emptied_classes(plan: Plan, rejected: Set[str]) -> list[str]:
+    """Returns a warning about classes of which all images were rejected, if there are any. They keep their number."""
+    if not rejected:
+        return []
+    pairs = zip(plan.labels, plan.listing.extents.names, strict=True)
+    left = set(plan.labels) - {label for label, name in pairs if name not in rejected}
+    names = [plan.classes[label] for label in sorted(left)]
+    return [f"no image is left of {len(names)} classes, which keep their numbers: {_some(names)}"] if names else []
+
+
+def _check_notations(source: str, destination: str) -> None:
+    if is_url(source):
+        raise ValueError(f"{source}: images are read from local paths only; copy them to a local folder")
+    for location in (source, destination):
+        if not os.path.exists(location):
+            refuse_other_notations(location)
 
 
 def _keep_apart(source: Path, destination: Path) -> None:
@@ -162,14 +188,27 @@ def _plan(listing: Listing, info: dict[str, Any], options: Options, destination:
         raise ValueError(
             f"{destination}/{INFO_FILE} has several classes with the same name; label the new split by class number"
         )
-    unknown = [name for name in listing.classes if name not in numbers]
-    if unknown:
-        raise ValueError(
-            f"{listing.location}: {len(unknown)} classes that the other splits in {destination} do not have: "
-            f"{', '.join(unknown[:20])}{', ...' if len(unknown) > 20 else ''}; all splits of a data set share their classes"
-        )
+    if not numbers.keys() >= set(listing.classes):
+        raise ValueError(f"{listing.location}: {_class_differences(listing.classes, known, destination)}")
     labels = array("i", [numbers[listing.classes[label]] for label in listing.labels])
     return make_plan(listing, labels, tuple(known), options)
+
+
+def _class_differences(mine: Sequence[str], known: Sequence[str], destination: str) -> str:
+    """Returns which classes a new split and the data set do not share."""
+    unknown = sorted(set(mine) - set(known))
+    missing = sorted(set(known) - set(mine))
+    text = f"{len(unknown)} classes that the other splits in {destination} do not have: {_some(unknown)}"
+    if missing:
+        text += f"; they have {len(missing)} that are missing here: {_some(missing)}"
+    folded = {name.casefold(): name for name in known}
+    if pairs := [f"{name} here and {folded[name.casefold()]} there" for name in unknown if name.casefold() in folded]:
+        text += f"; only the case differs in {_some(pairs)}"
+    return f"{text}; all splits of a data set share their classes"
+
+
+def _some(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
 
 
 def _require_images(storage: Storage, plan: Plan, reports: Sequence[ShardReport]) -> None:

@@ -1,6 +1,6 @@
 """`shards demo`: draws the embedded image set and converts it."""
 
-import concurrent.futures
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from tools.shards.convert import Summary, convert
 from tools.shards.drawing import FIGURES, draw_jpeg
-from tools.shards.parallel import num_cpus
+from tools.shards.parallel import num_cpus, run
 from tools.shards.plan import Options
+
+CHUNK = 250  # images per task
 
 
 def make_demo(dst: Path, train_samples: int, valid_samples: int, seed: int, overwrite: bool) -> Iterator[Summary]:
@@ -36,11 +38,20 @@ def _draw(folder: Path, num_samples: int, seed: tuple[int, int]) -> None:
         (folder / figure).mkdir(parents=True)
     paths = [folder / figures[i % len(figures)] / f"{i:06d}.jpg" for i in range(num_samples)]
     seeds = [(*seed, i) for i in range(num_samples)]
-    with concurrent.futures.ProcessPoolExecutor(num_cpus()) as pool:
-        drawn = pool.map(_draw_file, paths, seeds, chunksize=50)
-        for _ in tqdm(drawn, f"drawing {folder.name}", num_samples, unit="img", disable=None):
-            pass
+    tasks = [
+        tuple(zip(paths[first : first + CHUNK], seeds[first : first + CHUNK], strict=True))
+        for first in range(0, num_samples, CHUNK)
+    ]
+    with (
+        contextlib.closing(run(_draw_files, tasks, min(num_cpus(), len(tasks)))) as drawn,
+        tqdm(desc=f"drawing {folder.name}", total=num_samples, unit="img", disable=None) as progress,
+    ):
+        for number in drawn:
+            progress.update(number)
 
 
-def _draw_file(path: Path, seed: tuple[int, ...]) -> None:
-    path.write_bytes(draw_jpeg(path.parent.name, np.random.default_rng(seed)))
+def _draw_files(task: tuple[tuple[Path, tuple[int, ...]], ...]) -> int:
+    """Draws the files of some paths, each from its seed, and returns their number."""
+    for path, seed in task:
+        path.write_bytes(draw_jpeg(path.parent.name, np.random.default_rng(seed)))
+    return len(task)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
-from tools.shards.check import ImageCheck, Verdict
+from pipelines.bad_samples.kinds import WAY_OUT
+from tools.shards.check import BOMBS, ImageCheck, Verdict, open_with_pillow, rgb_pixels, too_large
 from tools.shards.shape import Shape, Shaped
 
 ENCODERS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
@@ -19,8 +20,8 @@ class Encoder:
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._wanted = {"keep": None, "jpeg": "jpg", "webp": "webp"}[shape.format]
-        self._header = ImageCheck("structure")
-        self._decoder = ImageCheck("decode")
+        self._header = ImageCheck("structure", shape.max_pixels)
+        self._decoder = ImageCheck("decode", shape.max_pixels)
         if shape.resize is not None:
             import torch
 
@@ -28,10 +29,10 @@ class Encoder:
 
     def __call__(self, images: Sequence[bytes]) -> list[Shaped]:
         """Returns the images in the form to store, given the bytes of their files."""
-        headers = self._header(images)
+        headers = list(self._header(images))
         encode = [header.extension is not None and self._must_encode(header) for header in headers]
         decode = [must_encode or self._shape.check == "decode" for must_encode in encode]
-        decoded = iter(self._decoder([data for data, must_decode in zip(images, decode, strict=True) if must_decode]))
+        decoded = self._decoder([data for data, must_decode in zip(images, decode, strict=True) if must_decode])
         shaped = []
         for data, header, must_encode, must_decode in zip(images, headers, encode, decode, strict=True):
             verdict = next(decoded) if must_decode else header
@@ -49,12 +50,16 @@ class Encoder:
         if not verdict.foreign_format:
             return Shaped(None, verdict.reason)
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                upright = ImageOps.exif_transpose(image)
-                # Convert the transparency of a palette to RGBA first: Pillow warns of its loss otherwise.
-                pixels = np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+            with open_with_pillow(data, self._shape.max_pixels) as image:
+                pixels = rgb_pixels(image)
+        except BOMBS:
+            return Shaped(None, too_large(self._shape.max_pixels))
+        except UnidentifiedImageError:
+            return Shaped(None, f"{verdict.foreign_format}, which Pillow cannot read either: {WAY_OUT}")
         except Exception:  # each plugin raises errors of its own, see `check`
             return Shaped(None, f"damaged {verdict.foreign_format} image")
+        if pixels is None:
+            return Shaped(None, f"{verdict.foreign_format}, whose samples have more than 8 bits: {WAY_OUT}")
         return self._encode(pixels, self._wanted or "jpg", f"{verdict.foreign_format} encoded as {{}}")
 
     def _reencode(self, header: Verdict, verdict: Verdict) -> Shaped:

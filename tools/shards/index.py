@@ -1,11 +1,12 @@
 """`shards index`: writes index files for tars from other tools, local or on remote storage."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,22 +14,26 @@ from typing import Literal
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from pipelines.printable import counted, printable
 from pipelines.remote.object_store import THREADS, glob_files, is_url, list_folder
-from pipelines.shards.find_tars import find_splits
+from pipelines.shards.find_tars import find_splits, tars_of_folder
 from pipelines.shards.index import Sample, as_field, read_index, scan_tar, write_index
+from pipelines.shards.members import IMAGE_EXTENSIONS, first_of, key_of, lacks
 from tools.shards.parallel import Result, Task, as_completed, choose_workers, run
 
+LABELS = ("cls", "json")  # extensions
 Action = Literal["written", "replaced", "kept", "refused"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to one index file. `error` says why it was refused."""
+    """What happened to one index file. `error` says why it was refused, and `note` why training cannot use it as it is."""
 
     index: str
     action: Action
     num_samples: int = 0
     error: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Report:
         return [outcome.error for outcome in self.outcomes if outcome.error]
 
     @property
+    def notes(self) -> list[str]:
+        """One line for each tar whose samples training cannot read as they are."""
+        return [outcome.note for outcome in self.outcomes if outcome.note]
+
+    @property
     def num_samples(self) -> int:
         """The number of samples, without those of refused tars."""
         return sum(outcome.num_samples for outcome in self.outcomes)
@@ -54,15 +64,15 @@ class Report:
     def __str__(self) -> str:
         texts: dict[Action, str] = {"written": "written", "replaced": "replaced", "kept": "kept (up to date)"}
         counts = [f"{len(self.files(action)):,} {text}" for action, text in texts.items() if self.files(action)]
-        return (
-            f"index files of {len(self.outcomes):,} tars: {', '.join(counts) or 'none written'}; {self.num_samples:,} samples"
-        )
+        tars, samples = counted(len(self.outcomes), "tar"), counted(self.num_samples, "sample")
+        summary = f"index files of {tars}: {', '.join(counts) or 'none written'}; {samples}"
+        return "\n".join([summary, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> str:
-        """Returns one JSON object: `written`, `replaced`, `kept` (lists of index files), `errors` and `num_samples`."""
+        """Returns one JSON object: `written`, `replaced`, `kept` (lists of index files), `errors`, `notes`, `num_samples`."""
         actions: tuple[Action, ...] = ("written", "replaced", "kept")
         files = {action: self.files(action) for action in actions}
-        return json.dumps({**files, "errors": self.errors, "num_samples": self.num_samples})
+        return json.dumps({**files, "errors": self.errors, "notes": self.notes, "num_samples": self.num_samples})
 
 
 def index_shards(
@@ -81,8 +91,11 @@ def index_shards(
     paths = index_paths(tars, index_dir)
     num_workers = min(choose_workers(num_workers, THREADS if remote else None), len(tars))
     index_tar = functools.partial(_index_tar, overwrite=overwrite)
-    outcomes = (_run_threads if remote else run)(index_tar, list(zip(tars, paths, strict=True)), num_workers)
-    by_path = {outcome.index: outcome for outcome in tqdm(outcomes, total=len(tars), unit="tar", disable=None)}
+    # Without `closing`, the workers would finish their tasks before an interruption ends the command.
+    with contextlib.closing(
+        (_run_threads if remote else run)(index_tar, list(zip(tars, paths, strict=True)), num_workers)
+    ) as done:
+        by_path = {outcome.index: outcome for outcome in tqdm(done, total=len(tars), unit="tar", disable=None)}
     return Report(tuple(by_path[str(path)] for path in paths))
 
 
@@ -119,7 +132,7 @@ def save_index(index_path: Path, samples: list[Sample]) -> None:
         ) from error
 
 
-def _run_threads(function: Callable[[Task], Result], tasks: list[Task], num_workers: int) -> Iterator[Result]:
+def _run_threads(function: Callable[[Task], Result], tasks: list[Task], num_workers: int) -> Generator[Result, None, None]:
     """Runs tasks that mostly wait. Threads start faster than processes, which import the storage library first."""
     pool = concurrent.futures.ThreadPoolExecutor(num_workers)
     try:
@@ -135,15 +148,26 @@ def _index_tar(task: tuple[str, Path], overwrite: bool) -> Outcome:
     except ValueError as error:
         return Outcome(str(index_path), "refused", error=str(error))
     action: Action = "written"
+    note = _note(tar, samples)
     if index_path.exists():
         if _lists(index_path, samples):
-            return Outcome(str(index_path), "kept", len(samples))
+            return Outcome(str(index_path), "kept", len(samples), note=note)
         if not overwrite:
             differs = f"{index_path}: differs from the contents of {tar}, and was not changed; --overwrite replaces it"
             return Outcome(str(index_path), "refused", error=differs)
         action = "replaced"
     save_index(index_path, samples)
-    return Outcome(str(index_path), action, len(samples))
+    return Outcome(str(index_path), action, len(samples), note=note)
+
+
+def _note(tar: str, samples: list[Sample]) -> str:
+    """Says what the first sample lacks, if no sample has an image and a label."""
+    if not samples or any(first_of(sample, IMAGE_EXTENSIONS) and first_of(sample, LABELS) for sample in samples):
+        return ""
+    first = samples[0]
+    same_key = [sample for sample in samples if key_of(sample) == key_of(first)]
+    what = lacks(first, IMAGE_EXTENSIONS, LABELS, same_key)
+    return f"{tar}: no sample has an image and a label; the first, {printable(key_of(first))}: {what}"
 
 
 def _lists(index_path: Path, samples: list[Sample]) -> bool:
@@ -162,10 +186,7 @@ def _lists(index_path: Path, samples: list[Sample]) -> bool:
 def _find_local_tars(pattern: str) -> list[str]:
     if not os.path.isdir(pattern):
         return list(dict.fromkeys(str(tar) for tars in find_splits(pattern).values() for tar in tars))
-    found = sorted(map(str, Path(pattern).glob("*.tar")))
-    if not found:
-        raise ValueError(f"no .tar files in folder {pattern}")
-    return found
+    return list(map(str, tars_of_folder(Path(pattern))))
 
 
 def _find_remote_tars(pattern: str) -> list[str]:

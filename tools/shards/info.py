@@ -1,6 +1,7 @@
 """`shards info`: shows the contents of a data set, its balance, and the bytes that training reads."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,10 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.printable import counted, printable
 from pipelines.shards.find_tars import find_splits, read_info
 from pipelines.shards.index import count_samples, ensure_index, read_index
-from pipelines.shards.labels import LabelReader, open_labels
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, find_component, read_label
+from pipelines.shards.labels import LabelReader, no_class_zero, open_labels
+from pipelines.shards.members import find_component, image_extensions, read_member, require_members
+from pipelines.shards.shard_set import read_label
 from tools.shards.check import ImageCheck
 from tools.shards.parallel import Result, Task, choose_workers, require_positive, run
 
@@ -60,6 +63,7 @@ class _Shard:
 
     split: str
     label_reader: LabelReader
+    images: tuple[str, ...]
     tar: Path
     index: Path
     headers: frozenset[int]
@@ -83,6 +87,7 @@ def collect(
     index_dir: str = "",
     label_key: str = "",
     class_file: str = "",
+    image_key: str = "",
     sample: int = SAMPLE_SIZE,
     num_workers: int | None = None,
 ) -> dict[str, SplitInfo]:
@@ -102,15 +107,20 @@ def collect(
     num_workers = min(choose_workers(num_workers, 1 if small else None), len(tars))
     indices = dict(_each(functools.partial(_find_index, index_dir=index_dir), tars, num_workers, "indices"))
     label_reader = open_labels(label_key, class_file, read_info(tars[0].parent).get("classes"))
-    shards = list(_assign_headers(splits, label_reader, indices, sample))
+    shards = list(_assign_headers(splits, label_reader, image_extensions(image_key), indices, sample))
     results = collections.defaultdict(list)
     for result in _each(_read_shard, shards, num_workers, "shards"):
         results[result.shard.split].append(result)
     return {name: _split_info(name, results[name]) for name in splits}
 
 
-def _each(function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int, what: str) -> Iterable[Result]:
-    return tqdm(run(function, tasks, num_workers), what, len(tasks), leave=False, unit="shard", disable=None)
+def _each(function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int, what: str) -> list[Result]:
+    # Without `closing`, the workers would finish their tasks before an interruption ends the command.
+    with contextlib.closing(run(function, tasks, num_workers)) as results:
+        try:
+            return list(tqdm(results, what, len(tasks), leave=False, unit="shard", disable=None))
+        except ValueError as error:
+            raise ValueError(f"{error}; `shards verify` finds all damage to these shards") from error
 
 
 def _find_index(tar: Path, index_dir: str) -> tuple[Path, Path]:
@@ -118,7 +128,11 @@ def _find_index(tar: Path, index_dir: str) -> tuple[Path, Path]:
 
 
 def _assign_headers(
-    splits: dict[str, list[Path]], label_reader: LabelReader, indices: dict[Path, Path], sample: int
+    splits: dict[str, list[Path]],
+    label_reader: LabelReader,
+    images: tuple[str, ...],
+    indices: dict[Path, Path],
+    sample: int,
 ) -> Iterator[_Shard]:
     """Yields the shards with the samples whose headers are read, evenly spaced over all shards together."""
     counts = {tar: count_samples(index) for tar, index in indices.items()}
@@ -129,7 +143,7 @@ def _assign_headers(
         for tar in tars:
             numbers = range(first, first + counts[tar])
             chosen = (i - first for i in numbers if i * sample // total < (i + 1) * sample // total)
-            yield _Shard(name, label_reader, tar, indices[tar], frozenset(chosen))
+            yield _Shard(name, label_reader, images, tar, indices[tar], frozenset(chosen))
             first += counts[tar]
 
 
@@ -139,13 +153,13 @@ def _read_shard(shard: _Shard) -> _ShardResult:
     check = ImageCheck("structure")
     with open(shard.tar, "rb") as file:
         for number, sample in enumerate(samples):
-            image = find_component(sample, IMAGE_EXTENSIONS, shard.tar)
+            require_members(shard.tar, sample, shard.images, shard.label_reader.extension, samples)
+            image = find_component(sample, shard.images, shard.tar)
             result.labels[read_label(file, sample, shard.tar, shard.label_reader)] += 1
             result.image_bytes += image.size
             result.label_bytes += find_component(sample, (shard.label_reader.extension,), shard.tar).size
             if number in shard.headers:
-                file.seek(image.offset)
-                [verdict] = check([file.read(image.size)])
+                [verdict] = check([read_member(file, image, shard.tar)])
                 if verdict.extension is None:
                     result.unreadable[verdict.reason] += 1
                 else:
@@ -197,23 +211,31 @@ def as_text(splits: dict[str, SplitInfo]) -> str:
     rows = [("split", "shards", "samples", "classes", "MB")]
     for name, split in splits.items():
         counts = f"{split.num_shards:,}", f"{split.num_samples:,}", f"{len(split.class_counts):,}"
-        rows.append((name, *counts, f"{split.shard_bytes / 1e6:,.1f}"))
+        rows.append((printable(name), *counts, f"{split.shard_bytes / 1e6:,.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([*lines, *(line for name, split in splits.items() for line in ["", name, *_paragraph(split)])])
+    return "\n".join([*lines, *(line for name, split in splits.items() for line in ["", printable(name), *_paragraph(split)])])
 
 
 def _paragraph(split: SplitInfo) -> Iterator[str]:
     yield from _entry("classes", _class_balance(split))
     low, high = split.shard_samples
-    yield from _entry("shards", [f"{low:,} samples each" if low == high else f"{low:,} to {high:,} samples"])
+    yield from _entry("shards", [f"{counted(low, 'sample')} each" if low == high else f"{low:,} to {counted(high, 'sample')}"])
     if split.num_samples:
         yield from _entry("images", _image_facts(split))
         yield from _entry("shorter side", _histogram(split.shorter_sides))
         yield from _entry("an epoch reads", _reading(split))
     if split.conversion:
-        options = (f"{option} {value}" for option, value in split.conversion.items() if value is not None)
-        yield from _entry("converted with", [", ".join(options)])
+        yield from _entry("converted with", [", ".join(_settings(split.conversion))])
+
+
+def _settings(conversion: dict[str, Any]) -> Iterator[str]:
+    """Yields the settings of a conversion, and the size of its source."""
+    for name, value in conversion.items():
+        if name == "source":
+            yield f"{counted(value['images'], 'image')} in the source" if value and "images" in value else "an unknown source"
+        elif value is not None:
+            yield printable(f"{name.replace('_', ' ')} {value}")
 
 
 def _entry(heading: str, texts: Iterable[str]) -> list[str]:
@@ -231,16 +253,18 @@ def _class_balance(split: SplitInfo) -> Iterator[str]:
 
     def named(label: int) -> str:
         names = split.class_names or ()
-        name = names[label] if label < len(names) else f"class {label}"
+        name = printable(names[label]) if label < len(names) else f"class {label}"
         return f"{name} {split.class_counts[label]:,}"
 
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     extent = f"{split.num_samples / num_classes:,.1f} samples on average, smallest {named(smallest)}, largest {named(largest)}"
     if counts[smallest] == counts[largest]:
-        extent = f"{counts[smallest]:,} sample{'s' if counts[smallest] > 1 else ''} each"
+        extent = f"{counted(counts[smallest], 'sample')} each"
     num_empty = num_classes - len(counts)
     empty = f"{num_empty:,} classes are empty" if num_empty > 1 else f"{'one' if num_empty else 'no'} class is empty"
     yield f"{num_classes:,}: {extent}; {empty}"
+    if note := no_class_zero(counts.keys()):
+        yield f"warning: {note}"
     if num_classes <= NAMED_CLASSES:
         yield ", ".join(map(named, range(num_classes)))
 
@@ -251,8 +275,8 @@ def _image_facts(split: SplitInfo) -> Iterator[str]:
     shown = ", ".join(f"{name} {count:,}" for name, count in split.formats.items()) or "none that could be read"
     yield f"{shown}; median {split.median_width:g} x {split.median_height:g} pixels"
     if split.unreadable:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in split.unreadable.items())
-        yield f"training cannot decode {sum(split.unreadable.values()):,} ({reasons})"
+        reasons = "; ".join(f"{count:,} {printable(reason)}" for reason, count in split.unreadable.items())
+        yield f"training cannot decode {sum(split.unreadable.values()):,} ({reasons}); `shards verify` lists them"
 
 
 def _histogram(counts: dict[str, int]) -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.json_file import as_object, get, parse_json_lines
 from pipelines.shards.find_tars import INFO_FILE, parse_info
 from tools.shards.build import ShardReport
 from tools.shards.plan import Plan
@@ -17,14 +18,21 @@ def read_info(storage: Storage) -> dict[str, Any]:
     """Reads the `_info.json` of a data set, or returns an empty dict if there is none.
 
     Raises:
-        ValueError: The file is not a JSON object.
+        ValueError: The file cannot be used; see `parse_info`.
     """
-    return parse_info(storage.read(INFO_FILE) or "{}", f"{storage}/{INFO_FILE}")
+    content = storage.read(INFO_FILE)
+    return {} if content is None else parse_info(content, f"{storage}/{INFO_FILE}")
 
 
 def read_rejected(storage: Storage) -> list[dict[str, str]]:
-    """Reads split, path and reason of each rejected image, of all splits."""
-    return [json.loads(line) for line in (storage.read(REJECTED_FILE) or "").split("\n") if line]
+    """Reads split, path and reason of each rejected image, of all splits.
+
+    Raises:
+        ValueError: A line is not an object of these three texts.
+    """
+    lines = parse_json_lines(storage.read(REJECTED_FILE) or b"", f"{storage}/{REJECTED_FILE}")
+    keys = ("split", "path", "reason")
+    return [{key: get(as_object(value, place), key, "a text", place) for key in keys} for place, value in lines]
 
 
 def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Sequence[ShardReport]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipelines.bad_samples.limits import MAX_PIXELS, check_max_pixels
 from tools.shards.parallel import require_positive
 from tools.shards.shape import Shape
 from tools.shards.sources.listing import Extent, Listing
@@ -40,6 +41,7 @@ class Options:
         require_positive("shard-samples", self.shard_samples)
         require_positive("shard-bytes", self.shard_bytes)
         require_positive("resize", self.shape.resize)
+        check_max_pixels(self.shape.max_pixels)
         if not 1 <= self.shape.quality <= 100:
             raise ValueError(f"--quality {self.shape.quality}: 1 to 100 is the range")
 
@@ -51,7 +53,10 @@ class Options:
         # Another version may encode to other bytes, and GIFs are always encoded.
         encoder = f"Pillow {importlib.metadata.version('pillow')}"
         sizes = {"shard_samples": shard_samples, "shard_bytes": self.shard_bytes}
-        return {"seed": self.seed, **sizes, **asdict(self.shape), "encoder": encoder}
+        shape = asdict(self.shape)
+        if self.shape.max_pixels == MAX_PIXELS:  # conversions of earlier versions did not record it
+            del shape["max_pixels"]
+        return {"seed": self.seed, **sizes, **shape, "encoder": encoder}
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,15 @@ from pipelines.augment import Augmentation, RandomResizedCrop
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD
+from pipelines.location import expand_location
 from pipelines.mix import MixConfig
 from pipelines.mix import mix as mix_batch
 from pipelines.notation import write_augmentation
+from pipelines.printable import counted
 from pipelines.remote.object_store import is_url
 from pipelines.shards.index import read_index, write_index
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards, read_label
+from pipelines.shards.members import find_component, read_member, require_members
+from pipelines.shards.shard_set import ShardSet, open_shards, read_label
 from tools.shards.check import ImageCheck
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -65,6 +68,7 @@ def preview(
     index_dir: str = "",
     label_key: str = "",
     class_file: str = "",
+    image_key: str = "",
     samples: int = 8,
     views: int = 6,
     image_size: int = 224,
@@ -79,12 +83,16 @@ def preview(
         ValueError: There are no such shards, or the output cannot be written, or a number is out of range.
     """
     _check_arguments(output, samples, views, image_size)
+    shards = expand_location(shards)
     if is_url(shards):
         raise ValueError(f"{shards}: a preview needs local shards; copy some to a local folder and name that folder")
     config = DataConfig(crop=crop, augment=augment)
-    shard_set, check = open_shards(shards, split, index_dir, label_key, class_file), ImageCheck()
+    shard_set, check = open_shards(shards, split, index_dir, label_key, class_file, image_key), ImageCheck()
     numbers = choose(shard_set.num_samples, samples, seed)
-    rows = [_row(shard_set, number, check, config, views, image_size, seed + number) for number in numbers]
+    try:
+        rows = [_row(shard_set, number, check, config, views, image_size, seed + number) for number in numbers]
+    except ValueError as error:
+        raise ValueError(f"{error}; `shards verify` finds all damage to these shards") from error
     source = f"{shards}, {split}" if os.path.isdir(shards) else shards
     title = f"{len(rows):,} of {shard_set.num_samples:,} samples of {source}"
     subtitle = f"training: at {image_size} pixels, {_describe(config, mix)}"
@@ -96,7 +104,10 @@ def preview(
     finally:
         temporary.unlink(missing_ok=True)
     unreadable = sum(bool(row.problem) for row in rows)
-    return f"{output}: {len(rows)} samples, {unreadable} of them unreadable; {sheet.width} x {sheet.height} pixels"
+    see = "; `shards verify` finds all of them" if unreadable else ""
+    return (
+        f"{output}: {counted(len(rows), 'sample')}, {unreadable} of them unreadable{see}; {sheet.width} x {sheet.height} pixels"
+    )
 
 
 def _check_arguments(output: Path, num_samples: int, num_views: int, image_size: int) -> None:
@@ -131,12 +142,13 @@ def _row(
     while number >= shards.lengths[shard]:
         number -= shards.lengths[shard]
         shard += 1
-    tar, members = Path(shards.tars[shard]), read_index(shards.indices[shard])[number]
-    image = find_component(members, IMAGE_EXTENSIONS, tar)
+    tar, samples = Path(shards.tars[shard]), read_index(shards.indices[shard])
+    members = samples[number]
+    require_members(tar, members, shards.images, shards.label_reader.extension, samples)
+    image = find_component(members, shards.images, tar)
     with open(tar, "rb") as file:
         label = read_label(file, members, tar, shards.label_reader)
-        file.seek(image.offset)
-        [verdict] = check([file.read(image.size)])
+        [verdict] = check([read_member(file, image, tar)])
     name = shards.classes[label] if shards.classes and label < len(shards.classes) else ""
     size = f"{verdict.width} x {verdict.height} {verdict.extension}, " if verdict.extension else ""
     key = image.name.removesuffix(f".{image.extension}")
@@ -147,7 +159,7 @@ def _row(
         # The loader reads the samples in an index, so an index can repeat one sample.
         index = Path(folder) / "sample.idx"
         write_index(index, [members] * num_views)
-        one = ShardSet((str(tar),), (index,), (num_views,), (shards.sizes[shard],), None, shards.label_reader)
+        one = ShardSet((str(tar),), (index,), (num_views,), (shards.sizes[shard],), None, shards.label_reader, shards.images)
         views = _pipeline_views(one, config, "train", label + 1, image_size, seed)
         write_index(index, [members])
         views += _pipeline_views(replace(one, lengths=(1,)), config, "valid", label + 1, image_size, seed)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.json_file import as_object, get, parse_json
+from pipelines.shards.find_tars import INFO_FILE
 from tools.shards.build import ShardReport
 from tools.shards.manifest import read_info, write_info
 from tools.shards.plan import Plan
@@ -47,7 +49,7 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
         if found := _differences(old, record):
             raise ValueError(f"{storage} already has a split {name!r} from another conversion: {found}; {way_out}")
         sizes = storage.sizes()
-        tars = zip(splits[name]["filenames"], splits[name]["shard_bytes"], strict=True)
+        tars = _listed_shards(splits[name], f"{storage}/{INFO_FILE}: split {name!r}")
         if broken := [tar for tar, size in tars if sizes.get(tar) != size]:
             raise ValueError(
                 f"{storage}: {len(broken)} shards are missing or cut short, for example {broken[0]}; "
@@ -57,6 +59,20 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
     if not is_begun(storage, name) and _files(storage, name):
         raise ValueError(f"{storage} already has shards {name}-* that this command did not write; {way_out}")
     return None
+
+
+def _listed_shards(split: dict[str, Any], place: str) -> list[tuple[str, int]]:
+    """Returns name and size of the shards of a split, after checking the keys that a summary shows."""
+    try:
+        for key, kind in (("shard_lengths", "a list of whole numbers from 0"), ("image_bytes", "a whole number from 0")):
+            get(split, key, kind, place)
+        get(split, "changes", "an object of whole numbers from 0", place)
+        sizes: list[int] = get(split, "shard_bytes", "a list of whole numbers from 0", place)
+        if len(sizes) != len(split["filenames"]):
+            raise ValueError(f"{place}: {len(split['filenames'])} 'filenames' and {len(sizes)} 'shard_bytes'")
+        return list(zip(split["filenames"], sizes, strict=True))
+    except ValueError as error:
+        raise ValueError(f"{error}; --overwrite converts the split again") from error
 
 
 def is_begun(storage: Storage, name: str) -> bool:
@@ -85,21 +101,15 @@ def begin(
     name = plan.options.name
     state = state_folder(name)
     wanted: dict[str, Any] = {"record": record, "classes": list(plan.classes), "table": hashlib.sha256(table).hexdigest()}
-    text = storage.read(f"{state}/plan.json")
-    begun: dict[str, Any] | None = json.loads(text) if text else None
-    if begun == wanted:
+    begun = _read_plan(storage, f"{state}/plan.json", overwrite)
+    found = [] if begun is None else _changes(storage, state, begun, wanted, table)
+    if begun is not None and not found:
         reports, pending = _finished(storage, plan)
         _check_space(storage, plan, pending, freed=0)
         return reports, pending
     if begun is not None and not overwrite:
-        found = [_differences(begun["record"], wanted["record"])]
-        if begun["classes"] != wanted["classes"]:
-            found.append("the classes changed")
-        if begun["table"] != wanted["table"]:
-            old, new = storage.read(f"{state}/source.tsv") or "", table.decode("utf-8", "backslashreplace")
-            found.append(_source_differences(old, new))
         raise ValueError(
-            f"{storage}: the conversion of split {name!r} was started differently: {'; '.join(filter(None, found))}; "
+            f"{storage}: the conversion of split {name!r} was started differently: {'; '.join(found)}; "
             "restore what changed, or start over with --overwrite"
         )
     sizes = storage.sizes()
@@ -111,8 +121,39 @@ def begin(
     return [], list(range(plan.num_shards))
 
 
+def _read_plan(storage: Storage, name: str, overwrite: bool) -> dict[str, Any] | None:
+    """Reads what an earlier run has planned. With `overwrite` a damaged file is no obstacle."""
+    content, place = storage.read(name), f"{storage}/{name}"
+    if content is None:
+        return None
+    try:
+        begun = as_object(parse_json(content, place), place)
+        for key, kind in (("record", "an object"), ("classes", "a list of texts"), ("table", "a text")):
+            get(begun, key, kind, place)
+        get(begun["record"], "source", "an object", place, default=None)
+        return begun
+    except ValueError as error:
+        if overwrite:
+            return None
+        raise ValueError(f"{error}; --overwrite starts the conversion over") from error
+
+
+def _changes(storage: Storage, state: str, begun: dict[str, Any], wanted: dict[str, Any], table: bytearray) -> list[str]:
+    """Returns how a plan differs from the one that an earlier run has left. The list is empty if it does not."""
+    found = [_differences(begun["record"], wanted["record"])]
+    if begun["classes"] != wanted["classes"]:
+        found.append("the classes changed")
+    if begun["table"] != wanted["table"]:
+        old = storage.read(f"{state}/source.tsv") or b""
+        found.append(_source_differences(*(content.decode("utf-8", "backslashreplace") for content in (old, bytes(table)))))
+    return list(filter(None, found))
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns the settings that differ, in words. The text is empty if none does."""
+    """Returns the settings that differ, in words. The text is empty if none does.
+
+    The options of the source are compared only if its images or classes differ, to name the reason.
+    """
 
     def option(key: str) -> str:
         return key if key == "encoder" else f"--{key.replace('_', '-')}"
@@ -123,7 +164,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changed = [key for key in sorted({*old, *new} - {"source"}) if old.get(key) != new.get(key)]
     found = [f"{option(key)} was {value(old, key)} and is {value(new, key)}" for key in changed]
     then, now = old.get("source", {}), new["source"]
-    if then != now:
+    if any(then.get(key) != now[key] for key in ("images", "sha256")):
+        before, after = then.get("options"), now["options"]
+        if isinstance(before, dict):  # older versions did not keep it
+            keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+            found += [f"{option(key)} was {value(before, key)} and is {value(after, key)}" for key in keys]
         found.append(
             f"the source had {then.get('images', 0):,} images and has {now['images']:,}, or their sizes or classes changed"
         )
@@ -174,14 +219,22 @@ def _finished(storage: Storage, plan: Plan) -> tuple[list[ShardReport], list[int
     for number in range(plan.num_shards):
         name = plan.shard_name(number)
         files = (sizes.get(name), sizes.get(name.removesuffix(".tar") + ".idx"))
-        text = storage.read(report_name(plan, number)) if f"{number:06d}.json" in written else None
-        report = ShardReport.from_json(text) if text else None
+        report = _read_report(storage, report_name(plan, number)) if f"{number:06d}.json" in written else None
         if report is not None and report.file_bytes == files:
             reports.append(report)
         else:
             pending.append(number)
     clear_unfinished(storage, plan.options.name)
     return reports, pending
+
+
+def _read_report(storage: Storage, name: str) -> ShardReport | None:
+    """Reads the report on a shard. A shard whose report is damaged is built again."""
+    content = storage.read(name)
+    try:
+        return None if content is None else ShardReport.from_json(content, f"{storage}/{name}")
+    except ValueError:
+        return None
 
 
 def clear_unfinished(storage: Storage, name: str) -> None:

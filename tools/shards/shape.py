@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, TypeVar
 
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS
+from pipelines.bad_samples.limits import MAX_PIXELS
+from pipelines.shards.members import IMAGE_EXTENSIONS
 
 # Images that are read and decoded together. The decoder is a tenth faster with several, but large images need much memory.
 IMAGES_AT_ONCE = 16
@@ -24,6 +25,7 @@ class Shape:
     resize: int | None = None
     quality: int = 90
     format: Format = "keep"
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,17 @@ def trusted_extension(shape: Shape, name: str) -> str | None:
     extension = PurePath(name).suffix[1:].lower()
     if shape.check != "none" or shape.resize is not None or shape.format != "keep" or extension not in IMAGE_EXTENSIONS:
         return None
+    if extension == "jp2":  # training leaves JPEG 2000 out, so it is encoded anew
+        return None
     return "jpg" if extension == "jpeg" else extension
 
 
-def image_batches(images: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Groups images into batches that are decoded together. `size` returns the bytes of an image."""
+def image_batches(images: Iterable[Item], size: Callable[[Item], int], most: int = BYTES_AT_ONCE) -> Iterator[list[Item]]:
+    """Groups images into batches that are decoded together. `size` returns the bytes of an image, and a batch has `most`."""
     batch: list[Item] = []
     num_bytes = 0
     for image in images:
-        if batch and (len(batch) == IMAGES_AT_ONCE or num_bytes + size(image) > BYTES_AT_ONCE):
+        if batch and (len(batch) == IMAGES_AT_ONCE or num_bytes + size(image) > most):
             yield batch
             batch, num_bytes = [], 0
         batch.append(image)

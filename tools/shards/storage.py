@@ -7,16 +7,18 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.remote.object_store import is_url
-from pipelines.remote.retrying import storage_errors
+from pipelines.remote.object_store import filesystem, is_url
+from pipelines.remote.retrying import retrying
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class LocalStorage:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def read(self, name: str) -> str | None:
-        """Returns the text of a file, or None if it does not exist."""
+    def read(self, name: str) -> bytes | None:
+        """Returns the content of a file, or None if it does not exist."""
         try:
-            return (self.path / name).read_bytes().decode("utf-8", "backslashreplace")
+            return (self.path / name).read_bytes()
         except FileNotFoundError:
             return None
 
@@ -111,45 +113,43 @@ class RemoteStorage:
     def __str__(self) -> str:
         return self.url
 
-    @contextlib.contextmanager
-    def _open(self, name: str) -> "Iterator[tuple[AbstractFileSystem, str]]":
-        """Yields the file system and the path of a file in it, and translates the errors of the store."""
-        with storage_errors(self.url):
-            from fsspec.core import url_to_fs
+    def _call(self, name: str, method: Callable[["AbstractFileSystem", str], T]) -> T:
+        """Calls a method of the file system with the path of a file in it, and repeats it after transient errors."""
+        url = f"{self.url}/{name}".rstrip("/")
 
-            # By default listings are cached, but other machines write here, too.
-            yield url_to_fs(f"{self.url}/{name}".rstrip("/"), use_listings_cache=False)
+        def call() -> T:
+            files = filesystem(url)
+            return method(files, files._strip_protocol(url))
+
+        return retrying(url, call)
 
     @contextlib.contextmanager
     def new_file(self, name: str, durable: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as folder:
             local = Path(folder) / "file"
             yield local
-            with self._open(name) as (files, path):
-                files.put_file(str(local), path)
+            self._call(name, lambda files, path: files.put_file(str(local), path))
 
-    def read(self, name: str) -> str | None:
+    def read(self, name: str) -> bytes | None:
         try:
-            with self._open(name) as (files, path):
-                return str(files.cat_file(path).decode("utf-8", "backslashreplace"))
+            return self._call(name, lambda files, path: bytes(files.cat_file(path)))
         except FileNotFoundError:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         try:
-            with self._open(folder) as (files, path):
-                entries = files.ls(path, detail=True)
+            entries = self._call(folder, lambda files, path: files.ls(path, detail=True))
         except FileNotFoundError:
             return {}
         return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._open(name) as (files, path):
-            files.rm_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            self._call(name, lambda files, path: files.rm_file(path))
 
     def delete_folder(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._open(name) as (files, path):
-            files.rm(path, recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._call(name, lambda files, path: files.rm(path, recursive=True))
 
     def free_bytes(self) -> int | None:
         return None

@@ -1,6 +1,7 @@
 """`shards verify`: finds everything in a data set that would disturb training."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pipelines.bad_samples.limits import MAX_PIXELS, check_max_pixels
 from pipelines.bad_samples.quarantine import location, read_quarantine
-from pipelines.shards.find_tars import INFO_FILE, find_splits, naming_scheme, read_info
-from pipelines.shards.labels import open_labels
+from pipelines.printable import counted, printable
+from pipelines.shards.find_tars import INFO_FILE, find_splits, naming_scheme, read_info, tars_of_folder
+from pipelines.shards.labels import no_class_zero, open_labels
+from pipelines.shards.members import image_extensions, key_of
 from tools.shards.index import index_paths, save_index
 from tools.shards.parallel import choose_workers, run
 from tools.shards.shape import Level
-from tools.shards.verify_tar import Finding, TarResult, Task, check_tar, hash_key, key_of, read_contents
+from tools.shards.verify_tar import Finding, TarResult, Task, check_tar, hash_key, place_of, read_contents
 
 LINES_PER_KIND = 50
 LIMITS_OF_LEVELS = {
@@ -50,14 +54,15 @@ class Report:
         return dict(collections.Counter(finding.kind for finding in self.findings).most_common())
 
     def __str__(self) -> str:
-        lines = [f"{self.num_tars:,} tars, {self.num_samples:,} samples: {len(self.findings) or 'no'} findings"]
+        found = counted(len(self.findings), "finding") if self.findings else "no findings"
+        lines = [f"{counted(self.num_tars, 'tar')}, {counted(self.num_samples, 'sample')}: {found}"]
         lines += [f"  {kind:<16}{count:>10,}" for kind, count in self.counts.items()]
         for kind, count in self.counts.items():
-            found = (finding for finding in self.findings if finding.kind == kind)
-            lines += map(str, itertools.islice(found, LINES_PER_KIND))
+            of_kind = (finding for finding in self.findings if finding.kind == kind)
+            lines += (printable(str(finding)) for finding in itertools.islice(of_kind, LINES_PER_KIND))
             if count > LINES_PER_KIND:
                 lines.append(f"... and {count - LINES_PER_KIND:,} more {kind}; --json lists all")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(printable(f"note: {note}") for note in self.notes)])
 
     def to_json(self) -> str:
         """Returns one JSON object: the attributes, and `counts` with the number of findings by kind."""
@@ -77,11 +82,13 @@ def verify(
     pattern: str,
     *,
     level: Level = "decode",
+    max_pixels: int = MAX_PIXELS,
     num_workers: int | None = None,
     quarantine: bool = False,
     index_dir: Path | None = None,
     label_key: str = "",
     class_file: str = "",
+    image_key: str = "",
     known: Sequence[Path] = (),
 ) -> Report:
     """Checks tars, index files, keys, labels, images and the counts in `_info.json`.
@@ -92,6 +99,7 @@ def verify(
         ValueError: Nothing matches, or the class file or a list of samples is invalid, or the folder of the index files
             cannot be used.
     """
+    check_max_pixels(max_pixels)
     splits, findings = _find_splits(pattern)
     tars = [tar for split in splits for tar in split.tars]
     targets = dict(zip(tars, index_paths(list(map(str, tars)), index_dir), strict=True))
@@ -100,18 +108,18 @@ def verify(
     for sample in itertools.chain.from_iterable(map(read_quarantine, known)):
         bad_in_training[sample.tar][sample.offset] = sample.reason
     readers = [open_labels(label_key, class_file, split.classes) for split in splits]
-    tasks = []
+    tasks, images = [], image_extensions(image_key)
     for split, reader in zip(splits, readers, strict=True):
         for tar in split.tars:
             index = next((path for path in (targets[tar], tar.with_suffix(".idx")) if path.exists()), None)
-            tasks.append(Task(tar, index, reader, level, bad_in_training.get(location(str(tar)), {})))
+            tasks.append(Task(tar, index, reader, level, bad_in_training.get(location(str(tar)), {}), images, max_pixels))
     results = _check_tars(tasks, min(choose_workers(num_workers), max(1, len(tasks))))
     for split in splits:
         _check_lengths(results, split.lengths)
         _check_keys([results[tar] for tar in split.tars])
     for result in results.values():
         findings += sorted(result.findings, key=lambda finding: finding.offset or 0)
-    notes = list(_notes(results, level))
+    notes = [*_notes(results, level), *_repeated_classes(splits[0].classes or ())]
     written, num_quarantined = _quarantine(results, targets, notes) if quarantine else ([], 0)
     return Report(
         num_tars=len(tars),
@@ -141,10 +149,8 @@ def _splits_of_folder(folder: Path) -> tuple[list[_Split], list[Finding]]:
     info, findings = _read_info(folder)
     if not info.get("splits"):
         by_scheme = collections.defaultdict(list)
-        for tar in sorted(folder.glob("*.tar")):
+        for tar in tars_of_folder(folder):
             by_scheme[naming_scheme(tar.name)].append(tar)
-        if not by_scheme:
-            raise ValueError(f"no .tar files in folder {folder}")
         return [_Split(tars, info.get("classes"), {}) for tars in by_scheme.values()], findings
     splits = []
     for name, split in sorted(info["splits"].items()):
@@ -172,7 +178,7 @@ def _check_counts(folder: Path, name: str, split: dict[str, Any]) -> Iterator[Fi
     """Checks that the counts of a split are consistent. `_check_lengths` compares them with the tars."""
     lengths, filenames, num_samples = split.get("shard_lengths", ()), split["filenames"], split.get("num_samples")
     if len(lengths) != len(filenames):
-        detail = f"split {name!r} has {len(filenames)} filenames and {len(lengths)} shard_lengths"
+        detail = f"split {name!r} has {counted(len(filenames), 'filename')} and {counted(len(lengths), 'shard length')}"
     elif num_samples != sum(lengths):
         detail = f"split {name!r} has num_samples {num_samples}, but the sum of its shard_lengths is {sum(lengths)}"
     else:
@@ -193,8 +199,9 @@ def _check_folders(folders: set[Path], index_dir: Path | None, quarantine: bool)
 def _check_tars(tasks: list[Task], num_workers: int) -> dict[Path, TarResult]:
     """Returns the result of each tar, in the order of the tasks."""
     results: dict[Path, TarResult] = {}
-    with tqdm(unit="sample", disable=None) as progress:
-        for result in run(check_tar, tasks, num_workers):
+    # Without `closing`, the workers would finish their tasks before an interruption ends the command.
+    with tqdm(unit="sample", disable=None) as progress, contextlib.closing(run(check_tar, tasks, num_workers)) as checked:
+        for result in checked:
             results[result.task.tar] = result
             progress.set_postfix_str(f"{len(results)}/{len(tasks)} tars", refresh=False)
             progress.update(result.num_samples)
@@ -205,7 +212,7 @@ def _check_lengths(results: dict[Path, TarResult], lengths: dict[Path, int]) -> 
     """Compares the number of samples with `_info.json`. Damaged tars are skipped: they have a finding already."""
     for tar, length in lengths.items():
         if tar in results and not results[tar].damaged and results[tar].num_in_tar != length:
-            results[tar].add("wrong-info", f"holds {results[tar].num_in_tar} samples; {INFO_FILE} says {length}")
+            results[tar].add("wrong-info", f"holds {counted(results[tar].num_in_tar, 'sample')}; {INFO_FILE} says {length}")
 
 
 def _check_keys(results: list[TarResult]) -> None:
@@ -231,10 +238,22 @@ def _notes(results: dict[Path, TarResult], level: Level) -> Iterator[str]:
         yield LIMITS_OF_LEVELS[level]
     without = [tar for tar, result in results.items() if result.task.index_path is None]
     if without:
-        yield f"{len(without):,} tars have no index file, for example {without[0]}; `shards index` writes them"
+        have = "has" if len(without) == 1 else "have"
+        yield f"{counted(len(without), 'tar')} {have} no index file, for example {without[0]}; `shards index` writes it"
     left_out = sum(result.num_in_tar - result.num_samples for result in results.values())
+    if note := no_class_zero(set[int]().union(*(result.labels for result in results.values()))):
+        yield note
     if left_out:
-        yield f"{left_out:,} samples are left out by the index files, and were not checked"
+        are, were = ("is", "was") if left_out == 1 else ("are", "were")
+        yield f"{counted(left_out, 'sample')} {are} left out by the index files, and {were} not checked"
+
+
+def _repeated_classes(classes: Sequence[str]) -> Iterator[str]:
+    """Yields a note on names that several classes share. Labels by number tell them apart, and the names of ImageNet repeat."""
+    repeated = [name for name, count in collections.Counter(classes).items() if count > 1]
+    if repeated:
+        names = ", ".join(map(printable, repeated[:5]))
+        yield f"{counted(len(repeated), 'class name')} of several classes in {INFO_FILE}: {names}"
 
 
 def _quarantine(results: dict[Path, TarResult], targets: dict[Path, Path], notes: list[str]) -> tuple[list[str], int]:
@@ -251,11 +270,12 @@ def _quarantine(results: dict[Path, TarResult], targets: dict[Path, Path], notes
         if not (result.bad_samples or result.mend_index or result.damaged):
             continue
         samples = read_contents(result.task).samples if result.num_samples else []
-        kept = [sample for sample in samples if sample[0].offset not in result.bad_samples]
+        kept = [sample for sample in samples if place_of(sample) not in result.bad_samples]
         save_index(targets[tar], kept)
         written.append(str(targets[tar]))
         num_left_out += len(samples) - len(kept)
         if result.damaged:
-            notes.append(f"{tar} stays damaged: its index lists only the {len(kept):,} good samples before the damage")
-    notes.append(f"wrote {len(written):,} index files, which leave out {num_left_out:,} bad samples")
+            notes.append(f"{tar} stays damaged: its index lists only the {counted(len(kept), 'good sample')} before the damage")
+    leave = "leaves" if len(written) == 1 else "leave"
+    notes.append(f"wrote {counted(len(written), 'index file')}, which {leave} out {counted(num_left_out, 'bad sample')}")
     return written, num_left_out

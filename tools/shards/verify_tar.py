@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -10,9 +9,11 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.index import Component, Sample, as_field, group_samples, iter_components, read_index, split_name
-from pipelines.shards.labels import LabelReader
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, image_or_first
+from pipelines.bad_samples.limits import MAX_PIXELS
+from pipelines.shards.index import Component, Sample, as_component, as_field, group_samples, read_index, split_name
+from pipelines.shards.labels import LabelReader, check_range
+from pipelines.shards.members import IMAGE_EXTENSIONS, image_or_first, key_of, lacks
+from pipelines.shards.walk import Entry, walk
 from tools.shards.check import ImageCheck
 from tools.shards.shape import Level, image_batches
 
@@ -48,6 +49,7 @@ class Task:
     """A tar to check. Without an index file, all its samples are checked.
 
     Attributes:
+        images: Extensions of the image of a sample.
         known: Why a run left a sample out, by the offset of its image, or of its first member if it has no image.
     """
 
@@ -56,15 +58,22 @@ class Task:
     label_reader: LabelReader
     level: Level
     known: dict[int, str] = field(default_factory=dict)
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
+    max_pixels: int = MAX_PIXELS
 
 
 class Contents(NamedTuple):
-    """The contents of a tar. `samples` are those that training would read: those of the index if it is valid, or else all."""
+    """The contents of a tar.
+
+    `samples` are those that training would read: those of the index if it is valid, or else all. `others` are members without
+    bytes of their own, such as links, by the key of their sample.
+    """
 
     samples: list[Sample]
     num_in_tar: int
     damage: str
     index_error: str
+    others: dict[str, list[Entry]]
 
 
 @dataclass
@@ -75,7 +84,8 @@ class TarResult:
         num_in_tar: Number of samples in the tar. For a damaged tar, those before the damage.
         num_samples: Number of samples that training would read.
         mend_index: Whether the index is wrong, or would be wrong if DALI's tool made it.
-        bad_samples: Offsets of the first members of bad samples.
+        bad_samples: The bad samples, see `place_of`.
+        labels: Class numbers that occur.
         hashes: Hash of the key of each sample that training would read.
     """
 
@@ -85,7 +95,8 @@ class TarResult:
     damaged: bool = False
     mend_index: bool = False
     findings: list[Finding] = field(default_factory=list)
-    bad_samples: set[int] = field(default_factory=set)
+    bad_samples: set[tuple[int, int]] = field(default_factory=set)
+    labels: set[int] = field(default_factory=set)
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def add(self, kind: str, detail: str, member: Component | None = None) -> None:
@@ -96,7 +107,7 @@ class TarResult:
     def add_bad(self, kind: str, sample: Sample, member: Component, detail: str) -> None:
         """Adds a finding on a member that makes its sample unusable."""
         self.add(kind, detail, member)
-        self.bad_samples.add(sample[0].offset)
+        self.bad_samples.add(place_of(sample))
 
 
 def check_tar(task: Task) -> TarResult:
@@ -111,7 +122,7 @@ def check_tar(task: Task) -> TarResult:
         if contents.index_error:
             result.add("wrong-index", f"{task.index_path}: {contents.index_error}")
         with open(task.tar, "rb") as file:
-            _check_samples(file, contents.samples, result)
+            _check_samples(file, contents, result)
     except OSError as error:  # the disk fails, or permission is denied
         result.damaged, result.num_in_tar, result.num_samples = True, 0, 0
         result.add("damaged-tar", str(error))
@@ -122,20 +133,22 @@ def check_tar(task: Task) -> TarResult:
 
 def read_contents(task: Task) -> Contents:
     """Reads the headers of a tar, and its index."""
-    components, damage = [], ""
+    components, damage, others = list[Component](), "", dict[str, list[Entry]]()
     with open(task.tar, "rb") as file:
         try:
-            for component in iter_components(file, str(task.tar)):
-                components.append(component)
+            for entry in walk(file, str(task.tar)):
+                if (component := as_component(entry)) is not None:
+                    components.append(component)
+                elif entry.other:
+                    others.setdefault(split_name(entry.name)[0], []).append(entry)
         except ValueError as error:
             damage = str(error).removeprefix(f"{task.tar}: ")
-        size = os.fstat(file.fileno()).st_size
     samples = group_samples(components)
-    if damage:
-        samples = _whole(samples, size, task.label_reader.extension)
+    if damage and samples and not _is_whole(samples[-1], task):
+        samples.pop()
     listed, index_error = _listed(samples, task.index_path) if task.index_path else (samples, "")
     # The index of a damaged tar may list lost samples. This is not a separate finding.
-    return Contents(listed, len(samples), damage, "" if damage else index_error)
+    return Contents(listed, len(samples), damage, "" if damage else index_error, others)
 
 
 def hash_key(sample: Sample) -> int:
@@ -143,18 +156,14 @@ def hash_key(sample: Sample) -> int:
     return int.from_bytes(hashlib.blake2b(key_of(sample).encode(), digest_size=8).digest(), "big")
 
 
-def key_of(sample: Sample) -> str:
-    """Returns the key that the members of the sample share."""
-    return split_name(sample[0].name)[0]
+def place_of(sample: Sample) -> tuple[int, int]:
+    """Returns the offsets of a sample's first and last member. Samples may share one of them, as the target of a hard link."""
+    return sample[0].offset, sample[-1].offset
 
 
-def _whole(samples: list[Sample], tar_size: int, label_extension: str) -> list[Sample]:
-    """Returns the complete samples of a damaged tar. The last sample may lack members, or its last member bytes."""
-    if not samples:
-        return []
-    *before, last = samples
-    cut = any(component.offset + component.size > tar_size for component in last)
-    return before if cut or not (_members(last, *IMAGE_EXTENSIONS) and _members(last, label_extension)) else samples
+def _is_whole(sample: Sample, task: Task) -> bool:
+    """Returns whether the last sample of a damaged tar has what training needs."""
+    return bool(_members(sample, *task.images) and _members(sample, task.label_reader.extension))
 
 
 def _members(sample: Sample, *extensions: str) -> list[Component]:
@@ -167,38 +176,46 @@ def _listed(samples: list[Sample], index_path: Path) -> tuple[list[Sample], str]
         lines = read_index(index_path)
     except ValueError as error:
         return samples, str(error).removeprefix(f"{index_path}: ")
-    places = {component.offset: (i, component) for i, sample in enumerate(samples) for component in sample}
+    places: dict[int, dict[int, Component]] = {}  # by offset and number of the sample; hard links share offsets
+    for i, sample in enumerate(samples):
+        for component in sample:
+            places.setdefault(component.offset, {})[i] = component
     listed: dict[int, Sample] = {}
     wrong = []
     for line in lines:
-        found = [places.get(component.offset) for component in line]
-        numbers = {place[0] for place in found if place}
-        same = all(
-            place and (part.size, part.extension) == (place[1].size, as_field(place[1].extension))
-            for part, place in zip(line, found, strict=True)
-        )
-        if not same or len(numbers) != 1 or numbers & listed.keys():
+        found = [places.get(part.offset, {}) for part in line]
+        number = next((i for i in found[0] if i not in listed and all(i in others for others in found)), None)
+        parts = [(component.size, component.extension) for component in line]
+        if number is None or parts != [(found_in[number].size, as_field(found_in[number].extension)) for found_in in found]:
             wrong.append(line[0].name)
         else:
-            listed[numbers.pop()] = [place[1] for place in found if place]
+            listed[number] = [found_in[number] for found_in in found]
     if wrong:
         return samples, f"{len(wrong):,} of its {len(lines):,} samples differ from the tar, the first at {wrong[0]}"
     return list(listed.values()), ""
 
 
-def _check_samples(file: BinaryIO, samples: list[Sample], result: TarResult) -> None:
+def _check_samples(file: BinaryIO, contents: Contents, result: TarResult) -> None:
+    samples, images, extension = contents.samples, result.task.images, result.task.label_reader.extension
+    by_key: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_key.setdefault(key_of(sample), []).append(sample)
     _check_keys(samples, result)
     for sample in samples:
-        _check_label(file, sample, result)
-        if not _members(sample, *IMAGE_EXTENSIONS):
-            result.add_bad("missing-image", sample, sample[0], f"the sample has no .{' .'.join(IMAGE_EXTENSIONS)} member")
-        named = image_or_first(sample)
+        missing = [kind for kind, found in (("image", images), ("label", (extension,))) if not _members(sample, *found)]
+        for kind in missing:
+            key = key_of(sample)
+            detail = lacks(sample, images, (extension,), by_key[key], contents.others.get(key, ()))
+            result.add_bad(f"missing-{kind}", sample, sample[0], detail)
+        if "label" not in missing:
+            _check_label(file, sample, result)
+        named = image_or_first(sample, images)
         if (reason := result.task.known.get(named.offset)) is not None:
             result.add_bad("bad-in-training", sample, named, f"left out by a run: {reason}")
     if result.task.level != "none":
-        images = ((sample, image) for sample in samples for image in _members(sample, *IMAGE_EXTENSIONS))
-        for batch in image_batches(images, lambda pair: pair[1].size):
-            _check_images(file, batch, result.task.level, result)
+        pairs = ((sample, image) for sample in samples for image in _members(sample, *images))
+        for batch in image_batches(pairs, lambda pair: pair[1].size):
+            _check_images(file, batch, _image_check(result.task.level, result.task.max_pixels), result)
 
 
 def _check_keys(samples: list[Sample], result: TarResult) -> None:
@@ -218,33 +235,28 @@ def _check_keys(samples: list[Sample], result: TarResult) -> None:
 
 def _check_label(file: BinaryIO, sample: Sample, result: TarResult) -> None:
     reader = result.task.label_reader
-    labels = _members(sample, reader.extension)
-    if not labels:
-        result.add_bad("missing-label", sample, sample[0], f"the sample has no .{reader.extension} member")
-        return
-    file.seek(labels[0].offset)
+    member = _members(sample, reader.extension)[0]
+    file.seek(member.offset)
     try:
-        label = reader.parse(file.read(min(labels[0].size, LABEL_BYTES)), "")
+        label = reader.parse(file.read(min(member.size, LABEL_BYTES)), "")
+        if reader.classes is not None:
+            check_range(label, len(reader.classes))
     except ValueError as error:
-        result.add_bad("bad-label", sample, labels[0], str(error).removeprefix(": "))
-        return
-    if reader.classes is not None and label >= len(reader.classes):
-        detail = f"class {label} is out of range; there are {len(reader.classes)} classes, from 0 on"
-        result.add_bad("bad-label", sample, labels[0], detail)
+        result.add_bad("bad-label", sample, member, str(error).removeprefix(": "))
+    else:
+        result.labels.add(label)
 
 
-def _check_images(
-    file: BinaryIO, batch: list[tuple[Sample, Component]], level: Literal["decode", "structure"], result: TarResult
-) -> None:
+def _check_images(file: BinaryIO, batch: list[tuple[Sample, Component]], check: ImageCheck, result: TarResult) -> None:
     images = []
     for _, image in batch:
         file.seek(image.offset)
         images.append(file.read(image.size))
-    for (sample, image), verdict in zip(batch, _image_check(level)(images), strict=True):
+    for (sample, image), verdict in zip(batch, check(images), strict=True):
         if verdict.extension is None:
             result.add_bad("bad-image", sample, image, verdict.reason)
 
 
 @functools.cache
-def _image_check(level: Literal["decode", "structure"]) -> ImageCheck:
-    return ImageCheck(level)
+def _image_check(level: Literal["decode", "structure"], max_pixels: int) -> ImageCheck:
+    return ImageCheck(level, max_pixels)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from tools.cli import run_command
+from tools.parse import parse
 from tools.throughput.options import Compare, Loader, Model, Options, Train
 
 DESCRIPTION = """Measure the throughput of loader, model and training on this machine, and compare the loader with others.
@@ -18,6 +19,8 @@ COMMANDS: dict[str, Callable[..., Options]] = {"compare": Compare, "loader": Loa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(
-        lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=arguments).run()
-    )
+    run_command(lambda: parse(_read, arguments).run())
+
+
+def _read(words: list[str]) -> Options:
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=words)

@@ -13,7 +13,8 @@ from model.distributed import choose_device
 from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD, resize_shorter_for
 from pipelines.shards.index import Component, read_index
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, ShardSet, find_component, open_shards
+from pipelines.shards.members import IMAGE_EXTENSIONS, find_component
+from pipelines.shards.shard_set import ShardSet, open_shards
 from tools.shards.parallel import num_cpus
 from tools.throughput.options import Compare
 from tools.throughput.process import open_scratch, probe, run_loader, run_measured

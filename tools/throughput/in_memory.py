@@ -50,12 +50,12 @@ def _prepare(options: argparse.Namespace, ready: Any) -> None:
     global _work
     shape = Shape(check="decode", resize=options.resize, quality=options.quality)
     _work = ImageCheck("decode") if options.work == "decode" else Encoder(shape)
-    _work(_images[:1])  # libraries load on first use
+    list(_work(_images[:1]))  # libraries load on first use
     ready.wait()
 
 
 def _process(first: int) -> None:
-    _work(_images[first : first + BATCH])
+    list(_work(_images[first : first + BATCH]))  # the checks are made as they are asked for
 
 
 if __name__ == "__main__":

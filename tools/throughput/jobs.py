@@ -118,8 +118,11 @@ class JobTurns:
                 (sample / f"{number:06d}.tar").symlink_to(os.path.abspath(tar))
             options = ["--resize", str(size), "--source", "webdataset", "--class-file", data.class_file]
             options += ["--label-key", data.label_key] if data.label_key else []
+            options += ["--image-key", data.image_key] if data.image_key else []
             run_measured([sys.executable, "-m", "tools.shards", "convert", sample, folder, *options], sample)
-        return dataclasses.replace(data, train=str(folder), index_dir="", label_key="", class_file="", quarantine=())
+        return dataclasses.replace(
+            data, train=str(folder), index_dir="", image_key="", label_key="", class_file="", quarantine=()
+        )
 
     def _open(self, data: DataConfig, data_threads: int | None = None) -> Loader:
         spec = dataclasses.replace(self._spec, num_threads=data_threads or self.data_threads)

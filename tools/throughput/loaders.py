@@ -12,7 +12,8 @@ import torch
 from pipelines.augment import RandomResizedCrop
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS, open_shards
+from pipelines.shards.members import IMAGE_EXTENSIONS
+from pipelines.shards.shard_set import open_shards
 from tools.throughput import turn
 from tools.throughput.turn import Batches, Task
 

@@ -10,6 +10,7 @@ import tyro
 from tools.bench.gpu_proof.driver import Proof
 from tools.bench.gpu_proof.plan import PLANS, SECONDS, Name, Setup
 from tools.cli import run_command
+from tools.parse import parse
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,4 @@ class Options:
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(Options, prog="python -m tools.bench.gpu_proof").run())
+    run_command(lambda: parse(lambda words: tyro.cli(Options, prog="python -m tools.bench.gpu_proof", args=words), None).run())

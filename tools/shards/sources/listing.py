@@ -8,12 +8,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS
+from pipelines.shards.members import IMAGE_EXTENSIONS
 
 WHOLE_FILE = -1
 MAX_CLASSES = 1_000_000  # a larger class number is a mistake, and as many names would fill the memory
 # The formats that training reads come first. The others are re-encoded.
 ALL_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "avif", "jpe", "jfif", "tga", "ico")
+# What systems add to a folder: file servers (Synology, QNAP, NetApp), file systems, Windows, and zip files of macOS.
+# Names that begin with a dot are not in the list: .git, .Trash-1000, .ipynb_checkpoints, .DS_Store, ._x.jpg.
+SYSTEM_NAMES = frozenset(
+    (
+        *("@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+        *("lost+found", "found.000", "$recycle.bin", "system volume information", "__macosx", "__pycache__"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+    )
+)
+# First bytes of JPEG, PNG, GIF, BMP, TIFF and BigTIFF, JPEG 2000 (file and code stream), PNM, and icons.
+SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"\0\0\1\0"),
+)
 
 
 class Extent(NamedTuple):
@@ -56,6 +70,11 @@ class Extents:
         self.offsets.append(extent.offset)
         self.sizes.append(extent.size)
         self.modified.append(extent.modified)
+
+    def cut(self, length: int) -> None:
+        """Removes the extents from place `length` on."""
+        for column in (self.names, self._paths, self.offsets, self.sizes, self.modified):
+            del column[length:]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,9 +124,29 @@ class Listing:
         return digest.hexdigest(), table
 
 
+def is_system_name(name: str) -> bool:
+    """Returns whether a file or a folder of this name belongs to a system or a tool, so that nothing in it is a sample.
+
+    Args:
+        name: One part of a path, not a path.
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
 def is_image_name(name: str) -> bool:
     """Returns whether a file name has the extension of an image, including formats that training cannot read."""
     return name.rpartition(".")[2].lower() in ALL_EXTENSIONS
+
+
+def begins_like_image(extent: Extent) -> bool:
+    """Returns whether the first bytes are those of a common image format, or are unknown because they cannot be read."""
+    try:
+        with open(extent.path, "rb") as file:
+            file.seek(max(extent.offset, 0))
+            begin = file.read(min(extent.size, 16))
+    except OSError:
+        return True
+    return begin.startswith(SIGNATURES) or begin[4:8] == b"ftyp" or (begin[:4] == b"RIFF" and begin[8:12] == b"WEBP")
 
 
 def named_classes(location: str, extents: Extents, class_names: Sequence[str]) -> Listing:

@@ -1,5 +1,6 @@
 """Images in Parquet files, in the layout of Hugging Face's `datasets`."""
 
+import collections
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.files import replace_text
+from pipelines.printable import printable
 from tools.shards import parallel
 from tools.shards.sources.listing import Extent, Extents, Listing, labelled
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 64
+TABLE_VERSION = 2  # of the unpacked files, which --scratch keeps
+PATH_ONLY = "only the path of an image file, without its bytes"
 
 
 def list_parquet(
@@ -25,45 +29,71 @@ def list_parquet(
 
     The image column holds bytes, or structs of bytes and path. The label column holds class numbers or names. The samples of a
     shard come from all over the set, but rows cannot be read one by one: they are compressed in groups of hundreds of
-    megabytes. So the images of each Parquet file are first unpacked into one file in `scratch`.
+    megabytes. So the images of each Parquet file are first unpacked into one file in `scratch`. A row without image or label is
+    left out.
 
     Raises:
-        ValueError: A file cannot be read, or a column is missing, or a row has no image or label.
+        ValueError: A file cannot be read, or a column is missing, or no row has an image and a label.
     """
     names = _check_columns(files, image_key, label_key)
     scratch.mkdir(parents=True, exist_ok=True)
-    targets = [scratch / _unpacked_name(file) for file in files]
+    targets = [scratch / unpacked_name(file) for file in files]
     tasks = [
         _Unpack(file, Path(f"{target}.data"), Path(f"{target}.json"), image_key, label_key)
         for file, target in zip(files, targets, strict=True)
     ]
     for _ in parallel.run(_unpack, tasks, min(num_workers, len(tasks))):
         pass
-    extents, labels = Extents(unpacked=True), list[str]()
+    extents, labels, left_out = Extents(unpacked=True), list[str](), list[tuple[str, str]]()
     for task in tasks:
         offset, modified = 0, task.file.stat().st_mtime_ns
-        for name, size, label in json.loads(task.table.read_text())["rows"]:
+        table = json.loads(task.table.read_text())
+        left_out += [(name, reason) for name, reason in table["left_out"]]
+        for name, size, label in table["rows"]:
             extents.append(Extent(name, str(task.data), offset, size, modified))
-            labels.append(str(label))
+            labels.append(label)
             offset += size
     if not labels:
-        raise ValueError(f"{location}: no rows")
-    return labelled(location, extents, labels, names)
+        raise ValueError(f"{location}: {_why_no_rows([reason for _, reason in left_out])}")
+    listing = labelled(location, extents, labels, names)
+    listing.left_out = left_out
+    return listing
+
+
+def _why_no_rows(reasons: list[str]) -> str:
+    if not reasons:
+        return "no rows"
+    counts = "; ".join(f"{count:,} rows: {reason}" for reason, count in sorted(collections.Counter(reasons).items()))
+    way_out = "; convert the folder of these files with --labels" if set(reasons) == {PATH_ONLY} else ""
+    return f"none of its {len(reasons):,} rows has an image and a label ({counts}){way_out}"
 
 
 def _check_columns(files: tuple[Path, ...], image_key: str, label_key: str) -> list[str] | None:
     """Returns the class names in Hugging Face's metadata, or None."""
     for file in files:
         schema = _open_parquet(file).schema_arrow
-        for option, key in (("--image-key", image_key), ("--label-key", label_key)):
-            if key not in schema.names:
-                raise ValueError(f"{file}: no column {key!r} among {', '.join(schema.names)}; {option} names another")
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    feature = features.get(label_key, {}) if isinstance(features, dict) else {}
-    return feature.get("names") if isinstance(feature, dict) else None
+        images = [field.name for field in schema if _may_hold_images(str(field.type))]
+        others = [name for name in schema.names if name not in images]
+        for option, key, likely in (("--image-key", image_key, images), ("--label-key", label_key, others)):
+            if schema.names.count(key) != 1:
+                problem = "several columns" if key in schema.names else "no column"
+                names, hint = printable(", ".join(schema.names)), printable(", ".join(likely))
+                raise ValueError(
+                    f"{file}: {problem} {key!r} among {names}; {option} names another{hint and f', for example {hint}'}"
+                )
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label_key]
+        names = feature["names"]
+    except (KeyError, TypeError, ValueError):  # metadata of another tool, or of another form
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _unpacked_name(file: Path) -> str:
+def _may_hold_images(type_name: str) -> bool:
+    return "binary" in type_name and not type_name.startswith(("list", "large_list", "map"))
+
+
+def unpacked_name(file: Path) -> str:
     """Returns a name that is unique to the file and its state, so several conversions can share a scratch folder."""
     status = file.stat()
     identity = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
@@ -82,41 +112,69 @@ class _Unpack:
 
 
 def _unpack(task: _Unpack) -> None:
-    """Unpacks a file, unless an earlier run has done so.
-
-    Raises:
-        ValueError: A row has no image bytes or no label.
-    """
-    origin = [task.image_key, task.label_key]
+    """Unpacks a file, unless an earlier run has done so."""
+    origin = [task.image_key, task.label_key, TABLE_VERSION]
     if task.table.exists() and json.loads(task.table.read_text())["origin"] == origin:
         return
-    rows = []
+    rows, left_out = [], []
     temporary = task.data.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        for name, data, label in _rows(task):
-            file.write(data)
-            rows.append((name, len(data), label))
+        for number, (image, label) in enumerate(_rows(task)):
+            path = image.get("path") if isinstance(image, dict) else None
+            name = f"{task.file.stem}/{number:08d}{f'_{path}' if isinstance(path, str) and path else ''}"
+            try:
+                data, text = _image_bytes(image), _label_text(label)
+            except ValueError as error:
+                left_out.append((name, str(error)))
+            else:
+                file.write(data)
+                rows.append((name, len(data), text))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(task.data)
-    replace_text(task.table, json.dumps({"origin": origin, "rows": rows}))
+    replace_text(task.table, json.dumps({"origin": origin, "rows": rows, "left_out": left_out}))
 
 
-def _rows(task: _Unpack) -> Iterator[tuple[str, bytes, Any]]:
+def _rows(task: _Unpack) -> Iterator[tuple[Any, Any]]:
+    """Yields image and label of each row.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     number = 0
-    for batch in _open_parquet(task.file).iter_batches(ROWS_AT_ONCE, columns=[task.image_key, task.label_key]):
-        for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(data, bytes) or label is None:
-                raise ValueError(
-                    f"{task.file}, row {number}: no {'label' if isinstance(data, bytes) else 'image bytes'}; "
-                    "files that only refer to images elsewhere cannot be converted"
-                )
-            if isinstance(label, bool) or not isinstance(label, (int, str)):
-                raise ValueError(f"{task.file}, row {number}: label {label!r} is neither a class number nor a class name")
-            path = image.get("path") if isinstance(image, dict) else None
-            yield f"{task.file.stem}/{number:08d}{'_' + path if path else ''}", data, label
-            number += 1
+    file = _open_parquet(task.file)
+    from pyarrow import ArrowException
+
+    try:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[task.image_key, task.label_key]):
+            columns = (batch.column(batch.schema.names.index(key)).to_pylist() for key in (task.image_key, task.label_key))
+            yield from zip(*columns, strict=True)
+            number += batch.num_rows
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{task.file}: damaged in the rows from {number} on ({_of_content(error)})") from error
+
+
+def _image_bytes(image: object) -> bytes:
+    """Returns the bytes of an image, or raises ValueError with the reason why there are none."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, str) or (isinstance(image, dict) and data is None and isinstance(image.get("path"), str)):
+        raise ValueError(PATH_ONLY)
+    raise ValueError("no image" if data is None else f"an image of type {type(data).__name__} instead of bytes")
+
+
+def _label_text(label: object) -> str:
+    """Returns a class number or name, or raises ValueError with the reason why there is none."""
+    if isinstance(label, float) and label.is_integer():  # pandas turns integers beside missing ones into floats
+        label = int(label)
+    if label is None or label != label or label == "":
+        raise ValueError("no label")
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise ValueError(f"label {printable(str(label))} is neither a class number nor a class name")
+    if label == -1:
+        raise ValueError("label -1, which stands for a missing label")
+    return str(label)
 
 
 def _open_parquet(path: Path) -> "pq.ParquetFile":
@@ -132,5 +190,12 @@ def _open_parquet(path: Path) -> "pq.ParquetFile":
         raise ValueError(f"{path}: Parquet files need pyarrow; pip install -e '.[parquet]'") from error
     try:
         return pq.ParquetFile(path, pre_buffer=False)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({_of_content(error)})") from error
+
+
+def _of_content(error: Exception) -> str:
+    """Returns the text of an error of the content in one line, and raises any other: for both, pyarrow has an OSError."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return printable(" ".join(str(error).split()))

@@ -1,20 +1,24 @@
 """Recognizes the kind of a source, and lists its images."""
 
 import glob
+import hashlib
 import os
-import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from braceexpand import braceexpand
 
-from pipelines.shards.index import split_name
-from tools.shards.sources.folders import list_class_folders, list_labelled_folder, require_folder
+from pipelines.printable import printable
+from pipelines.shards.compression import TAR_ENDINGS
+from tools.shards.sources.compressed import SourceTar, is_tar_name, open_source_tars
+from tools.shards.sources.folders import is_folder, list_class_folders, list_labelled_folder, require_folder, visible_entries
 from tools.shards.sources.label_file import LabelFile
-from tools.shards.sources.listing import Listing, is_image_name
+from tools.shards.sources.listing import Listing, is_image_name, is_system_name
 from tools.shards.sources.parquet import list_parquet
-from tools.shards.sources.tars import first_members, list_tars
+from tools.shards.sources.splits import ENDINGS, sets_of_files
+from tools.shards.sources.tars import LabelMembersError, first_members, list_tars
 from tools.shards.sources.webdataset import LABEL_EXTENSIONS, list_webdataset
 
 Kind = Literal["auto", "folders", "tar", "webdataset", "parquet"]
@@ -28,8 +32,21 @@ class SourceOptions:
     labels: Path | None = None
     class_names: Path | None = None
     label_key: str | None = None
-    image_key: str = "image"
+    image_key: str | None = None
     class_file: str = ""
+
+    def record(self) -> dict[str, str]:
+        """Returns the options that are not the default, by name as on the command line. A file counts with its content."""
+        files = {"labels": self.labels, "class-names": self.class_names, "class-file": self.class_file}
+        values = {"source": self.kind, "label-key": self.label_key, "image-key": self.image_key}
+        defaults = {"source": "auto", "image-key": "image"}
+        given = {name: value for name, value in values.items() if value and value != defaults.get(name)}
+        return given | {name: _name_and_digest(Path(file)) for name, file in files.items() if file}
+
+
+def _name_and_digest(file: Path) -> str:
+    is_regular = file.is_file()  # a pipe can be read only once
+    return f"{file.name} ({hashlib.sha256(file.read_bytes()).hexdigest()[:8]})" if is_regular else file.name
 
 
 def list_source(location: str, options: SourceOptions, scratch: Path | None, num_workers: int) -> Listing:
@@ -49,6 +66,9 @@ def list_source(location: str, options: SourceOptions, scratch: Path | None, num
     labels = LabelFile(options.labels, options.class_names) if options.labels is not None else None
     files = _files(location)
     kind = _guess(location, files) if options.kind == "auto" else options.kind
+    tars = open_source_tars(files, scratch, num_workers) if kind in ("tar", "webdataset") else ()
+    if options.kind == "auto" and kind == "tar":
+        kind = _guess_tar(tars[0], options)
     if labels is not None and kind in ("webdataset", "parquet"):
         raise ValueError(f"{location}: --labels is for folders and tars of images, not for {kind}")
     if options.class_file and kind != "webdataset":
@@ -58,33 +78,41 @@ def list_source(location: str, options: SourceOptions, scratch: Path | None, num
     if not files:
         raise ValueError(f"{location}: no .tar or .parquet files")
     if kind == "tar":
-        return list_tars(location, files, labels)
-    _require_one_set(location, files)
+        try:
+            return list_tars(location, tars, labels, is_certain=options.kind == "tar" or labels is not None)
+        except LabelMembersError:
+            kind = "webdataset"
+    _require_one_set(location)
     if kind == "webdataset":
-        return list_webdataset(location, files, options.label_key, options.class_file, num_workers)
+        return list_webdataset(location, tars, options.image_key, options.label_key, options.class_file, num_workers)
     if scratch is None:
         raise ValueError(f"{location}: Parquet files must be unpacked; name a local folder with --scratch")
-    return list_parquet(location, files, options.image_key, options.label_key or "label", scratch, num_workers)
+    return list_parquet(location, files, options.image_key or "image", options.label_key or "label", scratch, num_workers)
 
 
 def _files(location: str) -> tuple[Path, ...]:
     """Returns the tars or Parquet files of a location, sorted, or nothing for a folder of other files."""
     if os.path.isdir(location):
-        return tuple(sorted(Path(location).glob("*.tar"))) or tuple(sorted(Path(location).glob("*.parquet")))
+        require_folder(Path(location))
+        names = [name for name in os.listdir(location) if not is_system_name(name)]
+        found = [sorted(Path(location) / name for name in names if name.endswith(ending)) for ending in ENDINGS]
+        return tuple(next(filter(None, found), []))
     parts = [location] if os.path.exists(location) else list(braceexpand(location))
-    found = [Path(file) for part in parts for file in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
-    missing = [file for file in found if not file.is_file()]
-    if missing or not found:
-        raise ValueError(f"{missing[0] if missing else location}: no such file or folder")
-    return tuple(found)
+    files = [Path(file) for part in parts for file in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        there = missing and os.path.lexists(missing[0])
+        problem = "no such file or folder" if not there else "a broken symbolic link, or not a regular file"
+        raise ValueError(f"{missing[0] if missing else location}: {problem}")
+    return tuple(files)
 
 
-def _require_one_set(location: str, files: tuple[Path, ...]) -> None:
+def _require_one_set(location: str) -> None:
     """Raises ValueError if a folder holds several splits: training must not receive validation images."""
-    sets = sorted({re.sub(r"([-_.]?[0-9]+(-of-[0-9]+)?)?$", "", file.stem) for file in files})
-    if os.path.isdir(location) and len(sets) > 1:
-        shown = ", ".join(f"{name}*" for name in sets[:5])
-        example = f"'{location}/{sets[0]}*{files[0].suffix}'"
+    sets = sets_of_files(location)
+    if len(sets) > 1:
+        shown = printable(", ".join(f"{name}*" for name in list(sets)[:5]))
+        example = shlex.quote(next(iter(sets.values())))
         raise ValueError(f"{location}: several sets of files ({shown}); name one of them, for example {example}")
 
 
@@ -92,13 +120,19 @@ def _guess(location: str, files: tuple[Path, ...]) -> Kind:
     if not files:
         require_folder(Path(location))
         return "folders"
-    if os.path.isdir(location) and any(child.is_dir() and not child.name.startswith(".") for child in Path(location).iterdir()):
+    if os.path.isdir(location) and any(map(is_folder, visible_entries(Path(location)))):
         raise ValueError(f"{location}: has both folders and {files[0].suffix} files; give its kind with --source")
     if files[0].suffix == ".parquet":
         return "parquet"
-    if files[0].suffix != ".tar":
-        raise ValueError(f"{files[0]}: neither a folder nor a .tar nor a .parquet file")
-    members = first_members(files[0])
-    extensions = {split_name(name)[1].lower() for name in members}
-    # In shards, each image has a label beside it.
+    if not is_tar_name(files[0].name):
+        raise ValueError(f"{files[0]}: neither a folder nor a tar ({' '.join(TAR_ENDINGS)}) nor a .parquet file")
+    return "tar"
+
+
+def _guess_tar(tar: SourceTar, options: SourceOptions) -> Kind:
+    """Tells shards from other tars: each image has a label beside it, or an option says where the label is."""
+    if options.labels is None and (options.label_key or options.image_key):
+        return "webdataset"
+    members = first_members(tar)
+    extensions = {name.rpartition(".")[2].lower() for name in members}
     return "webdataset" if extensions & set(LABEL_EXTENSIONS) and any(map(is_image_name, members)) else "tar"

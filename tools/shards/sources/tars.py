@@ -1,93 +1,102 @@
 """Images in tars that are not shards: ImageNet's tar of class tars, a tar of class folders, a flat tar with a label file."""
 
-import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import PurePosixPath
 
-from pipelines.shards.index import check_end_mark
+from pipelines.printable import printable
+from pipelines.shards.compression import compression_in
+from pipelines.shards.walk import FOLDER, Entry, walk
+from tools.shards.sources.compressed import SourceTar, is_tar_name
 from tools.shards.sources.label_file import LabelFile
-from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, named_classes
-
-NOT_A_TAR = "not a readable, uncompressed tar; unpack a compressed one"
+from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, is_system_name, named_classes
 
 
-def list_tars(location: str, tars: tuple[Path, ...], labels: LabelFile | None) -> Listing:
+class LabelMembersError(Exception):
+    """A tar has `.cls` members, so it is a shard."""
+
+
+def list_tars(location: str, tars: tuple[SourceTar, ...], labels: LabelFile | None, is_certain: bool = True) -> Listing:
     """Lists the images in tars. A tar within a tar is a class, as in `ILSVRC2012_img_train.tar`.
 
+    Args:
+        location: The source as the user named it.
+        tars: The tars.
+        labels: The classes of the images; `None` if they are in class folders.
+        is_certain: Whether these are no shards, although they may have `.cls` members.
+
     Raises:
-        ValueError: A tar is damaged or compressed, or there are no images, or their classes cannot be determined.
+        LabelMembersError: Not certain, and there is a `.cls`.
+        ValueError: A tar is damaged, or there are no images, or their classes cannot be determined.
     """
-    extents, left_out = Extents(), list[tuple[str, str]]()
+    extents, left_out = Extents(unpacked=any(tar.is_unpacked for tar in tars)), list[tuple[str, str]]()
     for tar in tars:
-        modified = tar.stat().st_mtime_ns
+        modified = tar.modified
         prefix = f"{tar.stem}/" if len(tars) > 1 else ""
-        for name, offset, size in sorted(_list_members(tar, left_out)):
-            extents.append(Extent(prefix + name, str(tar), offset, size, modified))
+        for name, offset, size in sorted(_list_members(tar, left_out, is_certain)):
+            extents.append(Extent(prefix + name, str(tar.path), offset, size, modified))
     if not len(extents):
-        raise ValueError(f"{location}: no file in it has the extension of an image")
+        found = f"; {printable(left_out[0][0])} is {left_out[0][1]}" if left_out else ""
+        raise ValueError(f"{location}: no file in it has the extension of an image{found}")
     if labels is not None:
         listing = labels.apply(location, extents)
     else:
         listing = named_classes(location, extents, _class_names(location, extents.names))
-    listing.left_out = left_out
+    listing.left_out += left_out
     return listing
 
 
-def first_members(tar_path: Path, count: int = 20) -> list[str]:
+def first_members(tar: SourceTar, count: int = 20) -> list[str]:
     """Returns the names of the first files in a tar.
 
     Raises:
-        ValueError: The file is not a tar, or it is compressed.
+        ValueError: The file is not a tar.
     """
     names: list[str] = []
-    try:
-        with tarfile.open(tar_path, "r:") as tar:
-            while len(names) < count and (member := tar.next()) is not None:
-                names += [member.name] if member.isreg() else []
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar_path}: {NOT_A_TAR} ({error})") from error
+    with open(tar.path, "rb") as file:
+        for entry in walk(file, str(tar.origin)):
+            names += [] if entry.other else [entry.name]
+            if len(names) == count:
+                break
     return names
 
 
-def _list_members(tar_path: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
-    """Yields name, offset and size of each image in a tar and in the tars that are its members."""
-    with open(tar_path, "rb") as file:
-        for member in _members(file, tar_path, left_out):
-            if member.name.endswith(".tar"):
-                file.seek(member.offset_data)
-                stem = PurePosixPath(member.name).stem
-                for image in _members(file, f"{tar_path}: {member.name}", left_out):
-                    yield f"{stem}/{_plain(image.name)}", image.offset_data, image.size
-            else:
-                yield _plain(member.name), member.offset_data, member.size
-
-
-def _members(file: BinaryIO, place: Path | str, left_out: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
-    """Yields the images and tars in the tar that begins at the file's position.
+def _list_members(tar: SourceTar, left_out: list[tuple[str, str]], is_certain: bool) -> Iterator[tuple[str, int, int]]:
+    """Yields name, offset and size of each image in a tar and in the tars that are its members.
 
     Appends name and reason of images without bytes of their own to `left_out`.
     """
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all, a kilobyte each
-                name = PurePosixPath(member.name).name
-                if name.startswith(".") or not (is_image_name(name) or name.endswith(".tar")):
-                    continue
-                if member.isreg() and not member.issparse():
-                    yield member
-                elif not member.isdir():
-                    left_out.append((_plain(member.name), "a link or sparse file in the tar, without bytes of its own"))
-            end = tar.offset
-    # tarfile lets ValueError and OverflowError of damaged headers through.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise ValueError(f"{place}: {NOT_A_TAR} ({error})") from error
-    check_end_mark(file, str(place), end)
+    with open(tar.path, "rb") as file, open(tar.path, "rb") as inner:
+        for name, entry in _files(walk(file, str(tar.origin)), left_out):
+            if name.lower().endswith(".cls"):
+                if not is_certain:
+                    raise LabelMembersError
+                continue
+            if is_image_name(name):
+                yield name, entry.offset, entry.size
+                continue
+            place = f"{tar.origin}: {printable(entry.name)}"
+            inner.seek(entry.offset)
+            if kind := compression_in(inner.read(8)):
+                raise ValueError(f"{place}: compressed ({kind}); unpack the tars within the tar first")
+            inner.seek(entry.offset)
+            stem = PurePosixPath(name).stem
+            for image, part in _files(walk(inner, place, entry.offset + entry.size), left_out):
+                if is_image_name(image):  # tars within tars within tars are not read
+                    yield f"{stem}/{image}", part.offset, part.size
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("./")
+def _files(entries: Iterator[Entry], left_out: list[tuple[str, str]]) -> Iterator[tuple[str, Entry]]:
+    """Yields images, tars and labels among the members of a tar, with their names in the listing."""
+    for entry in entries:
+        name = entry.name.removeprefix("./")
+        if not (is_image_name(name) or is_tar_name(name) or name.lower().endswith(".cls")) or any(
+            map(is_system_name, name.split("/"))
+        ):
+            continue
+        if not entry.other:
+            yield name, entry
+        elif entry.other != FOLDER:
+            left_out.append((name, entry.other))
 
 
 def _class_names(location: str, names: list[str]) -> list[str]:
@@ -99,5 +108,8 @@ def _class_names(location: str, names: list[str]) -> list[str]:
         depth += 1
     flat = next((name for name in names if name.count("/") <= depth), None)
     if flat is not None:
-        raise ValueError(f"{location}: {flat} is in no class folder; give the classes in a file with --labels")
+        raise ValueError(
+            f"{location}: {printable(flat)} is in no class folder, and no member of the tar is a .cls; "
+            "give the classes in a file with --labels"
+        )
     return [name.split("/", depth + 1)[depth] for name in names]

@@ -1,123 +1,295 @@
 """Images in WebDataset shards: to shuffle or divide them again, to resize images, or to move labels from `.json` to `.cls`."""
 
 import functools
+import itertools
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from pipelines.printable import printable
 from pipelines.shards.find_tars import read_info
-from pipelines.shards.index import Component, Sample, scan_tar, split_name
-from pipelines.shards.labels import LabelReader, json_label, open_labels
-from pipelines.shards.shard_set import IMAGE_EXTENSIONS
+from pipelines.shards.index import Component, Sample, as_component, group_samples, split_name
+from pipelines.shards.labels import (
+    BinaryLabelError,
+    LabelReader,
+    check_range,
+    class_number,
+    is_padded,
+    label_place,
+    no_class_zero,
+    open_labels,
+    require_name,
+)
+from pipelines.shards.members import IMAGE_EXTENSIONS, first_of, image_extensions, lacks, short
+from pipelines.shards.walk import FOLDER, Entry, walk
 from tools.shards import parallel
-from tools.shards.sources.listing import ALL_EXTENSIONS, Extent, Extents, Listing, labelled
+from tools.shards.sources.compressed import SourceTar
+from tools.shards.sources.listing import ALL_EXTENSIONS, MAX_CLASSES, Extent, Extents, Listing, labelled
 
 LABEL_EXTENSIONS = ("cls", "json")
 DEFAULT_KEY = "label"
+RARE = 0.01  # fraction of the samples up to which a name among class numbers is a bad label, not a class
 
-Found = tuple[list[tuple[Extent, str]], list[tuple[str, str]]]  # samples with their labels; name and reason of the others
+LeftOut = list[tuple[str, str]]  # name and reason
 
 
-def list_webdataset(location: str, tars: tuple[Path, ...], label_key: str | None, class_file: str, num_workers: int) -> Listing:
+class Found(NamedTuple):
+    """The samples of a tar.
+
+    Attributes:
+        samples: Image and text of the label; and whether that text could also be a number in binary.
+        left_out: Name and reason of the samples that cannot be used.
+        is_binary: Whether a label was a number in binary.
+        num_joined: Number of samples whose members do not form a WebDataset sample, and were put together by their names.
+    """
+
+    samples: list[tuple[Extent, str, bool]]
+    left_out: LeftOut
+    is_binary: bool
+    num_joined: int
+
+
+def list_webdataset(
+    location: str,
+    tars: tuple[SourceTar, ...],
+    image_key: str | None,
+    label_key: str | None,
+    class_file: str,
+    num_workers: int,
+) -> Listing:
     """Lists samples with an image and a label. A label is a class number or name in `.cls` or `.json`.
 
-    With `label_key`, labels are read from `.json`. Without it, they are read from `.cls`, or else from `.json`.
-    Other members are skipped. Classes are numbered as in the class file, or as in the `_info.json` beside the tars.
+    With `label_key`, labels are read from the member that it names. Without it, they are in `.cls`, or else in `.json`.
+    Other members are skipped. Classes are numbered as in the class file, or as in the `_info.json` beside the tars. A sample
+    with a bad label is left out.
 
     Raises:
-        ValueError: A tar is damaged, or there are no samples, or a label is not a class.
+        ValueError: A tar is damaged, or no sample can be used, or class numbers and unlisted names are mixed.
     """
-    extents, labels = Extents(), list[str]()
-    left_out: list[tuple[str, str]] = []
-    scan = functools.partial(_scan, label_key=label_key)
-    for found, bad in _in_order(parallel.run(scan, tars, min(num_workers, len(tars))), tars):
-        left_out += bad
-        for extent, label in found:
-            extents.append(extent)
-            labels.append(label)
-    if not labels:
-        raise ValueError(f"{location}: no sample with an image and a label; {left_out[0] if left_out else 'it is empty'}")
-    reader = open_labels("", class_file, read_info(tars[0].parent).get("classes"))
-    numbered = _numbered(location, extents, labels, reader) if reader.classes else None
-    listing = numbered or labelled(location, extents, labels)
-    listing.left_out = left_out
+    listed, left_out, notes = _Listed(tars), LeftOut(), list[str]()
+    readers = [LabelReader(), LabelReader("json", DEFAULT_KEY)] if label_key is None else [LabelReader(*label_place(label_key))]
+    reader = open_labels("", class_file, read_info(tars[0].origin.parent).get("classes"))
+    scan = functools.partial(_scan, images=image_extensions(image_key), readers=readers)
+    is_binary, num_joined = False, 0
+    for found in _in_order(parallel.run(scan, tars, min(num_workers, len(tars))), tars):
+        left_out += found.left_out
+        is_binary, num_joined = is_binary or found.is_binary, num_joined + found.num_joined
+        for extent, label, is_doubtful in found.samples:
+            try:
+                listed.append(extent, _meaning(label, reader), is_doubtful)
+            except ValueError as error:
+                left_out.append((extent.name, str(error)))
+    if is_binary:  # then the number 49, whose bytes are `1\0\0\0`, must not become class 1
+        doubtful = {i for i, is_doubtful in enumerate(listed.doubtful) if is_doubtful}
+        left_out += listed.remove(doubtful, "may be a number in binary, as other labels of this set are")
+    if reader.classes is None:
+        left_out += _without_rare_names(location, listed)
+    if not listed.labels:
+        name, reason = left_out[0] if left_out else ("", "")
+        first = f"; {printable(name)}: {reason}" if left_out else " and has no samples at all"
+        raise ValueError(f"{location}: none of its {len(left_out):,} samples has an image and a valid label{first}")
+    listing = _listing(location, listed, reader)
+    if num_joined:
+        notes.append(f"the members of {num_joined:,} samples form no WebDataset samples, and were joined by their names")
+    if listing.numbered and (note := no_class_zero(set(listing.labels))):
+        notes.append(note)
+    listing.left_out, listing.notes = left_out, [*listing.notes, *notes]
     return listing
 
 
-def _numbered(location: str, extents: Extents, labels: Sequence[str], reader: LabelReader) -> Listing:
-    """Makes a listing with the classes of the reader, which reads labels as training does.
+class _Listed:
+    """The samples with their labels, a number or a name as text.
+
+    Attributes:
+        doubtful: Positions of samples whose label could also be a number in binary.
+    """
+
+    def __init__(self, tars: Iterable[SourceTar]) -> None:
+        self._unpacked = any(tar.is_unpacked for tar in tars)
+        self.extents, self.labels, self.doubtful = Extents(unpacked=self._unpacked), list[str](), bytearray()
+
+    def append(self, extent: Extent, label: str, is_doubtful: bool) -> None:
+        self.extents.append(extent)
+        self.labels.append(label)
+        self.doubtful.append(is_doubtful)
+
+    def remove(self, bad: Collection[int], reason: str) -> LeftOut:
+        """Removes the samples at these positions; returns their names with a reason."""
+        before, removed = (self.extents, self.labels, self.doubtful), LeftOut()
+        self.extents, self.labels, self.doubtful = Extents(unpacked=self._unpacked), [], bytearray()
+        extents, labels, doubtful = before
+        for i, label in enumerate(labels):
+            if i in bad:
+                removed.append((extents.names[i], f"the label is {label!r}, which {reason}"))
+            else:
+                self.append(extents[i], label, bool(doubtful[i]))
+        return removed
+
+
+def _meaning(label: str, reader: LabelReader) -> str:
+    """Returns the class number of a label as text; its name if no list has the names of the classes.
 
     Raises:
-        ValueError: A label is none of its classes.
+        ValueError: It is neither a class number nor a class name.
     """
-    classes, numbers = reader.classes or (), array("i")
-    for name, label in zip(extents.names, labels, strict=True):
-        number = reader.parse(label.encode("utf-8", "replace"), f"{location}: {name}")
-        if number >= len(classes):
-            raise ValueError(f"{location}: {name}: class {number} is out of range; there are {len(classes)} classes, from 0 on")
-        numbers.append(number)
-    return Listing(location, extents, numbers, classes)
+    if reader.classes is not None:
+        number = reader.number(label)
+        check_range(number, len(reader.classes))
+        return str(number)
+    unlisted = class_number(label)
+    if unlisted is None:
+        require_name(label)
+        return label
+    if unlisted >= MAX_CLASSES:
+        raise ValueError(f"the label is {label!r}; a class number below {MAX_CLASSES:,} is needed")
+    return str(unlisted)
 
 
-def _in_order(results: Iterable[tuple[Path, Found]], tars: Sequence[Path]) -> Iterator[Found]:
+def _without_rare_names(location: str, listed: _Listed) -> LeftOut:
+    """Removes the few names among class numbers.
+
+    Raises:
+        ValueError: Numbers and names are mixed.
+    """
+    labels = listed.labels
+    names = [i for i, label in enumerate(labels) if not label.isdecimal()]
+    if not names or len(names) == len(labels):
+        return []
+    if len(names) <= RARE * len(labels):
+        return listed.remove(set(names), "is a name among class numbers")
+    number = next(i for i, label in enumerate(labels) if label.isdecimal())
+    shown = [f"{labels[i]!r} ({printable(listed.extents.names[i])})" for i in (number, names[0])]
+    raise ValueError(
+        f"{location}: some labels are class numbers, such as {shown[0]}, and some are names, such as {shown[1]}; "
+        "list the names of all classes in the order of their numbers with --class-file"
+    )
+
+
+def _listing(location: str, listed: _Listed, reader: LabelReader) -> Listing:
+    if reader.classes is None:
+        return labelled(location, listed.extents, listed.labels)
+    return Listing(location, listed.extents, array("i", map(int, listed.labels)), reader.classes)
+
+
+def _in_order(results: Iterable[tuple[SourceTar, Found]], tars: Sequence[SourceTar]) -> Iterator[Found]:
     """Yields the results in the order of the tars, each as soon as possible."""
-    waiting: dict[Path, Found] = {}
+    waiting: dict[SourceTar, Found] = {}
     remaining = iter(tars)
-    tar = next(remaining)
+    tar: SourceTar | None = next(remaining)
     for done, found in results:
         waiting[done] = found
         while tar in waiting:
             yield waiting.pop(tar)
-            tar = next(remaining, Path())
+            tar = next(remaining, None)
 
 
-def _scan(tar: Path, label_key: str | None) -> tuple[Path, Found]:
-    samples: list[tuple[Extent, str]] = []
-    modified = tar.stat().st_mtime_ns
-    left_out: list[tuple[str, str]] = []
-    descriptor = os.open(tar, os.O_RDONLY)
+def _scan(tar: SourceTar, images: Sequence[str], readers: Sequence[LabelReader]) -> tuple[SourceTar, Found]:
+    samples: list[tuple[Extent, str, bool]] = []
+    left_out: LeftOut = []
+    modified, is_binary = tar.modified, False
+    with open(tar.path, "rb") as file:
+        entries = list(walk(file, str(tar.origin)))
+    whole, joined, rest = _split(entries, images, [reader.extension for reader in readers])
+    descriptor = os.open(tar.path, os.O_RDONLY)
     try:
-        for sample in scan_tar(tar):
-            key = f"{tar.stem}/{split_name(sample[0].name)[0]}"
-            # If a sample has several images, choose the one that training reads.
-            image = _first(sample, IMAGE_EXTENSIONS) or _first(sample, ALL_EXTENSIONS)
-            label = (_first(sample, ("cls",)) if label_key is None else None) or _first(sample, ("json",))
+        for sample in itertools.chain(whole, joined):
+            image = _image(sample, images)
+            reader, label = next((one, found) for one in readers if (found := first_of(sample, (one.extension,))))
+            assert image is not None
+            name = f"{tar.stem}/{image.name}"
+            raw = os.pread(descriptor, label.size, label.offset)
             try:
-                if image is None or label is None:
-                    lacks_label = f"no {'.cls or ' if label_key is None else ''}.json in the sample"
-                    raise ValueError("no image in the sample" if image is None else lacks_label)
-                text = _parse_label(label, os.pread(descriptor, label.size, label.offset), label_key or DEFAULT_KEY)
+                _require_one_each(sample, image, label)
+                text = reader.text(raw)
             except ValueError as error:
-                left_out.append((key, str(error)))
+                is_binary |= isinstance(error, BinaryLabelError)
+                left_out.append((name, str(error)))
             else:
-                name = f"{key}.{image.extension}"
-                samples.append((Extent(name, str(tar), image.offset, image.size, modified), text))
+                samples.append((Extent(name, str(tar.path), image.offset, image.size, modified), text, is_padded(raw)))
     finally:
         os.close(descriptor)
-    return tar, (samples, left_out)
+    left_out += [(f"{tar.stem}/{key}", reason) for key, reason in rest]
+    return tar, Found(samples, left_out, is_binary, len(joined))
 
 
-def _first(sample: Sample, extensions: Sequence[str]) -> Component | None:
-    """Returns the first component with one of these extensions."""
-    return next((component for component in sample if component.extension.lower() in extensions), None)
+def _require_one_each(sample: Sample, image: Component, label: Component) -> None:
+    """Raises ValueError if the name of the image or of the label occurs twice: the second may belong to another sample."""
+    extensions = [component.extension for component in sample]
+    for extension in (image.extension, label.extension):
+        if extensions.count(extension) > 1:
+            raise ValueError(f"the sample has several members that end in .{printable(extension)}")
 
 
-def _parse_label(component: Component, data: bytes, label_key: str) -> str:
-    """Returns the label in a `.cls` or `.json` member.
+def _image(sample: Sample, images: Sequence[str]) -> Component | None:
+    """Returns the image of a sample; of several images, the one that training reads."""
+    return first_of(sample, images) or first_of(sample, _pictures(images))
 
-    Raises:
-        ValueError: There is none, or it is neither a number nor a name.
+
+def _pictures(images: Sequence[str]) -> Sequence[str]:
+    """Returns the extensions of what conversion can make an image of."""
+    return ALL_EXTENSIONS if tuple(images) == IMAGE_EXTENSIONS else images
+
+
+def _split(
+    entries: Sequence[Entry], images: Sequence[str], labels: Sequence[str]
+) -> tuple[list[Sample], list[Sample], LeftOut]:
+    """Groups the members of a tar into samples.
+
+    Neighbors with one key are a sample, as for WebDataset. From the members of samples without an image or a label, those with
+    one key anywhere in the tar are put together; and then those whose names differ only behind the last dot. Such a sample must
+    have exactly one image and one label, so nothing is guessed.
+
+    Returns:
+        The whole samples; those that were put together; and key and reason of the rest.
     """
-    if component.extension.lower() == "cls":
-        label: object = data.decode("utf-8", "replace").strip()
-    else:
-        try:
-            label = json_label(data, label_key)
-        except KeyError as error:
-            raise ValueError(f"{error.args[0]}; --label-key names another") from error
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)
-    if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
-        raise ValueError(f"label {label!r} is neither a class number nor a class name")
-    return str(label)
+
+    def is_whole(sample: Sample) -> bool:
+        return _image(sample, images) is not None and first_of(sample, labels) is not None
+
+    def is_clear(sample: Sample) -> bool:
+        extensions = [component.extension.lower() for component in sample]
+        counts = [extensions.count(label) for label in labels]
+        return sum(map(_pictures(images).__contains__, extensions)) == 1 == next(filter(None, counts), 0)
+
+    groups = group_samples(component for entry in entries if (component := as_component(entry)) is not None)
+    whole = [group for group in groups if is_whole(group)]
+    by_key = _grouped((part for group in groups if not is_whole(group) for part in group), _key)
+    joined = [group for group in by_key if is_clear(group)]
+    parts = [part for group in by_key if not is_clear(group) for part in group]
+    last = (Component(part.name.rpartition(".")[2], part.offset, part.size, part.name) for part in parts)
+    by_stem = [group for group in _grouped(last, lambda part: part.name.rpartition(".")[0]) if is_clear(group)]
+    used = {part.name for group in by_stem for part in group}
+    rest = _grouped((part for part in parts if part.name not in used), _key)
+    return whole, [*joined, *by_stem], list(_reasons(rest, entries, images, labels))
+
+
+def _key(component: Component) -> str:
+    return split_name(component.name)[0]
+
+
+def _grouped(components: Iterable[Component], key: Callable[[Component], str]) -> list[Sample]:
+    groups: dict[str, Sample] = {}
+    for component in components:
+        groups.setdefault(key(component), []).append(component)
+    return list(groups.values())
+
+
+def _reasons(
+    samples: Sequence[Sample], entries: Sequence[Entry], images: Sequence[str], labels: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yields key and reason of samples that are not whole, and of links and the like that belong to no sample."""
+    others: dict[str, list[Entry]] = {}
+    for entry in entries:
+        key, extension = split_name(entry.name)
+        if entry.other and extension.lower() in (*_pictures(images), *labels):
+            others.setdefault(key, []).append(entry)
+    for sample in samples:
+        key = _key(sample[0])
+        links = others.pop(key, [])
+        if _image(sample, images) and first_of(sample, labels):
+            yield key, "several images or labels with this key lie apart in the tar"
+        else:
+            yield key, lacks(sample, _pictures(images), labels, others=links)
+    for key, links in others.items():
+        yield from ((key, f"{short(link.name)} is {link.other}") for link in links if link.other != FOLDER)

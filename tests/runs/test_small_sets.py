@@ -1,0 +1,60 @@
+"""Training on a few photos with the default settings: they depend on the number of steps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.runs import all_metrics, train_command
+from tools.shards.convert import convert
+from tools.shards.plan import Options
+
+
+@pytest.fixture(scope="module")
+def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 training and 32 validation images of stripes, upright or level, in any colors."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for split, num_images in (("train", 96), ("valid", 32)):
+        for i in range(num_images):
+            rng = np.random.default_rng((i, num_images))
+            wave = np.sin(np.arange(40) / rng.uniform(1, 3) + rng.uniform(0, 6))[:, None]
+            pixels = wave[..., None] * rng.uniform(40, 90, 3) + rng.uniform(100, 150, 3) + rng.normal(0, 20, (40, 40, 3))
+            pixels = pixels.transpose(1, 0, 2) if i % 2 else pixels
+            path = folder / split / ("level", "upright")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+        convert(folder / split, folder / "shards", Options(name=split), num_workers=1)
+    return folder / "shards"
+
+
+def test_the_loss_does_not_explode_and_the_classes_are_learned(two_kinds: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = train_command(
+        *(
+            "--data.train",
+            two_kinds,
+            "--data.valid",
+            two_kinds,
+            "--image-size",
+            32,
+            "--epochs",
+            8,
+            "--device",
+            "cpu",
+            "--seed",
+            1,
+        ),
+        *("--run-dir", run),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    valid = [line for line in all_metrics(run) if line["split"] == "valid"]
+    assert max(line["loss"] for line in valid) < 2 * np.log(2)  # twice the loss of a guess
+    assert valid[-1]["top1"] >= 90
+    assert valid[-1]["ema_top1"] >= 90
+    assert (
+        "global batch size 16 (16 images x 1 batches x 1 processes); learning rate 0.012 x 16 / 64 = 0.003\n"
+        "6 steps an epoch, 48 in all: warm-up over 24 steps, a log line every 1 steps, running statistics with momentum 0.5\n"
+        "48 steps are few for training from random weights; "
+    ) in done.stdout
