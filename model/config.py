@@ -101,7 +101,7 @@ class OptimConfig:
         if warmup is None:
             warmup = max(WARMUP_EPOCHS, round(SHORT_EPOCH / steps_per_epoch, 3))
         if lr is None:
-            lr = min(LR, round(LR * epochs * steps_per_epoch / 2 / SHORT_EPOCH, 6))
+            lr = max(self.min_lr, min(LR, round(LR * epochs * steps_per_epoch / 2 / SHORT_EPOCH, 6)))
         return replace(self, warmup_epochs=warmup, lr=lr)
 
     def warmup_steps(self, *, epochs: int, steps_per_epoch: int) -> int:

@@ -150,7 +150,7 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
         return value
 
     count = take("architecture.num_classes", _whole(1, MAX_CLASSES), f"a whole number from 1 to {MAX_CLASSES:,}")
-    classes = take("classes", lambda value: value is None or _is_names(value, count), f"None or a list of {count} names")
+    classes = take("classes", lambda value: value is None or _is_names(value, count), f"None or a list of up to {count} names")
     size = take("preprocessing.image_size", _whole(32, MAX_IMAGE_SIZE), f"a whole number from 32 to {MAX_IMAGE_SIZE}")
     sides = f"a whole number from {size}, the image size, to {2 * MAX_IMAGE_SIZE}"
     return Description(
@@ -236,7 +236,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_names(value: Any, count: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(name, str) for name in value)
+    return isinstance(value, list | tuple) and len(value) <= count and all(isinstance(name, str) for name in value)
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:

@@ -4,10 +4,10 @@ import pickletools
 import re
 from typing import BinaryIO
 
-# What torch.save writes for tensors, dicts, devices, sizes, dtypes, and bytes. It is less than torch's `weights_only` allows:
-# `bytearray`, for example, would allocate any amount of memory.
+# What torch.save writes for tensors, dicts, devices, sizes, dtypes, bytes, and the Counter of MultiStepLR. It is less than
+# torch's `weights_only` allows: `bytearray`, for example, would allocate any amount of memory.
 _ALLOWED = re.compile(
-    r"collections OrderedDict|_codecs encode|(__builtin__|builtins) (set|complex)"
+    r"collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) (set|complex)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter"
     r"|torch(\.cuda)? [A-Z][A-Za-z0-9]*Storage|torch\.storage UntypedStorage"
     r"|torch (device|Size|float(16|32|64)|bfloat16|u?int(8|16|32|64)|bool|complex(64|128))|torch\.serialization _get_layout"

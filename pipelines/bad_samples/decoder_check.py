@@ -11,6 +11,7 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 from nvidia import nvimgcodec
 
+from pipelines.bad_samples import png
 from pipelines.bad_samples.kinds import JPEG_2000, Kind, misread_kind, why_unknown, why_unsafe
 from pipelines.bad_samples.limits import too_many_pixels
 
@@ -29,8 +30,11 @@ def cpu_decoder(num_threads: int = 1) -> nvimgcodec.Decoder:
 
 
 def parse_header(encoded: bytes) -> nvimgcodec.CodeStream | None:
-    """Returns the image as nvImageCodec sees it, or None for bytes that training cannot read. It never sees a JPEG 2000."""
-    if encoded.startswith(JPEG_2000):  # see `why_unsafe`
+    """Returns the image as nvImageCodec sees it, or None for bytes that training cannot read.
+
+    It must not see JPEG 2000 and PNGs that are cut short, see `why_unsafe` and `png.is_cut_short`.
+    """
+    if encoded.startswith(JPEG_2000) or png.is_cut_short(encoded):
         return None
     try:
         stream = nvimgcodec.CodeStream(encoded)

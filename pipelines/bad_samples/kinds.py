@@ -76,6 +76,8 @@ def why_unknown(encoded: bytes) -> str:
     """Returns what is wrong with a file in which nvImageCodec sees no image."""
     if not encoded:
         return "empty file"
+    if png.is_cut_short(encoded):
+        return png.CUT_SHORT
     start = encoded[4:12] if encoded[4:8] == b"ftyp" else encoded[:8]
     name = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     return f"{name} image that the training decoder cannot read" if name else "not an image"

@@ -114,10 +114,10 @@ class Recovery:
 
     def describe(self, rows: Sequence[RowId]) -> str:
         """Names the first of these samples. Reads index files."""
-        names = []
+        names, shards = [], self._quarantine.shards
         for row in rows[:MOST_NAMES]:
-            image = image_or_first(read_sample(self._quarantine.shards.indices[row.shard], row.row))
-            names.append(f"{self._quarantine.shards.tars[row.shard]}:{image.offset}:{image.name}")
+            image = image_or_first(read_sample(shards.indices[row.shard], row.row), shards.images)
+            names.append(f"{shards.tars[row.shard]}:{image.offset}:{image.name}")
         more = f" and {len(rows) - len(names):,} more" if len(rows) > len(names) else ""
         return f"its samples: {', '.join(names)}{more}"
 

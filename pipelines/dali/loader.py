@@ -90,7 +90,7 @@ class DALILoader(Loader):
     def close(self) -> None:
         self._drop_pipeline()
         self._decoding.clear()
-        with self._watchdog.waiting("closing the loader", lambda: "a read is blocked"):
+        with self._watchdog.waiting("closing the loader", lambda: "a read, or work on the GPU, is blocked"):
             self._source.close()
             self._hand_over.close()
         self._watchdog.close()

@@ -1,5 +1,6 @@
 """Recognizes compressed files by their first bytes."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -11,23 +12,23 @@ class _Kind(NamedTuple):
     """A kind of compression.
 
     Attributes:
-        begin: The first bytes of each file.
+        begin: The first bytes of each file, up to eight. A tar begins with a name, which may well be `BZhang.jpg`.
         command: The command that unpacks a file and removes it.
         ending: The ending that this command wants.
         short: A tar's ending that it turns into .tar.
     """
 
-    begin: bytes
+    begin: re.Pattern[bytes]
     command: str
     ending: str
     short: str
 
 
 KINDS = {
-    "gzip": _Kind(b"\x1f\x8b", "gunzip", ".gz", ".tgz"),
-    "bzip2": _Kind(b"BZh", "bunzip2", ".bz2", ".tbz2"),
-    "xz": _Kind(b"\xfd7zXZ\x00", "unxz", ".xz", ".txz"),
-    "zstd": _Kind(b"\x28\xb5\x2f\xfd", "unzstd --rm", ".zst", ".tzst"),
+    "gzip": _Kind(re.compile(rb"\x1f\x8b"), "gunzip", ".gz", ".tgz"),
+    "bzip2": _Kind(re.compile(rb"BZh[1-9](1AY&|\x17rE8)"), "bunzip2", ".bz2", ".tbz2"),
+    "xz": _Kind(re.compile(rb"\xfd7zXZ\x00"), "unxz", ".xz", ".txz"),
+    "zstd": _Kind(re.compile(rb"\x28\xb5\x2f\xfd"), "unzstd --rm", ".zst", ".tzst"),
 }
 TAR_ENDINGS = (".tar", *(f".tar{kind.ending}" for kind in KINDS.values()), *(kind.short for kind in KINDS.values()))
 
@@ -44,7 +45,7 @@ def compression_of(path: str | Path) -> str | None:
 
 def compression_in(begin: bytes) -> str | None:
     """Returns the kind of compression of a file that begins with these bytes."""
-    return next((name for name, kind in KINDS.items() if begin.startswith(kind.begin)), None)
+    return next((name for name, kind in KINDS.items() if kind.begin.match(begin)), None)
 
 
 def compressed(place: str, kind: str) -> str:
@@ -56,6 +57,8 @@ def compressed(place: str, kind: str) -> str:
     """
     _, command, ending, short = KINDS[kind]
     path = shlex.quote(place)
+    if "://" in place:
+        return f"{printable(place)}: compressed ({kind}); copy it, unpack the copy with `{command}`, and upload that"
     if not place.endswith((ending, short)):  # the command would refuse another ending
         named = shlex.quote(place + ending)
         command, path = f"mv {path} {named} && {command}", named

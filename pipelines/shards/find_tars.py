@@ -87,17 +87,23 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def parse_info(content: bytes, place: str) -> dict[str, Any]:
-    """Parses the content of an `_info.json`, in which each split has `filenames`. Unknown keys are kept.
+    """Parses the content of an `_info.json`, in which each split has `filenames`. Unknown keys are kept, null means no key.
 
     Raises:
         ValueError: It is not JSON, or a known key has a value that cannot be used; the message begins with `place`.
     """
-    info = as_object(parse_json(content, place), place)
+    info = _without_nulls(as_object(parse_json(content, place), place))
     get(info, "classes", "a list of texts", place, default=None)
-    for name, split in get(info, "splits", "an object", place, default={}).items():
+    splits = get(info, "splits", "an object", place, default={})
+    for name, split in splits.items():
         where = f"{place}: split {printable(name)!r}"
-        _check_split(as_object(split, where), where)
+        splits[name] = _without_nulls(as_object(split, where))
+        _check_split(splits[name], where)
     return info
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _check_split(split: dict[str, Any], place: str) -> None:
@@ -112,6 +118,8 @@ def _check_split(split: dict[str, Any], place: str) -> None:
     get(split, "num_samples", "a whole number from 0", place, default=None)
     conversion = get(split, "conversion", "an object", place, default={})
     get(get(conversion, "source", "an object", place, default={}), "images", "a whole number from 0", place, default=None)
+    if not split["filenames"]:
+        raise ValueError(f"{place}: 'filenames' is empty")
 
 
 def _find_in_remote_folder(folder: str, split: str) -> tuple[list[RemoteFile], dict[str, Any]]:

@@ -243,9 +243,10 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
     """
     num_samples = _read_header(index, place)
     with _open_tar(tar) as file:
+        size = file.seek(0, io.SEEK_END)  # first, because it empties the buffer: each read of a remote tar is a request
+        file.seek(0)
         if kind := compression_in(file.read(8)):
             raise ValueError(compressed(str(tar), kind))
-        size = file.seek(0, io.SEEK_END)
         for component in parse_line(place, index.readline()) if num_samples else ():
             file.seek(min(max(0, component.offset - tarfile.BLOCKSIZE), size))
             if _member_size(file.read(tarfile.BLOCKSIZE)) != component.size:

@@ -153,9 +153,9 @@ def plain_text(raw: bytes) -> str:
         raise
 
 
-def is_padded(raw: bytes) -> bool:
-    """Returns whether the content of a member could also be a small number in binary, as a 1 with three NUL bytes: 49."""
-    return len(raw) in (2, 4, 8) and raw.endswith(b"\0")
+def padded_length(raw: bytes) -> int:
+    """Returns the length of content that could also be a number in binary, as a 1 with three NUL bytes: 49. Otherwise 0."""
+    return len(raw) if len(raw) in (2, 4, 8) and (raw.endswith(b"\0") or raw.startswith(b"\0")) else 0
 
 
 def json_text(raw: bytes, key: str, extension: str = "json") -> str:
@@ -217,6 +217,19 @@ def require_name(label: str) -> None:
     """
     if looks := _looks_like(label):
         raise ValueError(f"the label is {_shown(label)}{looks}; a class number in ASCII digits or a class name is needed")
+
+
+def unlisted_label(label: str) -> str:
+    """Returns a label of a set without a list of classes, from a table: a class number in digits alone, or a class name.
+
+    Raises:
+        ValueError: It is empty, or neither of them.
+    """
+    text = _stripped(label, "the label")
+    if (number := class_number(text)) is None:
+        require_name(text)
+        return text
+    return text if text.isdecimal() else str(number)
 
 
 def _looks_like(label: str) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # the --help of the tools imports this module, and needs no n
     import numpy as np
     from numpy.typing import NDArray
 
+LABEL_RULE = 2  # of the labels in the user's cache; raise it when `LabelReader` reads something else
+
 
 @dataclass(frozen=True)
 class ShardSet:
@@ -131,7 +133,7 @@ class ShardSet:
         """Returns the cache file for the labels of these local shards; `None` without a writable cache folder."""
         files = [os.path.abspath(str(file)) for file in (*self.tars, *self.indices)]
         states = [f"{file} {now.st_size} {now.st_mtime_ns}" for file, now in zip(files, map(os.stat, files), strict=True)]
-        identity = "\n".join([repr(self.label_reader), *states])
+        identity = "\n".join([f"{LABEL_RULE} {self.label_reader!r}", *states])
         try:
             path = user_cache("labels", f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy")
         except ValueError:

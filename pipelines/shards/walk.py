@@ -64,8 +64,10 @@ def walk(file: BinaryIO, place: str, end: int | None = None) -> Iterator[Entry]:
             if files is not None and not other:
                 files[member.name.removeprefix("./")] = offset, size
             yield Entry(member.name, offset, size, other)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"{place}: not a readable tar ({_one_line(error)})") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: not a readable tar (too many headers for one member)") from error
     _check_end_mark(bounded, place)
 
 

@@ -1,7 +1,6 @@
 """Mutated tars and images in the code behind `convert`, `verify` and the loader. Runs in the children of `survive.Survivor`."""
 
 import json
-import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipelines.shards.labels import LabelReader
 from pipelines.shards.shard_set import open_shards
 from tests.faults.mutate import Member, Mutated, Original, make_image, make_original, mutate_image, mutate_tar
 from tests.faults.survive import BATCH, Progress
+from tests.helpers.runs import peak_megabytes
 from tools.shards.build import ShardTask, build_shard
 from tools.shards.plan import Options, make_plan
 from tools.shards.sources.recognize import SourceOptions, list_source
@@ -65,7 +65,7 @@ def tars(folder: str, arguments: str, seeds: Sequence[int], progress: str) -> No
             _one_tar(place, seed, original, mutate_tar(original, seed), tell, accepted, clean)
         tell.begin(batch, "the loader")
         _load_all(place, accepted, clean, tell)
-        tell.memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000, batch)
+        tell.memory(peak_megabytes(), batch)
         shutil.rmtree(place)
 
 
@@ -219,7 +219,7 @@ def images(folder: str, arguments: str, seeds: Sequence[int], progress: str) -> 
         place.mkdir()
         made = [_mutated_image(photos, seed) for seed in batch]
         _one_batch_of_images(place, batch, made, photos, expected, tell)
-        tell.memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000, batch)
+        tell.memory(peak_megabytes(), batch)
         shutil.rmtree(place)
 
 

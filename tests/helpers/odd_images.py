@@ -90,10 +90,10 @@ def png_bomb(side: int = 30_000) -> bytes:
 
 
 def png_with_long_chunk() -> bytes:
-    """A PNG with one wrong byte: its pixels claim to take 4 GB."""
+    """A PNG with one wrong byte: its EXIF data claim to take 4 GB."""
     file = encoded(RGB, "PNG")
     at = file.index(b"IDAT") - 4
-    return file[:at] + b"\xff" + file[at + 1 :]
+    return file[:at] + b"\xff\0\0\4eXIfabcd\0\0\0\0" + file[at:]
 
 
 def short_bmp() -> bytes:

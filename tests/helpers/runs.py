@@ -52,6 +52,12 @@ def environment(folder: Path = ROOT) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
+def peak_megabytes() -> int:
+    """Returns the most memory that this process has had. `ru_maxrss` would begin with that of the process that started it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) // 1000
+
+
 def start(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
     """Starts a command in a folder. Its stdout receives stderr, too."""
     return subprocess.Popen(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ OPTIMIZER = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": 
     ("wrap", "which"),
     [
         (lambda state, _: {"state_dict": state, "epoch": 3, "optimizer": OPTIMIZER}, ", its 'state_dict'"),
+        (lambda state, _: {"model": state, "lr_scheduler": {"milestones": Counter([3, 5])}}, ", its 'model'"),  # MultiStepLR's
         (lambda state, _: {"model_state_dict": state, "loss": 0.5}, ", its 'model_state_dict'"),
         (
             lambda state, other: {"model": other, "model_ema": prefixed(state, "module.") | {"n_averaged": torch.tensor(9)}},

@@ -65,6 +65,12 @@ def test_without_names_and_heads(tmp_path: Path) -> None:
         assert torch.equal(trained.model(IMAGES), model.eval()(IMAGES))
 
 
+def test_fewer_names_than_classes(tmp_path: Path) -> None:
+    """So it is if validation shards without names have labels that the training shards do not name."""
+    trained = load_model(checkpoints.write(tmp_path / "best.pt", classes=("ant", "bee")))
+    assert [trained.class_name(number) for number in range(3)] == ["ant", "bee", None]
+
+
 def test_random_numbers_are_left_alone(checkpoint: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -149,7 +155,7 @@ for _ in range(200):
         ("architecture", "num_classes", (0, -3, 10**12, "3", 3.0, None), "a whole number from 1 to 10,000,000"),
         ("architecture", "aux_logits", (1, "yes", None), "True or False"),
         ("architecture", "transform_input", (0, torch.zeros(1)), "True or False"),
-        ("", "classes", (("ant", "bee"), "ant", (1, 2, 3), {"ant": 0}, 3), "None or a list of 3 names"),
+        ("", "classes", (tuple("abcd"), "ant", (1, 2, 3), {"ant": 0}, 3), "None or a list of up to 3 names"),
         ("", "epoch", (-1, 1.5, "2", None, (2,)), "a whole number"),
         ("", "step", (-1, True, torch.tensor(3)), "a whole number"),
     ],

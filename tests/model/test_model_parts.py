@@ -147,6 +147,11 @@ def test_wrong_settings_name_their_flag(options: dict[str, float], flag: str) ->
         OptimConfig(**options)  # type: ignore[arg-type]
 
 
+def test_the_rate_of_a_short_run_is_not_below_the_lowest_one() -> None:
+    """--optim.lr was not given, so it must not be named as wrong."""
+    assert OptimConfig(min_lr=0.01).choose(epochs=1, steps_per_epoch=5).lr == 0.01
+
+
 def test_the_warmup_takes_half_of_the_run_at_most() -> None:
     rates = learning_rates(OptimConfig(lr=0.4, warmup_epochs=3), epochs=1, steps_per_epoch=10)
     assert rates.index(max(rates)) == 5

@@ -63,6 +63,8 @@ def test_what_is_not_json(folder: Path, kind: str) -> None:
         *((value, "an object is needed, not ") for value in NOT_OBJECTS),
         ({"splits": ["train"]}, "'splits' must be an object, not ['train']"),
         ({"splits": {"valid": {}}}, "split 'valid': 'filenames' is missing"),
+        ({"splits": {"valid": {"filenames": None}}}, "split 'valid': 'filenames' is missing"),
+        ({"splits": {"valid": {"filenames": []}}}, "split 'valid': 'filenames' is empty"),
         ({"splits": {"valid": ["valid-000000.tar"]}}, "split 'valid': an object is needed"),
         (
             {"splits": {"valid": {"filenames": "valid-000000.tar"}}},
@@ -113,6 +115,7 @@ def test_an_info_with_other_types(folder: Path, info: Any, message: str) -> None
         {"splits": {}, "classes": []},
         {"version": 2, "shards": [{"basename": "shard.00000.mds", "column_names": ["image"]}]},
         {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "valid-000000.tar", "nsamples": 10}]},
+        {"splits": {"valid": {"filenames": ["valid-000000.tar"], "shard_lengths": None, "num_samples": None}}},
         {
             "splits": {"valid": {"filenames": ["valid-000000.tar"], "dataset": "x", "alt": [1]}},
             "name": "x",
@@ -125,6 +128,8 @@ def test_the_info_of_other_tools(folder: Path, info: dict[str, Any]) -> None:
         (folder / "_info.json").write_text(json.dumps(info), encoding=encoding)
         found = open_shards(str(folder), "valid")
         assert (found.num_samples, found.classes) == (10, None)
+    for verb in ("info", "verify"):
+        assert run_main(shards_main, verb, folder, "--workers", 1).status in (0, 3)
 
 
 def test_a_huge_file_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +206,7 @@ def test_a_shard_with_a_damaged_report_is_built_again(begun: tuple[Path, list[ob
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shard_bytes": None}, "'shard_bytes' must be a list of whole numbers from 0, not None"),
+        ({"shard_bytes": None}, "'shard_bytes' is missing"),
         ({"shard_bytes": [1]}, "3 'filenames' and 1 'shard_bytes'"),
         ({"changes": []}, "'changes' must be an object of whole numbers from 0, not []"),
         ({"image_bytes": -1}, "'image_bytes' must be a whole number from 0, not -1"),

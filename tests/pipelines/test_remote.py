@@ -1,6 +1,7 @@
 """Training from an object store: URLs, index files, and the same batches as from a folder."""
 
 import concurrent.futures
+import gzip
 import io
 import re
 import tarfile
@@ -205,6 +206,9 @@ def test_a_damaged_tar_is_named(bucket: str) -> None:
     put(f"{bucket}/bad/x.tar", make_tar(["1.jpg", "1.cls"])[:1200])
     with pytest.raises(ValueError, match=rf"^{bucket}/bad/x\.tar: "):
         open_shards(f"{bucket}/bad/x.tar", "train")
+    put(f"{bucket}/bad/packed.tar", gzip.compress(make_tar(["1.jpg", "1.cls"])))
+    with pytest.raises(ValueError, match=r"packed\.tar: compressed \(gzip\); copy it, unpack the copy with `gunzip`, and"):
+        open_shards(f"{bucket}/bad/packed.tar", "train")
 
 
 def batches(place: str, split: str, cache_dir: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -51,7 +51,7 @@ def run():
     with build_loader(config, spec) as loader:
         loader.next()
         BLOCKED = True
-        print(number, os.getpid(), flush=True)
+        os.write(1, f"{number} {os.getpid()}\\n".encode())  # in one piece: the runs share the pipe
         for _ in range(9):
             loader.next()
     return 0
@@ -70,7 +70,7 @@ for number, (block, shards, timeout, stderr) in enumerate(json.loads(sys.argv[1]
     children[child] = number
 for _ in list(children):
     child, status = os.wait()
-    print("ended", children[child], os.waitstatus_to_exitcode(status), flush=True)
+    os.write(1, f"ended {children[child]} {os.waitstatus_to_exitcode(status)}\\n".encode())
 """
 
 

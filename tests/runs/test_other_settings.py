@@ -1,5 +1,6 @@
 """A run is resumed with the settings that it had. A longer run is the same run if its learning rates are."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_other_settings_are_refused_with_a_way_out(whole: Path, shards: Path, mo
     assert done.status == 2
     assert done.stderr == f"error: --resume auto: {whole} has other settings: {changes}{way_out(whole)}"
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_timeout_is_no_other_setting(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """The message at its end names --data.timeout, so a resumed run may have another one."""
+    shutil.copytree(whole, tmp_path / "run")
+    done = run(shards, tmp_path / "run", "--data.timeout", 600)
+    assert done.status == 0, done.stderr
 
 
 @pytest.mark.parametrize("schedule", [("--optim.cycle-epochs", 1), ("--optim.min-lr", 0.01)])

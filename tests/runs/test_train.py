@@ -98,11 +98,11 @@ def test_the_next_commands_work(finished: tuple[Path, str], tmp_path: Path) -> N
 
 def test_next_commands_have_the_options_of_the_data_and_come_after_the_demo(shards: Path) -> None:
     valid = open_shards(str(shards), "valid")
-    data = DataConfig(train="a", valid="my shards/*.tar", label_key="a.b", class_file="names.txt")
+    data = DataConfig(train="a", valid="my shards/*.tar", label_key="a.b", class_file="names.txt", image_key="input.jpg")
     board, run = "tensorboard --logdir 'my runs'", Path("my runs/one")
     assert next_commands(data, valid, run) == [
-        "evaluate 'my runs/one/best.pt' 'my shards/*.tar' --label-key a.b --class-file names.txt",
-        f"predict 'my runs/one/best.pt' {valid.tars[0]} --label-key a.b",
+        "evaluate 'my runs/one/best.pt' 'my shards/*.tar' --image-key input.jpg --label-key a.b --class-file names.txt",
+        f"predict 'my runs/one/best.pt' {valid.tars[0]} --image-key input.jpg --label-key a.b",
         "export-model 'my runs/one/best.pt' -o 'my runs/one/model.pt2'",
         "report 'my runs/one'",
         board,

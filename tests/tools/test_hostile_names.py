@@ -84,7 +84,7 @@ def test_info_verify_and_index(folder: Path) -> None:
     exact = json.loads(run_main(shards_main, "verify", folder, "--workers", 1, "--json").stdout)
     assert any("\x1b" in finding["member"] for finding in exact["findings"])
     done = harmless(run_main(shards_main, "info", folder), lines=1)
-    assert (done.status, "`shards verify` finds all damage to these shards" in done.stderr) == (2, True)
+    assert done.status == 2
     assert harmless(run_main(shards_main, "verify", folder, "--quarantine", "--workers", 1)).status == 3
     done = harmless(run_main(shards_main, "info", folder))
     assert (done.status, r"ant\x1b]0;title\x07" in done.stdout) == (0, True)

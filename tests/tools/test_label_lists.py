@@ -122,6 +122,13 @@ SEPARATORS = "a tab, a semicolon, a vertical bar, a comma or a blank"
         ("00.jpg cat\n01.jpg\n", "list.csv, line 2: '01.jpg' has no class"),
         ("00.jpg;cat\n;dog\n", "list.csv, line 2: 'dog' has no path"),
         ("00.jpg,\n01.jpg,\n", "list.csv, line 1: '00.jpg' has no class"),
+        ("00.jpg\n01.jpg cat\n02.jpg dog\n", "list.csv, line 1: '00.jpg' has no class"),
+        ("00.jpg\n01.jpg;cat\n02.jpg;dog\n", "list.csv, line 1: '00.jpg' has no class"),
+        ("filename\n00.jpg cat\n01.jpg dog\n", "list.csv: none of its columns filename has the name of a label column"),
+        ("sep=:\npath:class\n00.jpg:cat:x\n01.jpg:dog\n", "line 3: 3 cells, and 2 in the first line; put a cell that contains"),
+        ("00.jpg,b'0'\n01.jpg,b'1'\n", "list.csv, line 1: the label is \"b'0'\" (how Python prints bytes)"),
+        ("00.jpg,cat\n01.jpg,do\x1bg\n", "list.csv, line 2: the label has control characters: 'do\\x1bg'\n"),
+        ("0\n1\n2\n[3]\n", "list.csv, line 4: the label is '[3]' (a list of values)"),
         ("path;class\r\n", "list.csv: has only a header line"),
         ("0\t1.0\t00.jpg\n1\t0.0\t01.jpg\n", "list.csv: 3 columns without names; add a first line of names"),
         ("00.jpg,cat\n01.jpg,polar, bear\n", "line 2: 3 cells, and 2 in the first line; put a cell that contains a comma"),
@@ -143,6 +150,15 @@ def test_lists_that_are_refused(tmp_path: Path, image: bytes, text: str | bytes,
     assert message.format(tmp_path) in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_numbers_in_lists_keep_their_order(tmp_path: Path, image: bytes) -> None:
+    """Tools write numbers beside missing ones as floats. As names, 10.0 would come before 2.0."""
+    done = convert(tmp_path, image, FOUR, "path,class\n00.jpg,1.0\n01.jpg,2.0\n02.jpg,10.0\n03.jpg,2.0\n")
+    assert "warning: no sample has class 0" in done.stdout
+    assert stored(tmp_path, image) == dict(zip(FOUR, ("1", "2", "10", "2"), strict=True))
+    done = convert(tmp_path / "mixed", image, FOUR, "1\n2\n10\nunknown\n")
+    assert "warning: some labels are numbers, such as '1', and some are not, such as 'unknown'" in done.stdout
 
 
 def test_class_numbers_are_no_images(tmp_path: Path, image: bytes) -> None:

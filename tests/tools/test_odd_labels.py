@@ -115,7 +115,8 @@ def test_binary_numbers_that_spell_digits_are_refused_with_the_others(tmp_path: 
     assert shards("convert", tar, tmp_path / "out").status == 0
     assert open_shards(str(tmp_path / "out"), "train").labels() == [5]
     assert "may be a number in binary, as other labels" in rejected(tmp_path / "out")["x-000/k/1.png"]
-    tar = write_shard(tmp_path / "padded", [b"1\0\0\0", b"0\0\0\0"])
+    assert shards("convert", write_shard(tmp_path / "big", [b"\0\0\0\3", b"\0\0\0001"]), tmp_path / "none").status == 2
+    tar = write_shard(tmp_path / "padded", [b"1\0\0\0", b"0\0\0\0", b"\5"])
     assert shards("convert", tar, tmp_path / "good").status == 0
     assert sorted(open_shards(str(tmp_path / "good"), "train").labels()) == [0, 1]
 

@@ -112,6 +112,24 @@ def test_files_without_a_usable_row(
     assert done.stderr.count("\n") == 1
 
 
+def test_texts_are_read_like_the_labels_of_shards(tmp_path: Path, image: bytes) -> None:
+    labels = ["1.0", "2", "10.0", " 2\n", "-5", "b'1'", "1e99"]
+    done, rejected, classes = convert(write(tmp_path / "x.parquet", {"image": images(image, 7), "label": labels}))
+    assert done.status == 0, done.stderr
+    assert rejected.keys() == {"x/00000004", "x/00000005", "x/00000006"}
+    assert classes == [str(number) for number in range(11)]
+
+
+def test_a_line_shows_a_few_reasons_only(tmp_path: Path, image: bytes) -> None:
+    """A reason may name a label, and be another one for each row."""
+    bad = [f"[{i}]" for i in range(30)]
+    done, rejected, _ = convert(write(tmp_path / "x.parquet", {"image": images(image, 31), "label": ["cat", *bad]}))
+    assert len(rejected) == 30
+    assert "; 20 other texts); see rejected.jsonl\n" in done.stdout
+    done, _, _ = convert(write(tmp_path / "y" / "y.parquet", {"image": images(image, 30), "label": bad}))
+    assert (done.status, done.stderr.count("1 rows: "), "; ...)\n" in done.stderr) == (2, 10, True)
+
+
 def test_columns_of_other_names(tmp_path: Path, image: bytes) -> None:
     columns = {"img": [image] * 2, "fine_label": [0, 1], "coarse_label": [0, 0]}
     source = write(tmp_path / "x.parquet", columns)

@@ -232,7 +232,7 @@ def test_odd_names_in_lists_do_not_stop_later_splits(tmp_path: Path) -> None:
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     done = shards_command("convert", images, tmp_path / "out", "--strict")
     assert done.returncode == 3
-    assert done.stderr == f"error: ant/000.jpg in {images}/ant/000.jpg: damaged jpeg image\n"
+    assert done.stderr == f"error: ant/000.jpg in {images}/ant/000.jpg: jpeg image cut short\n"
     assert not (tmp_path / "out" / "_info.json").exists()
 
 

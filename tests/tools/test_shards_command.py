@@ -99,10 +99,10 @@ def test_convert_leaves_out_what_training_cannot_decode(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "train: 10 images of 3 classes" in done.stdout
     assert "encoded: 1 GIF encoded as jpg" in done.stdout
-    assert "left out: 3 files (1 damaged jpeg image; 1 empty file; 1 not an image); see rejected.jsonl" in done.stdout
+    assert "left out: 3 files (1 empty file; 1 jpeg image cut short; 1 not an image); see rejected.jsonl" in done.stdout
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {(Path(entry["path"]).name, entry["reason"]) for entry in rejected} == {
-        ("truncated.jpg", "damaged jpeg image"),
+        ("truncated.jpg", "jpeg image cut short"),
         ("empty.jpg", "empty file"),
         ("notes.txt", "not an image"),
     }

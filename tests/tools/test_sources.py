@@ -272,9 +272,10 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
         ("flat", {"x.csv": "1.jpg,a\n1.jpg,b\n"}, "x.csv, line 2: 1.jpg occurs twice"),
         ("flat", {"x.csv": "1.jpg,a\n2.jpg,\n"}, "x.csv, line 2: '2.jpg' has no class"),
         ("flat", {"x.csv": ""}, "x.csv: empty"),
-        ("flat", {"x.csv": "1.jpg,1\n2.jpg,-1\n"}, "the label of 2.jpg is '-1'; a class number below 1,000,000 is needed"),
-        ("flat", {"x.csv": "1.jpg,1\n2.jpg,1.0\n"}, "the label of 2.jpg is '1.0'"),
-        ("flat", {"x.csv": "1.jpg,3000000000\n"}, "the label of 1.jpg is '3000000000'"),
+        ("flat", {"x.csv": "1.jpg,1\n2.jpg,-1\n"}, "x.csv, line 2: the label is '-1' (a number, but not a class number"),
+        ("flat", {"x.csv": "1.jpg,1\n2.jpg,1.5\n"}, "x.csv, line 2: the label is '1.5'"),
+        ("flat", {"x.csv": "1.jpg,3000000000\n"}, "x.csv, line 1: the label is '3000000000', which is too large"),
+        ("flat", {"x.csv": "1.jpg,3000000\n"}, "the label of 1.jpg is '3000000'; a class number below 1,000,000 is needed"),
         (
             "flat",
             {"x.csv": "image_id,width,species\n1.jpg,640,cat\n"},

@@ -137,6 +137,18 @@ def test_splits_as_files(tmp_path: Path, image: bytes) -> None:
     ]
 
 
+def test_a_hash_in_the_name_of_a_file_makes_no_split(tmp_path: Path, image: bytes) -> None:
+    table = pa.table({"image": pa.array([{"bytes": image, "path": None}]), "label": [0]})
+    for name in ("train-00000-of-00002-8d6a1ac6ba24c8f7", "train-00001-of-00002-1c3d5e7fa0b2c4d6", "test-00000-of-00001"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert find_splits(str(tmp_path)).sources == {
+        "train": f"{tmp_path}/train*.parquet",
+        "test": f"{tmp_path}/test-00000-of-00001.parquet",
+    }
+    (tmp_path / "test-00000-of-00001.parquet").unlink()
+    assert not find_splits(str(tmp_path)).sources
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -200,13 +200,13 @@ def next_commands(data: DataConfig, valid: ShardSet, path: Path) -> list[str]:
             "shards convert THE_SAME_FOR_VALIDATION shards/mine --name valid",
             "python train.py --data.train shards/mine --data.valid shards/mine",
         ]
-    given = {name: getattr(data, name) for name in ("label_key", "class_file", "index_dir", "cache_dir")}
+    given = {name: getattr(data, name) for name in ("image_key", "label_key", "class_file", "index_dir", "cache_dir")}
     options = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
     best = str(path / "best.pt")
-    label_key = ["--label-key", data.label_key] if data.label_key else []
+    keys = [word for name in ("image_key", "label_key") if given[name] for word in (f"--{name.replace('_', '-')}", given[name])]
     return [
         shlex.join(["evaluate", best, data.valid, *options]),
-        shlex.join(["predict", best, valid.tars[0], *label_key]),
+        shlex.join(["predict", best, valid.tars[0], *keys]),
         shlex.join(["export-model", best, "-o", str(path / "model.pt2")]),
         shlex.join(["report", str(path)]),
         board,

@@ -26,7 +26,7 @@ FREE_SETTINGS = (
     *("init_from", "init_from_partial", "init_from_weights"),  # the state contains their effect
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load")),
     *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),
-    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine")),
+    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine", "timeout")),
 )
 
 

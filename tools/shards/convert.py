@@ -27,6 +27,8 @@ from tools.shards.sources.recognize import SourceOptions, list_source
 from tools.shards.sources.splits import require_one_split
 from tools.shards.storage import LocalStorage, Storage, open_storage
 
+TEXTS_SHOWN = 10  # reasons or changes in one line
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -67,7 +69,10 @@ class Summary:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
+    """Returns the most frequent of these texts with their counts: a reason may name a label, and differ for each sample."""
+    shown = sorted(collections.Counter(counts).most_common(TEXTS_SHOWN))
+    more = [f"{len(counts) - len(shown):,} other texts"] if len(counts) > len(shown) else []
+    return "; ".join([*(f"{number:,} {what}" for what, number in shown), *more])
 
 
 def convert(

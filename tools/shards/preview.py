@@ -89,10 +89,7 @@ def preview(
     config = DataConfig(crop=crop, augment=augment)
     shard_set, check = open_shards(shards, split, index_dir, label_key, class_file, image_key), ImageCheck()
     numbers = choose(shard_set.num_samples, samples, seed)
-    try:
-        rows = [_row(shard_set, number, check, config, views, image_size, seed + number) for number in numbers]
-    except ValueError as error:
-        raise ValueError(f"{error}; `shards verify` finds all damage to these shards") from error
+    rows = [_row(shard_set, number, check, config, views, image_size, seed + number) for number in numbers]
     source = f"{shards}, {split}" if os.path.isdir(shards) else shards
     title = f"{len(rows):,} of {shard_set.num_samples:,} samples of {source}"
     subtitle = f"training: at {image_size} pixels, {_describe(config, mix)}"

@@ -163,7 +163,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
     changed = [key for key in sorted({*old, *new} - {"source"}) if old.get(key) != new.get(key)]
     found = [f"{option(key)} was {value(old, key)} and is {value(new, key)}" for key in changed]
-    then, now = old.get("source", {}), new["source"]
+    then, now = old.get("source") or {}, new["source"]
     if any(then.get(key) != now[key] for key in ("images", "sha256")):
         before, after = then.get("options"), now["options"]
         if isinstance(before, dict):  # older versions did not keep it

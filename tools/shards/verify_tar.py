@@ -184,7 +184,8 @@ def _listed(samples: list[Sample], index_path: Path) -> tuple[list[Sample], str]
     wrong = []
     for line in lines:
         found = [places.get(part.offset, {}) for part in line]
-        number = next((i for i in found[0] if i not in listed and all(i in others for others in found)), None)
+        fewest = min(found, key=len)  # all samples of a class may share a label
+        number = next((i for i in fewest if i not in listed and all(i in others for others in found)), None)
         parts = [(component.size, component.extension) for component in line]
         if number is None or parts != [(found_in[number].size, as_field(found_in[number].extension)) for found_in in found]:
             wrong.append(line[0].name)

@@ -86,12 +86,15 @@ def open_source_tars(files: tuple[Path, ...], scratch: Path | None, num_workers:
 def _unpack(task: tuple[Path, Path, str]) -> None:
     file, target, kind = task
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as out, OPENERS[kind](file) as content:
-        for part in _parts(file, content, kind):
-            out.write(part)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(target)
+    try:
+        with open(temporary, "wb") as out, OPENERS[kind](file) as content:
+            for part in _parts(file, content, kind):
+                out.write(part)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _parts(file: Path, content: IO[bytes], kind: str) -> Iterator[bytes]:

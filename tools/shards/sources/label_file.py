@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.printable import printable
+from pipelines.shards.labels import unlisted_label
 from tools.shards.sources.label_table import SEPARATORS, Row, Table, read_lines, read_table, shown
 from tools.shards.sources.listing import Extents, Listing, is_image_name, labelled
 
@@ -75,8 +76,16 @@ class LabelFile:
                 f"{self.path}: {len(rows):,} lines without image paths for {len(names):,} images; "
                 "give each image a line, or each line a path"
             )
-        labels = {name: " ".join(row) for name, (_, row) in zip(names, rows, strict=True) if name in images.places}
+        labels = {name: self._label(*row) for name, row in zip(names, rows, strict=True) if name in images.places}
         return {images.places[name]: label for name, label in labels.items()}
+
+    def _label(self, line: int, cells: Sequence[str]) -> str:
+        """Returns the label in these cells of a line; with a file of class names, it may be any text."""
+        label = " ".join(cells)
+        try:
+            return label if self.class_names is not None else unlisted_label(label)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {line}: {error}") from error
 
     def _refuse_names(self, images: "_Images", rows: Sequence[Row]) -> None:
         """Raises ValueError if lines without a known separator name images: they would all become classes."""
@@ -114,7 +123,7 @@ class LabelFile:
             elif place in labels:
                 raise ValueError(f"{self.path}, line {line}: {printable(name)} occurs twice")
             else:
-                labels[place] = label.split()[0] if first_word else label
+                labels[place] = self._label(line, [label.split()[0] if first_word else label])
         if missing:
             examples = ", ".join(f"{printable(name)} (line {line})" for line, name in missing[:3])
             header = [line for line, _ in missing] == [table.rows[0][0]] and not has_header

@@ -36,12 +36,12 @@ class Table:
         return Table(self.path, self.rows[1:], self.separator, self.key)
 
     def require_width(self, width: int) -> None:
-        """Raises ValueError if a line has more cells than `width`: a separator within a name would cut the name."""
+        """Raises ValueError if a line has more cells than `width`, and more than two: a separator in a name would cut it."""
         for line, row in self.rows:
-            if len(row) > width:
+            if len(row) > max(width, 2):
                 raise ValueError(
                     f"{self.path}, line {line}: {len(row)} cells, and {width} in the first line; "
-                    f"put a cell that contains a {SEPARATORS[self.separator]} in quotation marks"
+                    f"put a cell that contains a {SEPARATORS.get(self.separator, 'separator')} in quotation marks"
                 )
 
 

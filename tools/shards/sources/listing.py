@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipelines.shards.labels import no_class_zero
 from pipelines.shards.members import IMAGE_EXTENSIONS
 
 WHOLE_FILE = -1
@@ -167,20 +167,28 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
     places = {name: place for place, name in enumerate(names or ())}
     if not labels or all(label in places for label in labels):
         return Listing(location, extents, array("i", [places[label] for label in labels]), tuple(names or ()))
-    any_number = any(map(str.isdecimal, labels))
     limit = len(names) if names else MAX_CLASSES
     for i, label in enumerate(labels):
-        number_like = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", label) is not None
         good = label.isascii() and label.isdecimal() and int(label) < limit
-        if not good and (names or (any_number and number_like)):
+        if not good and (names or label.isdecimal()):
             needed = f"a class number below {limit:,}{' or one of the class names' if names else ''}"
             raise ValueError(f"{location}: the label of {extents.names[i]} is {label!r}; {needed} is needed")
     if not all(map(str.isdecimal, labels)):
-        return named_classes(location, extents, labels)
+        listing = named_classes(location, extents, labels)
+        if any(map(str.isdecimal, labels)):
+            number, name = (next(label for label in labels if label.isdecimal() is kind) for kind in (True, False))
+            listing.notes.append(
+                f"some labels are numbers, such as {number!r}, and some are not, such as {name!r}, so all are class names, and "
+                "classes are numbered in the order of these names"
+            )
+        return listing
     numbers = array("i", map(int, labels))
     if names:
         return Listing(location, extents, numbers, tuple(names))
-    return Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
+    listing = Listing(location, extents, numbers, tuple(str(i) for i in range(max(numbers) + 1)), numbered=True)
+    if note := no_class_zero(set(numbers)):
+        listing.notes.append(note)
+    return listing
 
 
 def read_bytes(extent: Extent) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.files import replace_text
 from pipelines.printable import printable
+from pipelines.shards.labels import unlisted_label
 from tools.shards import parallel
 from tools.shards.sources.listing import Extent, Extents, Listing, labelled
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 64
-TABLE_VERSION = 2  # of the unpacked files, which --scratch keeps
+REASONS_SHOWN = 10
+TABLE_VERSION = 3  # of the unpacked files, which --scratch keeps
 PATH_ONLY = "only the path of an image file, without its bytes"
 
 
@@ -63,7 +65,8 @@ def list_parquet(
 def _why_no_rows(reasons: list[str]) -> str:
     if not reasons:
         return "no rows"
-    counts = "; ".join(f"{count:,} rows: {reason}" for reason, count in sorted(collections.Counter(reasons).items()))
+    shown = sorted(collections.Counter(reasons).most_common(REASONS_SHOWN))
+    counts = "; ".join([f"{count:,} rows: {reason}" for reason, count in shown] + ["..."] * (len(set(reasons)) > len(shown)))
     way_out = "; convert the folder of these files with --labels" if set(reasons) == {PATH_ONLY} else ""
     return f"none of its {len(reasons):,} rows has an image and a label ({counts}){way_out}"
 
@@ -174,7 +177,7 @@ def _label_text(label: object) -> str:
         raise ValueError(f"label {printable(str(label))} is neither a class number nor a class name")
     if label == -1:
         raise ValueError("label -1, which stands for a missing label")
-    return str(label)
+    return unlisted_label(str(label))
 
 
 def _open_parquet(path: Path) -> "pq.ParquetFile":

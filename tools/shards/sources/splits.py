@@ -89,10 +89,11 @@ def find_splits(location: str) -> Splits:
 
 def sets_of_files(location: str) -> dict[str, str]:
     """Returns the sets of tars, or else of Parquet files, in a folder: the common name of each, and a pattern of its files."""
+    number = re.compile(r"([-_.]?[0-9]+(-of-[0-9]+(-[0-9a-f]{16})?)?)?$")  # Hugging Face once added a hash to each file
     for suffix in ENDINGS:
         sets: dict[str, list[str]] = {}
         for path in sorted(path for path in Path(location).glob(f"*{suffix}") if not is_system_name(path.name)):
-            sets.setdefault(re.sub(r"([-_.]?[0-9]+(-of-[0-9]+)?)?$", "", path.name.removesuffix(suffix)), []).append(path.name)
+            sets.setdefault(number.sub("", path.name.removesuffix(suffix)), []).append(path.name)
         if sets:
             names = [name for files in sets.values() for name in files]
             return {

@@ -38,7 +38,7 @@ def list_tars(location: str, tars: tuple[SourceTar, ...], labels: LabelFile | No
         found = f"; {printable(left_out[0][0])} is {left_out[0][1]}" if left_out else ""
         raise ValueError(f"{location}: no file in it has the extension of an image{found}")
     if labels is not None:
-        listing = labels.apply(location, extents)
+        listing = labels.apply(location, extents, left_out)
     else:
         listing = named_classes(location, extents, _class_names(location, extents.names))
     listing.left_out += left_out

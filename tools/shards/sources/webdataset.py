@@ -15,10 +15,9 @@ from pipelines.shards.labels import (
     LabelReader,
     check_range,
     class_number,
-    is_padded,
     label_place,
-    no_class_zero,
     open_labels,
+    padded_length,
     require_name,
 )
 from pipelines.shards.members import IMAGE_EXTENSIONS, first_of, image_extensions, lacks, short
@@ -38,15 +37,15 @@ class Found(NamedTuple):
     """The samples of a tar.
 
     Attributes:
-        samples: Image and text of the label; and whether that text could also be a number in binary.
+        samples: Image and text of the label; and its length in bytes if it could also be a number in binary, or else 0.
         left_out: Name and reason of the samples that cannot be used.
-        is_binary: Whether a label was a number in binary.
+        binary: Lengths in bytes of the labels that were numbers in binary.
         num_joined: Number of samples whose members do not form a WebDataset sample, and were put together by their names.
     """
 
-    samples: list[tuple[Extent, str, bool]]
+    samples: list[tuple[Extent, str, int]]
     left_out: LeftOut
-    is_binary: bool
+    binary: set[int]
     num_joined: int
 
 
@@ -71,18 +70,18 @@ def list_webdataset(
     readers = [LabelReader(), LabelReader("json", DEFAULT_KEY)] if label_key is None else [LabelReader(*label_place(label_key))]
     reader = open_labels("", class_file, read_info(tars[0].origin.parent).get("classes"))
     scan = functools.partial(_scan, images=image_extensions(image_key), readers=readers)
-    is_binary, num_joined = False, 0
+    binary, num_joined = set[int](), 0
     for found in _in_order(parallel.run(scan, tars, min(num_workers, len(tars))), tars):
         left_out += found.left_out
-        is_binary, num_joined = is_binary or found.is_binary, num_joined + found.num_joined
-        for extent, label, is_doubtful in found.samples:
+        binary, num_joined = binary | found.binary, num_joined + found.num_joined
+        for extent, label, doubtful in found.samples:
             try:
-                listed.append(extent, _meaning(label, reader), is_doubtful)
+                listed.append(extent, _meaning(label, reader), doubtful)
             except ValueError as error:
                 left_out.append((extent.name, str(error)))
-    if is_binary:  # then the number 49, whose bytes are `1\0\0\0`, must not become class 1
-        doubtful = {i for i, is_doubtful in enumerate(listed.doubtful) if is_doubtful}
-        left_out += listed.remove(doubtful, "may be a number in binary, as other labels of this set are")
+    if binary:  # then the number 49, whose bytes are `1\0\0\0`, must not become class 1
+        bad = {i for i, length in enumerate(listed.doubtful) if length in binary}
+        left_out += listed.remove(bad, "may be a number in binary, as other labels of this set are")
     if reader.classes is None:
         left_out += _without_rare_names(location, listed)
     if not listed.labels:
@@ -92,8 +91,6 @@ def list_webdataset(
     listing = _listing(location, listed, reader)
     if num_joined:
         notes.append(f"the members of {num_joined:,} samples form no WebDataset samples, and were joined by their names")
-    if listing.numbered and (note := no_class_zero(set(listing.labels))):
-        notes.append(note)
     listing.left_out, listing.notes = left_out, [*listing.notes, *notes]
     return listing
 
@@ -102,17 +99,17 @@ class _Listed:
     """The samples with their labels, a number or a name as text.
 
     Attributes:
-        doubtful: Positions of samples whose label could also be a number in binary.
+        doubtful: For each sample, see `Found.samples`.
     """
 
     def __init__(self, tars: Iterable[SourceTar]) -> None:
         self._unpacked = any(tar.is_unpacked for tar in tars)
         self.extents, self.labels, self.doubtful = Extents(unpacked=self._unpacked), list[str](), bytearray()
 
-    def append(self, extent: Extent, label: str, is_doubtful: bool) -> None:
+    def append(self, extent: Extent, label: str, doubtful: int) -> None:
         self.extents.append(extent)
         self.labels.append(label)
-        self.doubtful.append(is_doubtful)
+        self.doubtful.append(doubtful)
 
     def remove(self, bad: Collection[int], reason: str) -> LeftOut:
         """Removes the samples at these positions; returns their names with a reason."""
@@ -123,7 +120,7 @@ class _Listed:
             if i in bad:
                 removed.append((extents.names[i], f"the label is {label!r}, which {reason}"))
             else:
-                self.append(extents[i], label, bool(doubtful[i]))
+                self.append(extents[i], label, doubtful[i])
         return removed
 
 
@@ -185,9 +182,9 @@ def _in_order(results: Iterable[tuple[SourceTar, Found]], tars: Sequence[SourceT
 
 
 def _scan(tar: SourceTar, images: Sequence[str], readers: Sequence[LabelReader]) -> tuple[SourceTar, Found]:
-    samples: list[tuple[Extent, str, bool]] = []
+    samples: list[tuple[Extent, str, int]] = []
     left_out: LeftOut = []
-    modified, is_binary = tar.modified, False
+    modified, binary = tar.modified, set[int]()
     with open(tar.path, "rb") as file:
         entries = list(walk(file, str(tar.origin)))
     whole, joined, rest = _split(entries, images, [reader.extension for reader in readers])
@@ -203,14 +200,14 @@ def _scan(tar: SourceTar, images: Sequence[str], readers: Sequence[LabelReader])
                 _require_one_each(sample, image, label)
                 text = reader.text(raw)
             except ValueError as error:
-                is_binary |= isinstance(error, BinaryLabelError)
+                binary |= {len(raw)} if isinstance(error, BinaryLabelError) else set()
                 left_out.append((name, str(error)))
             else:
-                samples.append((Extent(name, str(tar.path), image.offset, image.size, modified), text, is_padded(raw)))
+                samples.append((Extent(name, str(tar.path), image.offset, image.size, modified), text, padded_length(raw)))
     finally:
         os.close(descriptor)
     left_out += [(f"{tar.stem}/{key}", reason) for key, reason in rest]
-    return tar, Found(samples, left_out, is_binary, len(joined))
+    return tar, Found(samples, left_out, binary, len(joined))
 
 
 def _require_one_each(sample: Sample, image: Component, label: Component) -> None:
@@ -238,7 +235,7 @@ def _split(
 
     Neighbors with one key are a sample, as for WebDataset. From the members of samples without an image or a label, those with
     one key anywhere in the tar are put together; and then those whose names differ only behind the last dot. Such a sample must
-    have exactly one image and one label, so nothing is guessed.
+    have exactly one image and one label, so nothing is guessed: beside `1.jpg`, `1.seg.png` and `1.seg.json` are no sample.
 
     Returns:
         The whole samples; those that were put together; and key and reason of the rest.
@@ -257,7 +254,10 @@ def _split(
     by_key = _grouped((part for group in groups if not is_whole(group) for part in group), _key)
     joined = [group for group in by_key if is_clear(group)]
     parts = [part for group in by_key if not is_clear(group) for part in group]
-    last = (Component(part.name.rpartition(".")[2], part.offset, part.size, part.name) for part in parts)
+    wanted = {*_pictures(images), *labels}
+    plain = {_key(part) for part in parts if part.extension.lower() in wanted}
+    dotted = (part for part in parts if _key(part) not in plain)
+    last = (Component(part.name.rpartition(".")[2], part.offset, part.size, part.name) for part in dotted)
     by_stem = [group for group in _grouped(last, lambda part: part.name.rpartition(".")[0]) if is_clear(group)]
     used = {part.name for group in by_stem for part in group}
     rest = _grouped((part for part in parts if part.name not in used), _key)
