@@ -94,8 +94,6 @@ def why_unsafe(encoded: bytes) -> str:
     """
     if encoded.startswith(JPEG_2000):
         return "jpeg2000 image, which can crash the training decoder: `shards convert` encodes such images anew"
-    if png.is_cut_short(encoded):
-        return png.CUT_SHORT
     order = TIFF_MARKS.get(encoded[:4])
     if order is None:
         return ""

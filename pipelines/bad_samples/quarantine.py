@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.json_file import as_object, get, read_json_lines
 from pipelines.printable import printable
 from pipelines.remote.object_store import is_url
-from pipelines.shards.index import read_index, read_sample
+from pipelines.shards.index import Component, read_index, read_sample
 from pipelines.shards.members import image_or_first
 from pipelines.shards.shard_set import ShardSet
 
@@ -149,8 +149,12 @@ class Quarantine:
                     found[RowId(shard, row)] = reasons[named.offset, named.name]
         return found
 
+    def member(self, row: RowId) -> Component:
+        """Returns the member that names a sample in messages: its image, or its first member. Reads the index file."""
+        return image_or_first(read_sample(self.shards.indices[row.shard], row.row), self.shards.images)
+
     def _describe(self, row: RowId, reason: str) -> BadSample:
-        component = image_or_first(read_sample(self.shards.indices[row.shard], row.row), self.shards.images)
+        component = self.member(row)
         return BadSample(location(self.shards.tars[row.shard]), component.offset, component.name, reason)
 
     def _check(self) -> None:

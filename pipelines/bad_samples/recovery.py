@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from pipelines.bad_samples.decoder_check import undecodable, why_unusable
 from pipelines.bad_samples.quarantine import Quarantine, RowId
 from pipelines.shards.deal import Deal, Plan
-from pipelines.shards.index import read_sample
-from pipelines.shards.members import image_or_first
 from pipelines.shards.reader import Bytes, Fetched, Reader
 from pipelines.shards.tars import Tars
 
@@ -114,10 +112,8 @@ class Recovery:
 
     def describe(self, rows: Sequence[RowId]) -> str:
         """Names the first of these samples. Reads index files."""
-        names, shards = [], self._quarantine.shards
-        for row in rows[:MOST_NAMES]:
-            image = image_or_first(read_sample(shards.indices[row.shard], row.row), shards.images)
-            names.append(f"{shards.tars[row.shard]}:{image.offset}:{image.name}")
+        members = [(row, self._quarantine.member(row)) for row in rows[:MOST_NAMES]]
+        names = [f"{self._quarantine.shards.tars[row.shard]}:{member.offset}:{member.name}" for row, member in members]
         more = f" and {len(rows) - len(names):,} more" if len(rows) > len(names) else ""
         return f"its samples: {', '.join(names)}{more}"
 

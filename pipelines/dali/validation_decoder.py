@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.bad_samples.cut_short import why_cut_short
 from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable, why_unusable
-from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
 from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.dali.graph import decoding_pipeline, describe
 from pipelines.dali.operators import Color
@@ -69,7 +69,7 @@ class ValidationDecoder:
         Raises:
             OSError: DALI stopped for another reason than an image.
         """
-        reasons = [CUT_SHORT if is_cut_short(image) else why_unusable(image, self._max_pixels) for image in images]
+        reasons = [why_cut_short(image) or why_unusable(image, self._max_pixels) for image in images]
         bad = {i: reason for i, reason in enumerate(reasons) if reason}
         while good := [i for i in range(len(images)) if i not in bad]:
             try:

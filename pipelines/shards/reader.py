@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.bad_samples import png
-from pipelines.bad_samples.jpeg import CUT_SHORT, END, is_cut_short
+from pipelines.bad_samples.cut_short import why_cut_short
+from pipelines.bad_samples.jpeg import END
 from pipelines.bad_samples.quarantine import RowId
 from pipelines.shards.deal import Plan
 from pipelines.shards.extents import Extents, Table
@@ -148,14 +148,7 @@ def _cut_short(images: list[Bytes], layout: "_Layout", buffer: Bytes) -> dict[in
     ends = layout.ends[:, 0]
     is_unclear = (buffer[np.maximum(ends - 2, 0)] != END[0]) | (buffer[np.maximum(ends - 1, 0)] != END[1])
     unclear = np.flatnonzero(is_unclear).tolist()
-    found = {}
-    for slot in unclear:
-        image = images[slot].tobytes()
-        if is_cut_short(image):
-            found[slot] = CUT_SHORT
-        elif png.is_cut_short(image):
-            found[slot] = png.CUT_SHORT
-    return found
+    return {slot: why for slot in unclear if (why := why_cut_short(images[slot].tobytes()))}
 
 
 class _Layout:

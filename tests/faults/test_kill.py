@@ -20,13 +20,7 @@ from tests.faults.subjects import armed, limited
 from tests.faults.whole import NAMES, Whole, make_subject
 from tests.helpers.runs import arguments, assert_same, finish, start, torchrun, workers
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipelines.bad_samples.cut_short import why_cut_short
 from pipelines.bad_samples.decoder_check import EXTENSIONS, cpu_decoder, decode_whole, parse_header
-from pipelines.bad_samples.jpeg import CUT_SHORT, is_cut_short
 from pipelines.bad_samples.kinds import misread_kind, why_unknown, why_unsafe
 from pipelines.bad_samples.limits import MAX_PIXELS, too_many_pixels
 from tools.shards.shape import image_batches
@@ -86,8 +86,8 @@ class ImageCheck:
             return Verdict(None, too_many)
         if unsafe := why_unsafe(encoded):
             return Verdict(None, unsafe)
-        if is_cut_short(encoded):  # the decoder does not notice it if padding follows
-            return Verdict(None, CUT_SHORT)
+        if cut_short := why_cut_short(encoded):  # the decoder does not notice it if padding follows
+            return Verdict(None, cut_short)
         kind = misread_kind(stream, encoded)
         return None if kind is None else Verdict(None, kind.reason, kind.name if kind.pillow_reads_it else "")
 
