@@ -80,7 +80,7 @@ def load_weights_file(path: Path) -> dict[str, Any]:
         try:
             objects = [name for _ in range(_OLD_PICKLES) for name in unknown_objects(file)]
         except Exception as error:
-            raise ValueError(f"{path} is damaged: it is cut short, or its pickles are not as torch.save wrote them") from error
+            raise ValueError(f"{path} is damaged: it is cut short, or not as torch.save wrote it") from error
         _refuse_foreign_objects(path, objects)
     return _load(path, "cpu")
 
@@ -133,4 +133,4 @@ def _damage(file: BinaryIO) -> str | None:
     except Exception as error:  # zipfile raises almost anything, depending on the damage; EINVAL if it seeks before the start
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        return " ".join(str(error).split()) or type(error).__name__
+        return f"it is not an archive as torch.save writes it ({' '.join(str(error).split()) or type(error).__name__})"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 # The defaults of settings that `StepConfig.choose` adapts to the number of steps.
 LR, WARMUP_EPOCHS, NORM_MOMENTUM = 0.05, 1.0, 0.1
+MOST_EPOCHS, MAX_IMAGE_SIZE = 1_000_000, 4096  # a judgment; more is a slip, and would take hours or all memory to find out
 SHORT_EPOCH = 100  # steps; in shorter epochs, a network changes much between two validations
 
 
@@ -152,6 +153,9 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         at_least(self, epochs=1, accumulate_steps=1, image_size=32, seed=0)
+        for name, most in (("epochs", MOST_EPOCHS), ("image_size", MAX_IMAGE_SIZE)):
+            if getattr(self, name) > most:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at most {most} is possible")
         # Batch normalization needs two values per channel, and an image of 32 pixels has one in the last feature map.
         if self.batch_size != 0 and self.batch_size < 2:
             raise ValueError(f"--batch-size {self.batch_size}: at least 2 is needed, or 0 to have it chosen")

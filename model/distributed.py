@@ -154,7 +154,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Returns the device that `--device` names, for one process of this machine."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda: this build of torch can use no GPU; use --device cpu, or see docs/getting-started.md for drivers"
+            "--device cuda: torch finds no GPU that it can use; use --device cpu, or see docs/getting-started.md for drivers"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

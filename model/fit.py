@@ -9,7 +9,7 @@ from torch import Tensor
 NAMED = 8  # misfits that an error lists
 
 
-def misfits(state: Mapping[Any, Any], wanted: Mapping[str, Tensor]) -> list[str]:
+def misfits(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
     """Describes what keeps a state dict from being loaded: tensors that are missing, unknown, or of another kind.
 
     Args:
@@ -18,7 +18,7 @@ def misfits(state: Mapping[Any, Any], wanted: Mapping[str, Tensor]) -> list[str]
     """
     return [
         *(f"{name} is missing" for name in wanted if name not in state),
-        *(f"{_printed(name)} is not one of the network's" for name in state if name not in wanted),
+        *(f"{ascii(name)[1:-1]} is not one of the network's" for name in state if name not in wanted),
         *(f"{name} is {why}" for name in wanted if name in state and (why := misfit(state[name], wanted[name]))),
     ]
 
@@ -48,7 +48,8 @@ def listed(problems: list[str]) -> str:
 
 
 def difference(own: Any, saved: Any, place: str) -> str:
-    """Describes the first difference in form between a job's own state and a saved one: keys, types, shapes, dtypes.
+    """Describes the first difference in form between a job's own state and a saved one: keys, types, shapes, dtypes,
+    and whole numbers that are too small.
 
     A missing switch (a bool or None) is no difference: other versions of torch have others.
 
@@ -75,7 +76,9 @@ def difference(own: Any, saved: Any, place: str) -> str:
     elif isinstance(own, bool | int | float | str):
         # A whole number is a float as well, but a bool is no number.
         types = (int, float) if type(own) is float else (type(own),)
-        return "" if type(saved) in types else f"{name} is a {type(saved).__name__} instead of a {type(own).__name__}"
+        if type(saved) not in types:
+            return f"{name} is a {type(saved).__name__} instead of a {type(own).__name__}"
+        return f"{name} is {saved}" if type(own) is int and saved < min(own, 1) else ""  # counts, and lengths from 1
     else:
         return ""
     return next((text for key, mine, other in pairs if (text := difference(mine, other, key))), "")
@@ -87,8 +90,3 @@ def _kind(value: Tensor) -> str:
 
 def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a single number"
-
-
-def _printed(name: Any) -> str:
-    """Returns a name from a file, without control characters. `pipelines.printable` is not open to this package."""
-    return ascii(name)[1:-1] if isinstance(name, str) else repr(name)[:50]

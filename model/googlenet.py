@@ -176,7 +176,8 @@ class GoogLeNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(1024, num_classes)
 
-        self._initialize_weights()
+        if not self.fc.weight.is_meta:  # weights without values; torch would import its compiler for them, which takes seconds
+            self._initialize_weights()
 
     def forward(self, x: Tensor) -> GoogLeNetOutputs | Tensor:
         if self.transform_input:

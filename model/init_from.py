@@ -95,7 +95,7 @@ class InitialWeights:
         ignored = {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
         ignored |= {name for name in {*wanted, *shapes} if name.split(".")[0] in one_sided}
         offered, needed = ({name: side[name] for name in side if name not in ignored} for side in (self.state, wanted))
-        taken = self._fitting(offered, needed, len(wanted))
+        taken = self._fitting(offered, needed)
         model.load_state_dict(taken, strict=False)
         log.info("loaded %d of %d tensors from %s%s", len(taken), len(wanted), self.path, self.which)
         if problems := misfits(offered, needed):
@@ -106,7 +106,7 @@ class InitialWeights:
         if missing := [head for head in AUXILIARY if head in one_sided and _has(wanted, head)]:
             log.info("the file lacks auxiliary heads; they are reset: %s", ", ".join(missing))
 
-    def _fitting(self, offered: dict[str, Tensor], needed: dict[str, Tensor], total: int) -> dict[str, Tensor]:
+    def _fitting(self, offered: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors that fit.
 
         Raises:
@@ -116,8 +116,8 @@ class InitialWeights:
         if 2 * len(common) < len(offered) and not self.is_partial:
             example = ascii(next(name for name in offered if name not in needed))
             raise ValueError(
-                f"--init-from {self.path}: its tensors are those of another network: of {len(self.state)} names, such as "
-                f"{example}, {len(common)} are among the {total} of this GoogLeNet, which has torchvision's names"
+                f"--init-from {self.path}: its tensors are those of another network: of {len(offered)} names, torchvision's "
+                f"GoogLeNet has {len(common)}, and not {example}"
             )
         problems = misfits(offered, needed)
         if problems and not self.is_partial:
@@ -165,7 +165,7 @@ def read_initial_weights(
     content = _read(path)
     if "ema" in content and "architecture" in content:
         described = describe(path, content)
-        chosen, why = choose_weights(weights, described.better)
+        chosen, why = choose_weights(weights, described)
         return InitialWeights(
             path,
             weights_of(path, content, described, chosen),

@@ -23,6 +23,8 @@ WAY_OUT = "start in another --run-dir"  # from a checkpoint that cannot be resum
 HEADS = ("loss", "main_loss", "aux2_loss", "aux1_loss")
 SUMS = (*HEADS, "gradient_norm", "num_steps")
 
+PRECISIONS = {"None": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}  # by dtype, as --precision has them
+
 # A checkpoint holds these attributes of a job: the first by their state dicts, the second by value.
 STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
 NUMBERS = ("classes", "epoch", "step", "best", "validated", "scores", "seconds", "steps_per_epoch")
@@ -148,34 +150,21 @@ class Job:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"rng": rng, "sums": self.sums.cpu(), "skipped": self.skipped.cpu()}
 
-    def misfit(self, state: dict[str, Any]) -> str:
-        """Names what keeps a state from being loaded: a key that is missing or wrong, and how; empty if nothing does."""
-        own = {name: value for name, value in self.state_dict().items() if name not in ("classes", "preprocessing")}
-        if problem := difference(own | {"scores": {}}, state, ""):
-            return problem
-        too_small = [name for name, least in (("validated", 0), ("steps_per_epoch", 1)) if state[name] < least]
-        return f"{too_small[0]} is {state[too_small[0]]}" if too_small else ""
-
     def load_state_dict(self, state: dict[str, Any], rank_state: dict[str, Any]) -> None:
         """Restores a state.
 
         Raises:
-            ValueError: The precision or the number of images per step differs, or the state is not one of this network.
+            ValueError: The precision differs, or the state is not one of this network.
         """
-        if state["autocast_dtype"] != str(self.autocast_dtype):
+        before, now = (PRECISIONS.get(name, name) for name in (state["autocast_dtype"], str(self.autocast_dtype)))
+        if before != now:
             raise ValueError(
-                f"--resume auto: the run was started in {state['autocast_dtype']}, and on this device it would be in "
-                f"{self.autocast_dtype}; set --precision"
+                f"--resume auto: the run was started in {before}, and on this device it would be in {now}; "
+                f"set --precision {before}"
             )
-        images = self.config.global_batch_size(self.world.size)
-        if state["global_batch_size"] != images:
-            raise ValueError(
-                f"--resume auto: the run was started with {state['global_batch_size']} images a step, and now there are "
-                f"{images}; (processes) x --batch-size x --accumulate-steps has to stay the same"
-            )
-        path = state.get("path", "the checkpoint")
-        if problem := self.misfit(state):
-            raise ValueError(f"{path} cannot be resumed: {problem}; {WAY_OUT}")
+        own = {name: value for name, value in self.state_dict().items() if name not in ("classes", "preprocessing")}
+        if problem := difference(own | {"scores": {}}, state, ""):
+            raise ValueError(f"{state['path']} cannot be resumed: {problem}; {WAY_OUT}")
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
@@ -188,7 +177,8 @@ class Job:
         try:
             torch.set_rng_state(rank_state["rng"]["cpu"])
         except RuntimeError as error:
-            raise ValueError(f"{path} cannot be resumed: rng.cpu is no state of torch's random numbers; {WAY_OUT}") from error
+            problem = "rng.cpu is no state of torch's random numbers"
+            raise ValueError(f"{state['path']} cannot be resumed: {problem}; {WAY_OUT}") from error
         if self.device.type == "cuda" and rank_state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(rank_state["rng"]["cuda"], self.device)
 

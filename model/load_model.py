@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint
+from model.config import MAX_IMAGE_SIZE
 from model.ema import averaged_weights
 from model.fit import listed, misfits
 from model.googlenet import GoogLeNet
@@ -19,7 +20,7 @@ WeightsChoice = Literal["auto", "ema", "raw"]
 
 NEEDED = ("model", "ema", "classes", "epoch", "step", "architecture", "preprocessing")
 WAY_OUT = "name a best.pt or last.pt that train.py wrote"
-MAX_CLASSES, MAX_IMAGE_SIZE = 10_000_000, 4096
+MAX_CLASSES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,18 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint says about its network; see `TrainedModel` for the attributes that both have.
+    """What a checkpoint says about its network.
 
     Attributes:
-        aux_logits: Whether the network has auxiliary heads.
+        num_classes: Length of the network's logits.
+        aux_logits: Whether it has auxiliary heads.
         transform_input: Whether it renormalizes its input, see `GoogLeNet`.
-        better: The weights with the higher top-1 in the last validation, or `None` if the checkpoint has no such scores.
+        classes: Class names by number, or `None` if the training data had none.
+        preprocessing: How images become its input.
+        epoch: Epoch of the checkpoint, from 1.
+        step: Optimizer steps before the checkpoint.
+        better: The weights with the higher top-1 in the last validation, the averaged ones if both are equal or unknown.
+        why_better: The reason, for the output of commands.
     """
 
     num_classes: int
@@ -56,11 +63,12 @@ class Description:
     preprocessing: Preprocessing
     epoch: int
     step: int
-    better: Weights | None
+    better: Weights
+    why_better: str
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(Description):
     """A trained network and its description.
 
     Attributes:
@@ -68,22 +76,12 @@ class TrainedModel:
         weights: "ema" for the averaged weights, "raw" for those of the last step.
         why: Why these weights, for the output of commands.
         model: The network in eval mode.
-        num_classes: Length of its logits.
-        classes: Class names by number, or `None` if the training data had none.
-        preprocessing: How images become its input.
-        epoch: Epoch of the checkpoint, from 1.
-        step: Optimizer steps before the checkpoint.
     """
 
     path: Path
     weights: Weights
     why: str
     model: GoogLeNet
-    num_classes: int
-    classes: tuple[str, ...] | None
-    preprocessing: Preprocessing
-    epoch: int
-    step: int
 
     def class_name(self, number: int) -> str | None:
         """Returns the name of a class, if it has one."""
@@ -107,22 +105,13 @@ def load_model(path: Path, weights: WeightsChoice = "auto", device: torch.device
 def load_both(path: Path, device: torch.device | str = "cpu") -> tuple[TrainedModel, TrainedModel, str]:
     """Loads the raw and the averaged network of a checkpoint, and says which of them "auto" is; otherwise as `load_model`."""
     state = _read(path)
-    weights, why = choose_weights("auto", describe(path, state).better)
+    weights, why = choose_weights("auto", describe(path, state))
     return _build(path, state, "raw", device), _build(path, state, "ema", device), f"{weights} ({why})"
 
 
-def choose_weights(choice: WeightsChoice, better: Weights | None) -> tuple[Weights, str]:
-    """Returns the weights to take from a checkpoint, and the reason.
-
-    Args:
-        choice: The user's choice.
-        better: Those that scored better, see `Description`.
-    """
-    if choice != "auto":
-        return choice, "as --weights says"
-    if better is None:
-        return "ema", "averaged; the checkpoint has no validation scores to choose by"
-    return better, "the better ones on the validation split"
+def choose_weights(choice: WeightsChoice, described: Description) -> tuple[Weights, str]:
+    """Returns the weights to take from a checkpoint, and the reason. `choice` is the user's."""
+    return (described.better, described.why_better) if choice == "auto" else (choice, "as --weights says")
 
 
 def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Description:
@@ -146,12 +135,13 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
                 raise ValueError(f"{path}: not a checkpoint of this version of train.py, it lacks {key}; {way_out}")
             value = value[name]
         if not is_right(value):
-            raise ValueError(f"{path}: {key} is {_short(value)}, and {needed} is needed; {way_out}")
+            raise ValueError(f"{path}: {key} is {_short(value)} instead of {needed}; {way_out}")
         return value
 
     count = take("architecture.num_classes", _whole(1, MAX_CLASSES), f"a whole number from 1 to {MAX_CLASSES:,}")
-    classes = take("classes", lambda value: value is None or _is_names(value, count), f"None or a list of up to {count} names")
+    classes = take("classes", lambda value: value is None or _is_names(value, count), f"a list of up to {count} names")
     size = take("preprocessing.image_size", _whole(32, MAX_IMAGE_SIZE), f"a whole number from 32 to {MAX_IMAGE_SIZE}")
+    better, why_better = _better(state.get("scores"))
     sides = f"a whole number from {size}, the image size, to {2 * MAX_IMAGE_SIZE}"
     return Description(
         num_classes=count,
@@ -164,9 +154,10 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
             tuple(take("preprocessing.mean", _colors(0, 1), "three numbers from 0 to 1")),
             tuple(take("preprocessing.std", _colors(1e-6, 1e6), "three numbers above 0")),
         ),
-        epoch=take("epoch", _whole(0, 2**63), "a whole number"),
-        step=take("step", _whole(0, 2**63), "a whole number"),
-        better=_better(state.get("scores")),
+        epoch=take("epoch", _whole(0, 2**63), "a whole number of at least 0"),
+        step=take("step", _whole(0, 2**63), "a whole number of at least 0"),
+        better=better,
+        why_better=why_better,
     )
 
 
@@ -191,20 +182,11 @@ def weights_of(path: Path, state: dict[str, Any], described: Description, weight
 
 def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: torch.device | str) -> TrainedModel:
     described = describe(path, state)
-    weights, why = choose_weights(choice, described.better)
+    weights, why = choose_weights(choice, described)
     model = _empty(described)
     model.load_state_dict(weights_of(path, state, described, weights), assign=True)
-    return TrainedModel(
-        path=path,
-        weights=weights,
-        why=why,
-        model=model.to(device).float().eval(),
-        num_classes=described.num_classes,
-        classes=described.classes,
-        preprocessing=described.preprocessing,
-        epoch=described.epoch,
-        step=described.step,
-    )
+    model = model.to(device).float().eval()
+    return TrainedModel(**vars(described), path=path, weights=weights, why=why, model=model)
 
 
 def _empty(described: Description) -> GoogLeNet:
@@ -220,11 +202,13 @@ def _short(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _better(scores: Any) -> Weights | None:
-    """Returns the weights with the higher top-1; the averaged ones if both are equal."""
+def _better(scores: Any) -> tuple[Weights, str]:
+    """Returns the weights with the higher top-1, and how this is known."""
     if not isinstance(scores, dict) or not all(_is_number(scores.get(name)) for name in ("top1", "ema_top1")):
-        return None
-    return "raw" if scores["top1"] > scores["ema_top1"] else "ema"
+        return "ema", "averaged; the checkpoint has no validation scores to choose by"
+    if scores["top1"] == scores["ema_top1"]:
+        return "ema", "averaged; on the validation split, the raw ones scored the same"
+    return "raw" if scores["top1"] > scores["ema_top1"] else "ema", "the better ones on the validation split"
 
 
 def _is_number(value: Any) -> bool:

@@ -32,8 +32,8 @@ class RandomResizedCrop:
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            if not 0 < low <= high:
-                raise ValueError(f"crop.{name} {low} {high}: two positive numbers are needed, the smaller first")
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"crop.{name} {low} {high}: two finite numbers above 0 are needed, the smaller first")
         if self.scale[1] > 1:
             raise ValueError(f"crop.scale {self.scale[0]} {self.scale[1]}: a crop cannot be larger than the image, 1.0")
 

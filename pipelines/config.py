@@ -8,6 +8,9 @@ from pipelines.bad_samples.limits import MAX_PIXELS, TIMEOUT_SECONDS, check_max_
 from pipelines.notation import AugmentationList
 from pipelines.shards.shard_set import ShardSet, open_shards
 
+OF_DALI = ("prefetch", "hw_decoder_load", "size_schedule")
+SAMPLES_OF_DALI = ("sampler", "repeat_augment", "quarantine")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -57,7 +60,7 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image, as its header states it. A larger image is a bad sample. Default: as in Pillow."""
     timeout: float = TIMEOUT_SECONDS
-    """Seconds that reading or decoding a batch may take. Then the run ends and names the samples. Not for copies of shards."""
+    """The run ends after this many seconds without a batch, or if another process's copy of a shard stands still as long."""
     quarantine: tuple[str, ...] = ()
     """Run folders or quarantine.jsonl files of earlier runs. The bad samples that they list are left out from the start."""
 
@@ -72,9 +75,9 @@ class DataConfig:
                 raise ValueError(f"{_flag(name)} {value}: a number from 0 to 1 is needed")
         check_max_pixels(self.max_pixels, "--data.max-pixels")
         if not 0 < self.timeout < float("inf"):
-            raise ValueError(f"--data.timeout {self.timeout}: a positive number of seconds is needed")
+            raise ValueError(f"--data.timeout {self.timeout}: a finite number of seconds above 0 is needed")
         if not 0 < self.cache_gigabytes < float("inf"):
-            raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a positive number is needed")
+            raise ValueError(f"--data.cache-gigabytes {self.cache_gigabytes}: a finite number above 0 is needed")
         if self.sampler == "balanced" and self.order == "blocks":
             raise ValueError("--data.sampler balanced draws samples from all shards; omit --data.order blocks")
         if self.backend != "dali":
@@ -82,12 +85,11 @@ class DataConfig:
         self.image_size_of(0, 0)
 
     def _check_other_backend(self) -> None:
-        for name in ("prefetch", "hw_decoder_load", "size_schedule"):
-            if getattr(self, name) not in (None, ()):
+        is_pillow = self.backend == "pillow"  # a synthetic batch looks the same with any sampler
+        for name in (*OF_DALI, *(SAMPLES_OF_DALI if is_pillow else ())):
+            if getattr(self, name) != getattr(DataConfig, name):
                 raise ValueError(f"{_flag(name)}: --data.backend {self.backend} does not support it, only dali does")
-        if self.backend == "pillow":
-            if (self.sampler, self.repeat_augment) != ("uniform", 1):
-                raise ValueError("--data.sampler and --data.repeat-augment: --data.backend pillow does not support them")
+        if is_pillow:
             others = [step.name for step in self.augment if not isinstance(step, HorizontalFlip)]
             if others:
                 raise ValueError(f"--data.augment {' '.join(others)}: --data.backend pillow has horizontal-flip only")
@@ -116,8 +118,8 @@ class DataConfig:
             first, _, size = entry.partition(":")
             if not (first.isdecimal() and size.isdecimal() and int(first) > last and int(size) >= 32):
                 raise ValueError(
-                    f"--data.size-schedule {' '.join(self.size_schedule)}: EPOCH:SIZE is needed, with ascending epochs from 1 "
-                    f"and sizes from 32; {entry!r} is not"
+                    f"--data.size-schedule {' '.join(self.size_schedule)}: EPOCH:SIZE is needed instead of {entry!r}, with "
+                    "ascending epochs from 1 and sizes from 32"
                 )
             last = int(first)
             if epoch + 1 >= last:

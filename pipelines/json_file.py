@@ -105,14 +105,14 @@ def _refuse(constant: str) -> NoReturn:
 
 def _whole(text: str) -> int:
     if len(text) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits is beyond what a number can be here")
+        raise ValueError(f"a number of {len(text):,} digits is out of range")
     return int(text)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is beyond what a number can be here")
+        raise ValueError(f"the number {text[:40]} is out of range")
     return number
 
 

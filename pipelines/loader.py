@@ -123,7 +123,7 @@ def check_state(state: Mapping[str, Any], settings: Mapping[str, int | str], *, 
         if saved.get(name) == value or (name in ELASTIC and (is_elastic or not is_mid_epoch)):
             continue
         hint = "; only a state at the beginning of an epoch allows that" if name in ELASTIC else ""
-        place = f"epoch {state['epoch']}, batch {state['batch']}"
+        place = f"epoch {state['epoch'] + 1}, batch {state['batch']}"
         raise ValueError(f"the loader's state ({place}) has another {name}: {saved.get(name)}, now {value}{hint}")
 
 

@@ -20,7 +20,7 @@ def expand_location(location: str) -> str:
         return location
     url = urlsplit(location.replace("?", "%3F").replace("#", "%23"))  # in a pattern, they are letters of the path
     if url.netloc not in ("", "localhost") or not url.path.startswith("/"):
-        raise ValueError(f"{location!r}: a file URL is file:// and an absolute path, with three slashes: file:///folder/x.tar")
+        raise ValueError(f"{location}: a file URL is file:// and an absolute path, with three slashes: file:///folder/x.tar")
     return unquote(url.path)
 
 
@@ -43,9 +43,9 @@ def refuse_other_notations(location: str) -> None:
     Call it where nothing exists under that name: almost any text may be the name of a file.
     """
     if location.startswith("pipe:"):
-        raise ValueError(f"{location!r}: pipe: commands are not run; {READABLE} are read directly")
+        raise ValueError(f"{location}: commands are not run; {READABLE} are read directly")
     if re.match(r"[A-Za-z]:[\\/]|\\\\", location):
-        raise ValueError(f"{location!r}: this is a Windows path; give the path under which this system has the folder")
+        raise ValueError(f"{location}: this is a Windows path; give the path under which this system has the folder")
     scheme, colon, rest = location.partition(":")
     if colon and scheme.lower() in URL_SCHEMES and not location.startswith(f"{scheme.lower()}://"):
-        raise ValueError(f"{location!r}: a URL begins with {scheme.lower()}://, as in {scheme.lower()}://{rest.lstrip('/')}")
+        raise ValueError(f"{location}: a URL begins with {scheme.lower()}://, as in {scheme.lower()}://{rest.lstrip('/')}")

@@ -24,6 +24,8 @@ def parse_augmentation(text: str) -> Augmentation:
         if parameter not in defaults:
             there_are = ", ".join(f"{known}={_written(default)}" for known, default in defaults.items())
             raise ValueError(f"{name} has no parameter {parameter!r}; {f'it has {there_are}' if there_are else 'it has none'}")
+        if parameter in values:
+            raise ValueError(f"{name}:{parameters}: {parameter} is given more than once")
         values[parameter] = _converted(value, types[parameter], f"{name}:{assignment}")
     return kind(**values)
 

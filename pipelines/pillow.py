@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +19,7 @@ from pipelines.config import DataConfig
 from pipelines.loader import MEAN, STD, Batch, Loader, resize_shorter_for
 from pipelines.shards.deal import Deal
 from pipelines.shards.index import read_index
-from pipelines.shards.members import find_component
+from pipelines.shards.members import require_members
 from pipelines.shards.shard_set import ShardSet, read_label
 from pipelines.spec import LoaderSpec
 
@@ -38,7 +38,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         spec: Describes the images; `num_classes` must be set.
 
     Raises:
-        ValueError: The shards are remote, or a label is missing or out of range. An item raises it if its image is too large.
+        ValueError: The shards are remote, or a label is missing or out of range. An item raises it if its image cannot be used.
     """
 
     def __init__(self, shards: ShardSet, config: DataConfig, spec: LoaderSpec) -> None:
@@ -55,10 +55,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         with open(tar, "rb") as file:
             file.seek(offset)
             encoded = file.read(size)
-        opened = Image.open(io.BytesIO(encoded))  # reads the header only
-        if too_many := too_many_pixels(*opened.size, self._max_pixels, "--data.max-pixels"):
-            raise ValueError(f"{tar}:{offset}: {too_many}")
-        image = ImageOps.exif_transpose(opened).convert("RGB")  # Pillow leaves EXIF rotation to the caller
+        try:
+            image = self._decoded(encoded)
+        except Exception as error:  # Pillow's plugins raise a dozen types of errors
+            reason = "no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
+            raise ValueError(f"{tar}:{offset}: {reason}") from error
         if self._spec.is_train:
             rng = np.random.default_rng([self._spec.seed, index])
             image = random_resized_crop(image, self._spec.image_size, self._crop, rng)
@@ -68,6 +69,12 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         else:
             image = resized_center_crop(image, self._spec.image_size)
         return {"image": normalized(image), "target": torch.tensor(label)}
+
+    def _decoded(self, encoded: bytes) -> Image.Image:
+        opened = Image.open(io.BytesIO(encoded))  # reads the header only
+        if too_many := too_many_pixels(*opened.size, self._max_pixels, "--data.max-pixels"):
+            raise ValueError(too_many)
+        return ImageOps.exif_transpose(opened).convert("RGB")  # Pillow leaves EXIF rotation to the caller
 
 
 class EpochBatches:
@@ -150,7 +157,11 @@ class CUDAPrefetcher(Loader):
         self._preload()
 
     def _preload(self) -> None:
-        self._next, batch = None, next(self._batches, None)
+        self._next = None
+        try:
+            batch = next(self._batches, None)
+        except ValueError as error:  # that of a worker process begins with its traceback
+            raise ValueError(str(error).rstrip().rpartition("\nValueError: ")[2]) from error
         if batch is not None:
             with torch.cuda.stream(self._stream):  # does nothing without a stream
                 self._next = {
@@ -200,7 +211,7 @@ def _locate(shards: ShardSet, num_classes: int) -> list[tuple[str, int, int, int
     for tar, index in zip(shards.tars, shards.indices, strict=True):
         with open(tar, "rb") as file:
             for sample in read_index(index):
-                image = find_component(sample, shards.images, tar)
+                image, _ = require_members(tar, sample, shards.images, shards.label_reader.extension)
                 label = read_label(file, sample, tar, shards.label_reader)
                 if label >= num_classes:
                     raise ValueError(

@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.bad_samples.decoder_check import end_silence
 from pipelines.printable import printable
@@ -17,11 +18,13 @@ NAMES_SECONDS = 5.0  # for the names of the samples: the server that blocks the 
 
 @dataclass(eq=False)
 class _Wait:
-    """A wait in progress. `describe` says what is awaited and what it is about, and may itself read files."""
+    """A wait in progress, its limit, and the exit status. `describe` says what it is about, and may itself read files."""
 
     what: str
     began: float  # seconds since the epoch
     describe: Callable[[], str]
+    seconds: float
+    status: int
 
 
 class Watchdog:
@@ -33,7 +36,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, option: str = "") -> None:
-        self.seconds, self.option, self.status = seconds, option, 1
+        self.seconds, self.option = seconds, option
         self.wait: _Wait | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -49,20 +52,26 @@ class Watchdog:
         if self._thread is None:
             self._thread = threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), name="watchdog", daemon=True)
             self._thread.start()
-        outer, self.wait = self.wait, _Wait(what, time.time(), describe)
+        limit = (min(self.seconds, INTERRUPTED_SECONDS), 130) if _is_interrupted() else (self.seconds, 1)
+        outer, self.wait = self.wait, _Wait(what, time.time(), describe, *limit)
         try:
             yield
-        except KeyboardInterrupt:
-            self.seconds, self.status = min(self.seconds, INTERRUPTED_SECONDS), 130  # the read may block `close` too
-            raise
         finally:
-            self.wait = outer and _Wait(outer.what, time.time(), outer.describe)
+            self.wait = outer and replace(outer, began=time.time())
 
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+
+
+def _is_interrupted() -> bool:
+    """Returns whether the caller cleans up after Ctrl-C. What blocked before it may block the end of the process too."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _watch(watchdog: "weakref.ref[Watchdog]", closed: threading.Event) -> None:
@@ -72,15 +81,16 @@ def _watch(watchdog: "weakref.ref[Watchdog]", closed: threading.Event) -> None:
         now = time.monotonic()
         # A process that was stopped, or a machine that slept, did not wait.
         waited = waited + min(now - before, 2 * interval) if dog.wait is seen else 0.0
-        seen, before, interval = dog.wait, now, min(1.0, dog.seconds / 20)
-        if seen is not None and waited >= dog.seconds:
+        seen, before = dog.wait, now
+        interval = min(1.0, (seen or dog).seconds / 20)
+        if seen is not None and waited >= seen.seconds:
             _end(seen, dog)
         del dog
 
 
 def _end(wait: _Wait, dog: Watchdog) -> None:
     """Reports the wait in one line and ends the process, without running anything that could be blocked as well."""
-    if dog.status == 130:
+    if wait.status == 130:
         line = f"interrupted; {wait.what} does not end"
     else:
         samples = _within(NAMES_SECONDS, wait.describe) or "its samples cannot be named, as their index files are blocked too"
@@ -90,7 +100,7 @@ def _end(wait: _Wait, dog: Watchdog) -> None:
     end_silence()
     with contextlib.suppress(OSError):  # the terminal has gone
         os.write(2, (printable(line) + "\n").encode(errors="backslashreplace"))  # not print: its lock may be held
-    os._exit(dog.status)
+    os._exit(wait.status)
 
 
 def _within(seconds: float, describe: Callable[[], str]) -> str:

@@ -18,7 +18,7 @@ from tools.shards.plan import Options
 CLASSES = ("ant", "bee", "cat")
 # Files that take long, the longest first. They start first, so that the processes of pytest-xdist end at about the same time.
 LONG = (
-    *("test_kill", "test_long", "test_disk", "test_input", "test_store"),
+    *("test_kill", "test_long", "test_disk", "test_input", "test_store", "test_messages"),
     *("test_demo", "test_distributed", "test_preemption", "test_throughput_train", "test_throughput_loader", "test_train"),
     *("test_dali", "test_gpu_proof", "test_checkpoints", "test_step", "test_step_without_gpu", "test_bench_scale"),
     *("test_throughput_compare", "test_other_settings", "test_small_sets", "test_export", "test_googlenet", "test_init_from"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from pipelines.location import expand_arguments
-from pipelines.printable import printable_text
+from pipelines.printable import printable, printable_text
 
 
 def command_line(arguments: Sequence[str] | None) -> list[str]:
@@ -31,6 +31,13 @@ def log_to(stream: TextIO) -> None:
     logging.basicConfig(level=logging.INFO, stream=stream, force=True)
     for handler in logging.root.handlers:
         handler.setFormatter(LogLines("%(message)s"))
+
+
+def _without_number(error: OSError) -> str:
+    """Returns the message of an error of the system without its number, with the file first as in other messages."""
+    if error.strerror is None or error.filename is None or error.filename2 is not None:
+        return str(error)
+    return f"{printable(str(error.filename))}: {error.strerror}"
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:
@@ -58,7 +65,7 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted", *,
         print(printable_text(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(printable_text(f"error: {error}"), file=sys.stderr)
+        print(printable_text(f"error: {_without_number(error)}"), file=sys.stderr)
         sys.exit(1)
     if exits or status:
         sys.exit(status)

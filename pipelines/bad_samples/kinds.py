@@ -18,6 +18,7 @@ TIFF_MARKS = {b"II*\0": "<", b"MM\0*": ">"}  # BigTIFF, II+, is judged by nvImag
 BITS, COMPRESSION, PHOTOMETRIC, CHANNELS, PLANAR, EXTRA, FORMAT = 258, 259, 262, 277, 284, 338, 339
 DEFAULTS = {BITS: (1,), COMPRESSION: (1,), PHOTOMETRIC: (1,), CHANNELS: (1,), PLANAR: (1,), EXTRA: (), FORMAT: (1,)}
 WAY_OUT = "save it with 8 bits per channel"
+EMPTY_FILE, NOT_AN_IMAGE = "empty file", "not an image"
 FORMATS = {2: "signed", 3: "float", 5: "complex", 6: "complex"}
 # None, CCITT, LZW, JPEG, Deflate, PackBits, old Deflate, Zstandard.
 COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000)
@@ -75,12 +76,12 @@ def misread_kind(stream: nvimgcodec.CodeStream, encoded: bytes) -> Kind | None:
 def why_unknown(encoded: bytes) -> str:
     """Returns what is wrong with a file in which nvImageCodec sees no image."""
     if not encoded:
-        return "empty file"
+        return EMPTY_FILE
     if png.is_cut_short(encoded):
         return png.CUT_SHORT
     start = encoded[4:12] if encoded[4:8] == b"ftyp" else encoded[:8]
     name = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
-    return f"{name} image that the training decoder cannot read" if name else "not an image"
+    return f"{name} image that the training decoder cannot read" if name else NOT_AN_IMAGE
 
 
 def why_unsafe(encoded: bytes) -> str:

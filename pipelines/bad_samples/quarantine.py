@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.json_file import as_object, get, read_json_lines
-from pipelines.printable import printable
+from pipelines.printable import counted, printable
 from pipelines.remote.object_store import is_url
 from pipelines.shards.index import Component, read_index, read_sample
 from pipelines.shards.members import image_or_first
@@ -166,7 +166,7 @@ class Quarantine:
         if len(self) > LINES_OF_TABLE:
             lines.append(f"  ... and {len(self) - LINES_OF_TABLE:,} more")
         raise ValueError(
-            f"{len(self):,} bad samples of {self.shards.num_samples:,}, and --data.max-bad-fraction "
+            f"{counted(len(self), 'bad sample')} of {self.shards.num_samples:,}, and --data.max-bad-fraction "
             f"{self._config.max_bad_fraction:g} allows {allowed:,}. `shards verify` finds all of them, and with --quarantine "
             "writes index files without them.\n" + "\n".join(lines)
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipelines.bad_samples.limits import TIMEOUT_SECONDS
-from pipelines.remote.cache_folder import Busy, CacheFolder, Full, object_key
+from pipelines.remote.cache_folder import Busy, CacheFolder, Full, object_key, writer_of
 from pipelines.remote.object_store import RemoteFile, stat
 from pipelines.remote.retrying import Stopped, warn_once
 from pipelines.remote.transfer import Changed, Transfer
@@ -37,6 +37,8 @@ class _Task:
     not_before: float = 0.0
     running: bool = False
     transfer: Transfer | None = None
+    waits_for: tuple[Path, int] | None = None  # a copy that others are writing, and its size
+    waited: float = 0.0  # seconds in which it has not grown
     result: "concurrent.futures.Future[Path]" = field(default_factory=concurrent.futures.Future)
 
 
@@ -50,7 +52,8 @@ class ShardCache:
         folder: Folder for the copies; created if missing.
         max_bytes: Limit for all copies in the folder, including partial ones.
         num_threads: Shards to copy at the same time.
-        timeout: Longest wait for room while nobody copies, reads or releases anything, in seconds.
+        timeout: Longest wait for room while nobody copies, reads or releases anything, or for another process's copy that does
+            not grow, in seconds.
 
     Raises:
         ValueError: The folder is not writable.
@@ -93,7 +96,8 @@ class ShardCache:
 
         Raises:
             ValueError: The shards do not fit into the cache, or have changed size.
-            OSError: A shard cannot be copied; the message names it. Or there is no room, and others hold it without using it.
+            OSError: A shard cannot be copied; the message names it. Or others hold the room without using it, or are copying a
+                shard and do not go on.
         """
         shards = list(shards)
         try:
@@ -175,16 +179,17 @@ class ShardCache:
 
     def _work(self) -> None:
         while (task := self._next_task()) is not None:
-            path, error = None, None
+            path: Path | None = None
+            error: Exception | None = None
             try:
                 path = self._copy(task)
             except Changed:
                 self._files.pop(task.url, None)
-            except (Busy, Full) as raised:
-                if task.held or isinstance(raised, Busy):
-                    task.not_before = time.monotonic() + BUSY_SECONDS
-                else:
-                    self._ahead_not_before = time.monotonic() + FULL_SECONDS
+            except Busy as raised:
+                task.not_before = time.monotonic() + BUSY_SECONDS
+                error = self._overdue(task, raised) if task.held else None
+            except Full:
+                self._ahead_not_before = time.monotonic() + FULL_SECONDS
             except Exception as raised:  # whoever waits for the shard raises it
                 error = raised
             with self._condition:
@@ -213,6 +218,18 @@ class ShardCache:
                     return task
                 self._condition.wait(BUSY_SECONDS if self._tasks else None)
             return None
+
+    def _overdue(self, task: _Task, busy: Busy) -> OSError | None:
+        """Returns an error if the copy of others for which a task waits has not grown for long."""
+        found = busy.copy, busy.size
+        task.waited = task.waited + BUSY_SECONDS if task.waits_for == found else 0.0
+        task.waits_for = found
+        if task.waited < self._timeout:
+            return None
+        return OSError(
+            f"{busy.copy}: {writer_of(busy.copy)} is writing it, but it has not grown for {self._timeout:g} s "
+            "(--data.timeout); end that process"
+        )
 
     def _copy(self, task: _Task) -> Path:
         """Returns the complete copy of a shard, after making it if necessary."""

@@ -24,7 +24,10 @@ _NAME = re.compile(r".*\.(?P<key>[0-9a-f]{16})-[0-9a-f]{8}\.(?P<size>\d+)\.tar(?
 
 
 class Busy(Exception):  # noqa: N818  (not an error)
-    """Another process or thread is writing the copy."""
+    """Another process or thread is writing this copy, or has just finished."""
+
+    def __init__(self, copy: Path) -> None:
+        self.copy, self.size = copy, copy.stat().st_size
 
 
 class Full(Exception):  # noqa: N818  (not an error)
@@ -136,7 +139,8 @@ class CacheFolder:
             keep: Keys of objects to delete last if `leased`, and otherwise not at all.
 
         Raises:
-            Busy: Another process or thread is writing the copy, or has just finished.
+            Busy: Another process or thread is writing the copy, or has just finished; or if `leased`, a copy in whose place it
+                would fit.
             Full: There is no room yet.
             ValueError: There is no room, and waiting does not help.
         """
@@ -144,12 +148,12 @@ class CacheFolder:
             part_path = self._part_path(file)
             self._delete_useless(file)
             if self._copy_path(file).exists():
-                raise Busy
+                raise Busy(self._copy_path(file))
             if not part_path.exists():
                 self._make_room(file.size, leased, keep)
             part = open_locked(part_path)
             if part is None:
-                raise Busy
+                raise Busy(part_path)
         try:
             yield part
         finally:
@@ -189,7 +193,7 @@ class CacheFolder:
         # Leased objects that are not being copied yet will need their room.
         promised = sum(size for key, size in leases.items() if key not in {entry.key for entry in entries})
         excess = sum(entry.size for entry in entries) + size + (0 if leased else promised) - self._max_bytes
-        being_written = False
+        being_written: Path | None = None
         for entry in sorted(entries, key=lambda entry: (entry.key in keep, entry.used)):
             if excess <= 0:
                 break
@@ -198,12 +202,14 @@ class CacheFolder:
             if self._delete(entry):
                 excess -= entry.size
             else:
-                being_written = True
+                being_written = entry.path
         if excess <= 0:
             return
-        if leased and not being_written:
-            raise ValueError(self._too_small(self._max_bytes + excess, 0))
-        raise Full
+        if not leased:
+            raise Full
+        if being_written:
+            raise Busy(being_written)
+        raise ValueError(self._too_small(self._max_bytes + excess, 0))
 
     def _delete(self, entry: _Entry) -> bool:
         """Deletes a copy, unless it is being written; returns whether it did."""
@@ -253,8 +259,19 @@ class CacheFolder:
         others = f", {_gigabytes(by_others)} of them for other loaders," if by_others else ""
         return (
             f"{self._path}: the shards that are read at once take {_gigabytes(needed)}{others} and --data.cache-gigabytes "
-            f"allows {_gigabytes(self._max_bytes)}; raise it, or use smaller blocks (--data.order blocks, --data.block-shards)"
+            f"(in evaluate --cache-gigabytes) allows {_gigabytes(self._max_bytes)}; raise it, or train with smaller blocks "
+            "(--data.order blocks, --data.block-shards)"
         )
+
+
+def writer_of(part: Path) -> str:
+    """Names the process that writes a partial copy, as far as this machine shows it."""
+    with contextlib.suppress(OSError):  # the copy is complete, or there is no /proc
+        inode = part.stat().st_ino
+        locks = re.findall(rf" FLOCK .* (\d+) \S+:{inode} 0 EOF", Path("/proc/locks").read_text())
+        if locks:
+            return f"process {locks[0]}"
+    return "another process"
 
 
 def object_key(url: str) -> str:

@@ -267,9 +267,14 @@ def _call(url: str, method: str, stop: threading.Event | None, **options: Any) -
 
 
 def filesystem(url: str) -> "AbstractFileSystem":
-    """Returns the file system of a URL, shared by all threads, with timeouts and as few retries of its own as possible."""
-    root = re.match(r"[a-z0-9]+://[^/]*", url)
-    assert root, url
+    """Returns the file system of a URL, shared by all threads, with timeouts and as few retries of its own as possible.
+
+    Raises:
+        ValueError: The URL is incomplete, or of a kind that fsspec does not know.
+    """
+    root = re.match(r"[a-z0-9]+://[^/]+", url)
+    if not root:
+        raise ValueError(f"{url if '://' in url else f'{url}//'}: the name of a bucket or server is missing after ://")
     return _filesystem(root.group(), os.getpid())  # it does not work in a forked process
 
 
@@ -312,8 +317,8 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
         return url_to_fs(root, client_kwargs={"timeout": timeout}, **common)[0]
     try:
         return url_to_fs(root, **common)[0]
-    except ValueError as error:
-        raise ValueError(f"{root}: {error}; {READABLE} are read") from error
+    except (ValueError, TypeError, AttributeError) as error:  # unknown, or it needs more than a URL
+        raise ValueError(f"{root}: this kind of URL is not read; {READABLE} are") from error
 
 
 def _quieten(name: str, level: int) -> None:

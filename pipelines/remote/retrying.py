@@ -13,6 +13,10 @@ from pipelines.location import READABLE, URL_SCHEMES
 
 PATIENCE_SECONDS = 180.0  # how long a request may fail before it is given up
 LONGEST_PAUSE_SECONDS = 5.0
+# Errors of botocore, by name, because it is not installed for other stores.
+LACK_OF_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+WRONG_SETTINGS = (*LACK_OF_CREDENTIALS, "ConfigParseError", "ParamValidationError", "ProfileNotFound")
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or for a public bucket FSSPEC_S3='{\"anon\": true}'"
 
 T = TypeVar("T")
 
@@ -74,7 +78,7 @@ def warn_once(url: str) -> Callable[[BaseException], None]:
     def on_fault(error: BaseException) -> None:
         if not told.is_set():
             told.set()
-            log.warning("%s: retrying after %s", url, _describe(error))
+            log.warning("%s: retrying after an error: %s", url, _describe(error))
 
     return on_fault
 
@@ -84,8 +88,12 @@ def storage_errors(url: str) -> Iterator[None]:
     """Translates the errors of the storage libraries, which each have their own kinds, to `OSError` and `ValueError`."""
     try:
         yield
-    except (Interruption, ValueError):
+    except Interruption:
         raise
+    except ValueError as error:
+        if str(error).startswith(f"{url.partition(':')[0]}:"):
+            raise
+        raise ValueError(f"{url}: {_describe(error)}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{url}: no such object, folder or bucket") from error
     except ImportError as error:
@@ -94,12 +102,14 @@ def storage_errors(url: str) -> Iterator[None]:
         raise ValueError(f"{url}: a package is missing ({error}); {way_out}") from error
     except Exception as error:
         kind = PermissionError if _is_forbidden(error) else OSError
-        raise kind(f"{url}: {_describe(error)}") from error
+        way_out = f"; set {CREDENTIALS}" if type(error).__name__ in LACK_OF_CREDENTIALS else ""
+        raise kind(f"{url}: {_describe(error)}{way_out}") from error
 
 
 def _describe(error: BaseException) -> str:
-    """Formats an error as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    """Formats an error as one line, with its kind if its text is no more than a word."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -107,12 +117,11 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes in Python 3.10
         return True
     never = FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, AttributeError, AssertionError, LookupError
-    # By name: botocore, which defines these errors, is not installed for other stores.
     if (
         isinstance(error, never)
         or (isinstance(error, RuntimeError) and not isinstance(error, OSError))
         or _is_forbidden(error)
-        or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+        or type(error).__name__ in WRONG_SETTINGS
     ):
         return False
     status = http_status(error)

@@ -6,6 +6,7 @@ A global batch is a range of places, so its samples do not depend on the number 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipelines.printable import counted
 from pipelines.shards.order import Indices, Order
 
 
@@ -57,9 +58,10 @@ class Deal:
 
     def __post_init__(self) -> None:
         if self.train and not self.num_batches():
+            ranks = f" on each of {self.world_size} ranks" if self.world_size > 1 else ""
             raise ValueError(
-                f"{self.order.num_places} training samples over {self.world_size} rank(s) do not fill one batch of "
-                f"{self.batch_size}; lower --batch-size"
+                f"{counted(self.order.num_places, 'training sample')} cannot fill one batch of {self.batch_size}{ranks}; "
+                "lower --batch-size"
             )
 
     @property

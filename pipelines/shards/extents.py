@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.index import Sample, parse_line, read_index
+from pipelines.shards.index import Sample, damaged, parse_line, read_index, scan_tar
 from pipelines.shards.members import first_of, key_of, lacks_in, not_there
 from pipelines.shards.shard_set import ShardSet
 
@@ -73,13 +73,23 @@ class Extents:
         sample = samples[row]
         return lacks_in(self._shards.tars[shard], sample, *self._members, by_key[key_of(sample)])
 
+    def are_in(self, shard: int, tar: str) -> bool:
+        """Tells whether a tar has a member at each extent of a shard. Bytes from between two members might pass for a label."""
+        try:
+            there = {(component.offset, component.size) for sample in scan_tar(tar) for component in sample}
+        except ValueError:  # no tar any more
+            return False
+        table = self._table(shard)
+        listed = zip(table.offsets.ravel().tolist(), table.sizes.ravel().tolist(), strict=True)
+        return all(size < 0 or (offset, size) in there for offset, size in listed)
+
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)
         if table is None:  # two threads may read the same table
             index, announced = self._shards.indices[shard], self._shards.lengths[shard]
             table = read_table(index, self._members)
             if len(table.sizes) != announced:
-                raise ValueError(f"{index}: damaged index; {announced} samples announced, {len(table.sizes)} listed")
+                raise ValueError(damaged(index, f"{announced} samples announced, {len(table.sizes)} listed"))
             self._check_within(shard, table)
             self._tables[shard] = table
         return table
@@ -145,8 +155,9 @@ def _read_each(index: Path, lines: list[bytes], wanted: Members) -> Table:
         sample = list(parse_line(index, line.decode(errors="replace")))
         image, label = first_of(sample, wanted.images), first_of(sample, (wanted.label,))
         if image is not None and label is not None:
-            if max(image.size, label.size) > MOST_BYTES:
-                raise ValueError(f"{index}: damaged index; impossible size of {image.name[:80]!r}: {line[:120]!r}")
+            largest = max(image, label, key=lambda component: component.size)
+            if largest.size > MOST_BYTES:
+                raise ValueError(damaged(index, f"{largest.name[:80]!r} with an impossible size of {largest.size:,} bytes"))
             offsets[row] = image.offset, label.offset
             sizes[row] = image.size, label.size
     return Table(offsets, sizes)

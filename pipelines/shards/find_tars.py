@@ -4,7 +4,7 @@ import collections
 import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from pipelines.remote.object_store import RemoteFile, glob_files, is_url, list_f
 from pipelines.shards.compression import TAR_ENDINGS, compressed, compression_of
 
 INFO_FILE = "_info.json"
-# What other tools call the splits. Hugging Face's `datasets` recognizes the same words (`SPLIT_KEYWORDS` in data_files.py).
-SPLIT_NAMES = (("train", "training"), ("valid", "validation", "val", "dev"))
+MOST_MISSING = 5  # names in a message
+# What people and other tools call the splits.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "valid": ("val", "valid", "validation", "eval", "evaluation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 def find_local(pattern: str, split: str) -> tuple[list[Path], dict[str, Any]]:
@@ -28,8 +33,8 @@ def find_local(pattern: str, split: str) -> tuple[list[Path], dict[str, Any]]:
         splits = info.get("splits")
         if not splits:
             return _unlisted_tars(folder), info
-        there = [path.name for path in folder.glob("*.tar")]
-        return _listed_tars(folder, _choose_split(str(folder), splits, split, there)), info
+        chosen = _choose_split(str(folder), splits, split, lambda: [path.name for path in folder.glob("*.tar")])
+        return _listed_tars(folder, chosen), info
     tars = _expand(pattern)
     return tars, read_info(tars[0].parent)
 
@@ -127,7 +132,7 @@ def _find_in_remote_folder(folder: str, split: str) -> tuple[list[RemoteFile], d
     info = _read_remote_info(folder) if INFO_FILE in files else {}
     splits = info.get("splits")
     if splits:
-        names = _choose_split(folder, splits, split, files)["filenames"]
+        names = _choose_split(folder, splits, split, lambda: files)["filenames"]
         _check_complete(folder, [name for name in names if name not in files])
     else:
         names = sorted(name for name in files if name.endswith(".tar"))
@@ -168,24 +173,25 @@ def tars_of_folder(folder: Path) -> list[Path]:
     raise ValueError(f"no .tar files in folder {folder}")
 
 
-def _choose_split(folder: str, splits: Mapping[str, Any], split: str, files: Collection[str]) -> dict[str, Any]:
+def _choose_split(folder: str, splits: Mapping[str, Any], split: str, files: Callable[[], Collection[str]]) -> dict[str, Any]:
     """Returns the entry of a split. If no split has its exact name, one with another name for the same will do.
 
     Args:
         folder: Path or URL.
         splits: The entries by name.
         split: Name of the split.
-        files: Names of the files in the folder.
+        files: Returns the names of the files in the folder, for a message.
     """
-    others = next((names for names in SPLIT_NAMES if split in names), ())
+    others = next((words for words in SPLIT_WORDS.values() if split in words), ())
     found = [split] if split in splits else [name for name in others if name in splits]
     if len(found) == 1:
         return dict(splits[found[0]])
     candidates = sorted(found or splits)
     names = ", ".join(map(printable, candidates))
-    problem = f"each may be {split!r}" if found else f"none called {split!r}"
-    patterns = (_pattern_of(folder, splits[name]["filenames"], files) for name in candidates)
-    raise ValueError(f"folder {folder} has the splits {names} and {problem}; name the shards themselves{_example(patterns)}")
+    problem = f"and each of them may be {split!r}" if found else f"but none called {split!r}"
+    there = files()
+    patterns = (_pattern_of(folder, splits[name]["filenames"], there) for name in candidates)
+    raise ValueError(f"folder {folder} has the splits {names}, {problem}; name the shards themselves{_example(patterns)}")
 
 
 def _pattern_of(folder: str, names: Sequence[str], files: Collection[str]) -> str:
@@ -205,7 +211,9 @@ def _example(patterns: Iterable[str]) -> str:
 
 def _check_complete(folder: str, missing: list[str]) -> None:
     if missing:
-        raise ValueError(f"{folder}/{INFO_FILE} lists shards that are not there: {', '.join(map(printable, missing[:5]))}")
+        names = ", ".join(map(printable, missing[:MOST_MISSING]))
+        more = f" and {len(missing) - MOST_MISSING:,} more" if len(missing) > MOST_MISSING else ""
+        raise ValueError(f"{folder}/{INFO_FILE} lists shards that are not there: {names}{more}")
 
 
 def _check_one_set(folder: str, names: list[str]) -> None:
@@ -227,7 +235,7 @@ def _split_braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise ValueError(f"{pattern!r}: the braces do not match ({error})") from error
+        raise ValueError(f"{pattern!r}: the braces do not match") from error
 
 
 def _expand(pattern: str) -> list[Path]:

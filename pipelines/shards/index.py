@@ -27,6 +27,7 @@ VERSION = "v1.2"
 HEADER_CHARACTERS = 100  # the first line is shorter
 LEAST_LINE_BYTES = 8  # of a sample in an index
 MOST_DIGITS = 18  # of offsets and sizes: a million terabytes
+REPAIR = "remove it, or write it anew with `shards index --overwrite`"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_index(index_path: Path) -> list[Sample]:
         num_samples = _read_header(file, str(index_path))
         samples = [list(parse_line(index_path, line)) for line in file]
     if len(samples) != num_samples:
-        raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, {len(samples)} listed")
+        raise ValueError(damaged(index_path, f"{num_samples} samples announced, {len(samples)} listed"))
     return samples
 
 
@@ -126,13 +127,13 @@ def read_sample(index_path: Path, row: int) -> Sample:
     """Reads one sample, without creating objects for all the others.
 
     Raises:
-        ValueError: The file is not an index of version 1.2, is damaged, or lists fewer samples.
+        ValueError: The file is not an index of version 1.2, is damaged, or lists fewer samples than when it was counted.
     """
     with open(index_path, errors="replace") as file:
-        num_samples = _read_header(file, str(index_path))
+        _read_header(file, str(index_path))
         for line in itertools.islice(file, row, row + 1):
             return list(parse_line(index_path, line))
-    raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, but sample {row} is missing")
+    raise ValueError(f"{index_path}: the index was replaced while the run was in progress; it no longer lists sample {row}")
 
 
 def count_samples(index_path: Path) -> int:
@@ -145,7 +146,7 @@ def count_samples(index_path: Path) -> int:
         num_samples = _read_header(file, str(index_path))
         size = os.fstat(file.fileno()).st_size
     if num_samples * LEAST_LINE_BYTES > size:
-        raise ValueError(f"{index_path}: damaged index; {num_samples} samples announced, in a file of {size:,} bytes")
+        raise ValueError(damaged(index_path, f"{num_samples} samples announced, in a file of {size:,} bytes"))
     return num_samples
 
 
@@ -153,8 +154,8 @@ def _read_header(index: TextIO, place: str) -> int:
     line = index.readline(HEADER_CHARACTERS)
     version, _, count = line.strip().partition(" ")
     if version != VERSION or not _is_number(count):
-        found = f"its first line is {line[:60]!r}, not '{VERSION} NUM_SAMPLES'" if line else "it is empty"
-        raise ValueError(f"{place}: not an index file; {found}")
+        found = f"its first line is {line.strip()[:60]!r}, not '{VERSION} NUM_SAMPLES'" if line else "it is empty"
+        raise ValueError(f"{place}: not an index file; {found}; {REPAIR}")
     return int(count)
 
 
@@ -166,14 +167,17 @@ def parse_line(index_path: Path | str, line: str) -> Iterator[Component]:
     """
     fields = line.split()
     if not fields or len(fields) % 4:
-        raise ValueError(f"{index_path}: damaged index; line {line[:80]!r} is not made of four fields per component")
+        raise ValueError(damaged(index_path, f"line {line.strip()[:80]!r} is not made of four fields per component"))
     for extension, offset, size, name in zip(*[iter(fields)] * 4, strict=True):
         if not (_is_number(offset) and _is_number(size)):
-            raise ValueError(
-                f"{index_path}: damaged index; offset {offset[:30]!r} and size {size[:30]!r} of {printable(name[:80])} "
-                "are not both numbers of bytes"
-            )
+            fields_of = f"offset {offset[:30]!r} and size {size[:30]!r} of {printable(name[:80])}"
+            raise ValueError(damaged(index_path, f"{fields_of} are not both numbers of bytes"))
         yield Component(extension, int(offset), int(size), name)
+
+
+def damaged(place: Path | str, what: str) -> str:
+    """Returns the message about a damaged index."""
+    return f"{place}: damaged index; {what}; {REPAIR}"
 
 
 def _is_number(text: str) -> bool:
@@ -250,7 +254,7 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
         for component in parse_line(place, index.readline()) if num_samples else ():
             file.seek(min(max(0, component.offset - tarfile.BLOCKSIZE), size))
             if _member_size(file.read(tarfile.BLOCKSIZE)) != component.size:
-                raise ValueError(f"{place}: not an index of {tar}; remove it, or rebuild it with `shards index --overwrite`")
+                raise ValueError(f"{place}: not an index of {tar}; {REPAIR}")
 
 
 def _member_size(header: bytes) -> int:

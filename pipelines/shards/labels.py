@@ -22,7 +22,7 @@ _BINARY_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _NUMBER = re.compile(r"([0-9]+)(?:\.0*)?")
 # What is no class name, unless a class file lists it: `\d` includes the digits of all scripts.
 _UNLIKELY = {
-    "a number, but not a class number in ASCII digits": re.compile(r"[-+]?[\d.,_ ]*\d[\d.,_ ]*([eE][-+]?\d+)?"),
+    "a number, but not in plain digits": re.compile(r"[-+]?[\d.,_\s]*\d[\d.,_\s]*([eE][-+]?\d+)?"),
     "how Python prints bytes": re.compile(r"b(['\"]).*\1"),
     "how Python prints a tensor or an array": re.compile(r"(tensor|array|(np|numpy|torch)\.\w+)\(.*\)"),
     "a list of values": re.compile(r"\[.*\]|\(.*,.*\)"),
@@ -141,15 +141,15 @@ def plain_text(raw: bytes) -> str:
     """
     if raw.startswith(tuple(_BINARY)):
         what = next(what for begin, what in _BINARY.items() if raw.startswith(begin))
-        raise ValueError(f"the label is {what}, which begins with {raw[:16]!r}; a line of UTF-8 text is needed")
+        raise ValueError(f"the label is {what}, which begins with {_escaped(raw[:16])}; a line of UTF-8 text is needed")
     try:
         return _stripped(raw.decode(), "the label")
     except ValueError as error:
         if len(raw) in (1, 2, 4, 8) and _BINARY_BYTES.search(raw):
-            looks = f"the label is {raw!r}, which looks like a number in binary; ASCII digits are needed"
+            looks = f"the label is {_escaped(raw)}, which looks like a number in binary; ASCII digits are needed"
             raise BinaryLabelError(looks) from error
         if isinstance(error, UnicodeDecodeError):
-            raise ValueError(f"the label is {raw[:SHOWN]!r}, which is not UTF-8 text") from error
+            raise ValueError(f"the label is {_escaped(raw[:SHOWN])}, which is not UTF-8 text") from error
         raise
 
 
@@ -167,7 +167,12 @@ def json_text(raw: bytes, key: str, extension: str = "json") -> str:
     try:
         value: Any = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"damaged .{extension} ({error})") from error
+        reasons: dict[type[Exception], str] = {
+            json.JSONDecodeError: str(error),
+            UnicodeDecodeError: "not UTF-8 text",
+            RecursionError: "lists or objects are nested too deeply",
+        }
+        raise ValueError(f"damaged .{extension} ({reasons.get(type(error), 'a number has too many digits')})") from error
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise ValueError(f"no {key!r} in .{extension}; --label-key (in training --data.label-key) names another")
@@ -175,7 +180,8 @@ def json_text(raw: bytes, key: str, extension: str = "json") -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some tools write columns of integers as floats
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{key!r} is {printable(str(value)[:SHOWN])}, which is neither a class number nor a class name")
+        what = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else json.dumps(value)
+        raise ValueError(f"{key!r} is {what}, which is neither a class number nor a class name")
     return _stripped(str(value), repr(key))
 
 
@@ -264,7 +270,7 @@ def label_place(label_key: str) -> tuple[str, str]:
     member, colon, key = label_key.partition(":")
     if colon and re.fullmatch(r"(.*\.)?json", member, re.IGNORECASE):
         if not key:
-            raise ValueError(f"--label-key {label_key}: a key is needed behind the colon")
+            raise ValueError(f"label key {label_key!r}: there is no key behind the colon; an example is {label_key}label")
         return member.lower().removeprefix("."), key
     if re.fullmatch(r"(.*\.)?cls", label_key, re.IGNORECASE):
         return label_key.lower().removeprefix("."), ""
@@ -302,7 +308,8 @@ def _read_class_file(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8-sig") as file:
             names = tuple(line.strip() for line in file.read().rstrip().split("\n"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        why = "a local file is needed" if "://" in path else error.strerror
+        raise ValueError(f"{path}: cannot be read ({why})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text") from error
     if "" in names:
@@ -316,3 +323,7 @@ def _is_number(name: str) -> bool:
 
 def _shown(label: str) -> str:
     return repr(label[:SHOWN])
+
+
+def _escaped(raw: bytes) -> str:
+    return f"'{printable(raw.decode(errors='backslashreplace'))}'"

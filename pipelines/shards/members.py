@@ -46,16 +46,10 @@ def image_or_first(sample: Sample, images: Sequence[str] = IMAGE_EXTENSIONS) -> 
     return first_of(sample, images) or sample[0]
 
 
-def find_component(sample: Sample, extensions: Sequence[str], tar: str | Path) -> Component:
-    """Returns what `first_of` finds, or raises `ValueError` with the names of tar and sample."""
-    if (found := first_of(sample, extensions)) is not None:
-        return found
-    key, wanted = key_of(sample), " ".join(f".{short(extension)}" for extension in extensions)
-    raise ValueError(f"{tar}: {short(key)}: no {wanted} among its members, {_shown(sample)}")
-
-
-def require_members(tar: str | Path, sample: Sample, images: Sequence[str], label: str, samples: Iterable[Sample] = ()) -> None:
-    """Checks that a sample has an image and a label.
+def require_members(
+    tar: str | Path, sample: Sample, images: Sequence[str], label: str, samples: Iterable[Sample] = ()
+) -> tuple[Component, Component]:
+    """Returns the image and the label of a sample.
 
     Args:
         tar: Path of the tar, for the message.
@@ -67,10 +61,11 @@ def require_members(tar: str | Path, sample: Sample, images: Sequence[str], labe
     Raises:
         ValueError: It lacks one of them; the message says what to do.
     """
-    if first_of(sample, images) is None or first_of(sample, (label,)) is None:
-        key = key_of(sample)
-        same_key = [other for other in samples if key_of(other) == key]
-        raise ValueError(f"{tar}: {short(key)}: {lacks_in(str(tar), sample, images, label, same_key)}")
+    if (image := first_of(sample, images)) and (found := first_of(sample, (label,))):
+        return image, found
+    key = key_of(sample)
+    same_key = [other for other in samples if key_of(other) == key]
+    raise ValueError(f"{tar}: {short(key)}: {lacks_in(str(tar), sample, images, label, same_key)}")
 
 
 def lacks_in(tar: str, sample: Sample, images: Sequence[str], label: str, same_key: Iterable[Sample]) -> str:
@@ -122,6 +117,8 @@ def lacks(
         lacking.append(f"no {' or '.join(f'.{short(label)}' for label in labels)}")
     text = f"{' and '.join(lacking)} among its members, {_shown(sample)}"
     links = [f"{short(entry.name)} is {entry.other}" for entry in itertools.islice(others, MOST_LINKS)]
+    if any(" link to " in link for link in links):
+        links.append("`tar --dereference --hard-dereference` stores files in place of links")
     hint = "; ".join(links) or _apart(sample, (*images, *labels), same_key) or _way_out(sample, images, labels)
     return f"{text}; {hint}" if hint else text
 
@@ -185,4 +182,7 @@ def read_member(file: BinaryIO, component: Component, tar: str | Path) -> bytes:
 
 def not_there(offset: int, size: int) -> str:
     """Returns the beginning of a message about bytes that an index lists and the tar does not have."""
-    return f"damaged index, or the index of another tar; it lists bytes from {offset:,} to {offset + size:,}"
+    return (
+        "damaged index, or the index of another tar (`shards index --overwrite` writes it anew); it lists bytes from "
+        f"{offset:,} to {offset + size:,}"
+    )

@@ -15,7 +15,6 @@ from pipelines.bad_samples.quarantine import RowId
 from pipelines.shards.deal import Plan
 from pipelines.shards.extents import Extents, Table
 from pipelines.shards.labels import check_range
-from pipelines.shards.members import not_there
 from pipelines.shards.shard_set import ShardSet
 from pipelines.shards.tars import OpenTar, Tars
 
@@ -126,7 +125,9 @@ class Reader:
         for shard, offset, size, start in wanted:
             if _read_into(tars[shard], buffer[start : start + size], offset) < size:
                 self._tars.check_size(shard)
-                raise ValueError(f"{self._shards.indices[shard]}: {not_there(offset, size)}, where {tars[shard].path} has none")
+                raise self._tars.written_to(shard)  # it was shorter for a moment: `Extents` lists no bytes beyond the size
+        for shard, tar in tars.items():
+            self._tars.check_members(shard, tar, self._extents)
 
     def _labels(self, rows: list[RowId], layout: "_Layout", buffer: Bytes) -> tuple[NDArray[np.int64], dict[int, str]]:
         labels, reasons = np.zeros(len(rows), np.int64), {}

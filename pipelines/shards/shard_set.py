@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from pipelines.files import replace_bytes, user_cache
 from pipelines.location import expand_location
+from pipelines.printable import counted
 from pipelines.remote.object_store import RemoteFile, is_url
 from pipelines.shards.find_tars import INFO_FILE, find_local, find_remote
 from pipelines.shards.index import Sample, count_samples, ensure_indices, read_index
 from pipelines.shards.labels import LabelReader, open_labels
-from pipelines.shards.members import IMAGE_EXTENSIONS, find_component, image_extensions, read_member, require_members, short
+from pipelines.shards.members import IMAGE_EXTENSIONS, first_of, image_extensions, key_of, read_member, require_members, short
 
 if TYPE_CHECKING:  # the --help of the tools imports this module, and needs no numpy
     import numpy as np
@@ -147,7 +148,9 @@ def read_label(file: BinaryIO, sample: Sample, tar: str | Path, reader: LabelRea
     Raises:
         ValueError: The label is missing or invalid; the message names tar, offset and member.
     """
-    label = find_component(sample, (reader.extension,), tar)
+    label = first_of(sample, (reader.extension,))
+    if label is None:
+        raise ValueError(f"{tar}: {short(key_of(sample))}: no .{short(reader.extension)} among its members")
     return reader.parse(read_member(file, label, tar), f"{tar}:{label.offset}:{short(label.name)}")
 
 
@@ -184,11 +187,11 @@ def open_shards(
         sizes = [tar.stat().st_size for tar in tars]
     [(name, count)] = collections.Counter(map(str, tars)).most_common(1)
     if count > 1:
-        raise ValueError(f"{pattern!r} names {name} twice; each shard is read once per epoch")
+        raise ValueError(f"{pattern!r} names {name} more than once; each shard is read once per epoch")
     indices = ensure_indices(tars, index_dir)
     lengths = [count_samples(index) for index in indices]
     if not any(lengths):
-        raise ValueError(f"{pattern!r} names {len(tars)} shards, but none of them has a sample")
+        raise ValueError(f"{pattern!r}: no sample in {counted(len(tars), 'tar')}")
     label_reader = open_labels(label_key, class_file, info.get("classes"))
     return ShardSet(
         tars=tuple(map(str, itertools.compress(tars, lengths))),

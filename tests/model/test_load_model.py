@@ -2,8 +2,6 @@
 
 import math
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import save_checkpoint
 from model.ema import EMA
 from model.fit import misfit
 from model.googlenet import GoogLeNet
@@ -87,41 +84,22 @@ def flip_bytes(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: b"", "File is not a zip file; name a best.pt"),
-        (lambda content: b"hello\n", "File is not a zip file; name a best.pt"),
-        (lambda content: content[: len(content) // 2], "File is not a zip file; name a best.pt"),
-        (lambda content: content[:100], "File is not a zip file; name a best.pt"),
-        (flip_bytes, "archive/.* is not as it was written; name"),  # torch loads such a file silently
-        (lambda content: content[:300] + b"\0" * 100 + content[400:], "archive/data.pkl is not as it was written"),
+        (lambda content: b"", "as torch.save writes it (File is not a zip file); name a best.pt"),
+        (
+            lambda content: content[:100],
+            "it is not an archive as torch.save writes it (File is not a zip file); name a best.pt",
+        ),
+        (flip_bytes, "is not as it was written; name a best.pt"),  # torch loads such a file silently
     ],
 )
 def test_damaged(tmp_path: Path, checkpoint: Path, change: Callable[[bytes], bytes], message: str) -> None:
     path = tmp_path / "best.pt"
     path.write_bytes(change(checkpoint.read_bytes()))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is damaged, or not a checkpoint: {message}") as error:
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))} is damaged, or not a checkpoint: .*{re.escape(message)}"
+    ) as error:
         load_model(path)
     assert "\n" not in str(error.value)
-
-
-def test_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.pt: no such file; name a best\.pt or last\.pt that train\.py wrote"):
-        load_model(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=rf"{tmp_path}: a folder; .*as in {tmp_path}/best\.pt"):
-        load_model(tmp_path)
-
-
-def test_other_things_that_torch_saves(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    model = GoogLeNet(3, aux_logits=False)
-    torch.save(model, path)
-    with pytest.raises(ValueError, match=r"model\.pt is not a checkpoint: it contains more than tensors"):  # it would run code
-        load_model(path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"model\.pt is not a checkpoint: it holds a list"):
-        load_model(path)
-    torch.save(model.state_dict(), path)
-    with pytest.raises(ValueError, match=r"not a checkpoint of this version of train\.py, it lacks model, ema, classes, epoch"):
-        load_model(path)
 
 
 PREPROCESSING = {"image_size": 32, "resize_shorter": 37, "mean": checkpoints.MEAN, "std": checkpoints.STD}
@@ -155,9 +133,9 @@ for _ in range(200):
         ("architecture", "num_classes", (0, -3, 10**12, "3", 3.0, None), "a whole number from 1 to 10,000,000"),
         ("architecture", "aux_logits", (1, "yes", None), "True or False"),
         ("architecture", "transform_input", (0, torch.zeros(1)), "True or False"),
-        ("", "classes", (tuple("abcd"), "ant", (1, 2, 3), {"ant": 0}, 3), "None or a list of up to 3 names"),
-        ("", "epoch", (-1, 1.5, "2", None, (2,)), "a whole number"),
-        ("", "step", (-1, True, torch.tensor(3)), "a whole number"),
+        ("", "classes", (tuple("abcd"), "ant", (1, 2, 3), {"ant": 0}, 3), "a list of up to 3 names"),
+        ("", "epoch", (-1, 1.5, "2", None, (2,)), "a whole number of at least 0"),
+        ("", "step", (-1, True, torch.tensor(3)), "a whole number of at least 0"),
     ],
 )
 def test_impossible_entries(tmp_path: Path, part: str, name: str, values: Sequence[Any], needed: str) -> None:
@@ -167,7 +145,7 @@ def test_impossible_entries(tmp_path: Path, part: str, name: str, values: Sequen
         changes = {part: {**whole[part], name: value}} if part else {name: value}
         path = checkpoints.write(tmp_path / "best.pt", **{"model": {}, "ema": {}, **changes})
         with pytest.raises(
-            ValueError, match=rf"best\.pt: {f'{part}.{name}'.strip('.')} is .*, and {needed} is needed; name a"
+            ValueError, match=rf"best\.pt: {f'{part}.{name}'.strip('.')} is .* instead of {needed}; name a"
         ) as no:
             load_model(path)
         assert "\n" not in str(no.value)
@@ -206,6 +184,7 @@ def test_impossible_tensors(tmp_path: Path, place: str) -> None:
     [
         ({"top1": 63.4, "ema_top1": 58.8}, "raw", "the better ones on the validation split"),
         ({"top1": 58.8, "ema_top1": 63.4}, "ema", "the better ones on the validation split"),
+        ({"top1": 50.0, "ema_top1": 50.0}, "ema", "averaged; on the validation split, the raw ones scored the same"),
         ({}, "ema", "averaged; the checkpoint has no validation scores to choose by"),  # before the first validation
         (None, "ema", "averaged; the checkpoint has no validation scores to choose by"),
         ({"top1": math.nan, "ema_top1": "x"}, "ema", "averaged; the checkpoint has no validation scores to choose by"),
@@ -218,36 +197,3 @@ def test_the_better_weights_are_taken(tmp_path: Path, scores: Any, chosen: str, 
     assert torch.equal(trained.model.fc.weight * (3 if chosen == "ema" else 1), checkpoints.state()["model"]["fc.weight"])
     asked = load_model(path, "ema" if chosen == "raw" else "raw")
     assert (asked.weights, asked.why) == ("ema" if chosen == "raw" else "raw", "as --weights says")
-
-
-def test_lying_archives(tmp_path: Path) -> None:
-    """An archive cannot make the reader take more memory than the file has."""
-    path, bomb = tmp_path / "best.pt", tmp_path / "bomb.pt"
-    save_checkpoint(path, {"a": torch.arange(300.0)})
-    for compression, message in ((zipfile.ZIP_DEFLATED, "a compressed archive"), (zipfile.ZIP_STORED, "its entries overlap")):
-        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(bomb, "w", compression) as other, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of duplicate names
-            for name in (*whole.namelist(), whole.namelist()[0]):
-                other.writestr(name, whole.read(name))
-        with pytest.raises(
-            ValueError, match=rf"bomb\.pt is damaged, or not a checkpoint: {'it is ' if 'a c' in message else ''}{message}"
-        ):
-            load_model(bomb)
-
-
-def test_lacking_and_contradicting(tmp_path: Path) -> None:
-    old = checkpoints.state()
-    del old["architecture"], old["preprocessing"]
-    save_checkpoint(tmp_path / "old.pt", old)
-    with pytest.raises(ValueError, match=r"old\.pt: .* it lacks architecture, preprocessing; name a best\.pt"):
-        load_model(tmp_path / "old.pt")
-    path = checkpoints.write(tmp_path / "a.pt", architecture={"num_classes": 3, "aux_logits": True})
-    with pytest.raises(ValueError, match=r"this version of train\.py, it lacks architecture\.transform_input; name a"):
-        load_model(path)
-    architecture = {"num_classes": 4, "aux_logits": True, "transform_input": False}
-    path = checkpoints.write(tmp_path / "b.pt", architecture=architecture, classes=None)
-    with pytest.raises(
-        ValueError, match=r"b\.pt: its weights are not those of the network that it describes \(ema: .*fc\.weight is 3x1024 i"
-    ) as error:
-        load_model(path)
-    assert "\n" not in str(error.value)

@@ -343,11 +343,6 @@ def test_precisions_that_a_cpu_has_not_are_refused(precision: str) -> None:
         choose_autocast_dtype(precision, ALONE.device)
 
 
-def test_sync_batchnorm_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"^--sync-batchnorm: torch has it for GPUs only$"):
-        make_job(make_config(sync_batchnorm=True))
-
-
 def test_the_learning_rate_grows_with_the_step() -> None:
     optim = OptimConfig(lr=0.1, min_lr=0.01, reference_batch_size=8, warmup_epochs=0)
     job = make_job(make_config(accumulate_steps=6, optim=optim), steps_per_epoch=2)  # 24 images a step, four steps

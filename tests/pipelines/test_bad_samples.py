@@ -359,8 +359,6 @@ def test_verify_reads_the_quarantine(tmp_path: Path, images: list[bytes]) -> Non
     with make(damaged, index_dir=str(tmp_path / "indices"), on_error="stop") as loader:
         targets = {target for _ in range(8) for batch in loader for target in batch["target"].tolist()}
     assert targets == set(range(NUM_SAMPLES)) - {3, 30}
-    with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
-        verify(str(damaged), known=[tmp_path / "nothing.jsonl"])
 
 
 def test_too_many_stop_the_run_with_a_table(tmp_path: Path, images: list[bytes]) -> None:
@@ -371,10 +369,7 @@ def test_too_many_stop_the_run_with_a_table(tmp_path: Path, images: list[bytes])
     assert "--data.max-bad-fraction 0.05 allows 3" in first
     assert len(rows) >= 4
     assert all(".tar:" in row and ".jpg: " in row for row in rows)
-    with (
-        make(damaged, max_bad_fraction=0.0) as loader,
-        pytest.raises(ValueError, match=r"1 bad samples of 60|bad samples of 60"),
-    ):
+    with make(damaged, max_bad_fraction=0.0) as loader, pytest.raises(ValueError, match=r"^\d bad samples? of 60"):
         take(loader, 30)
 
 
@@ -401,6 +396,44 @@ def test_a_tar_that_changes_under_the_run(tmp_path: Path, images: list[bytes], c
         with pytest.raises(ValueError, match=rf"train-\d+\.tar: {message.get(change, 'gone; it was there')}"):
             take(loader, 30)
         assert loader.num_bad_samples == 0
+
+
+def rewrite(tar: Path, rename: Callable[[str], str], change: Callable[[str, bytes], bytes]) -> bytes:
+    """Returns a tar with members of other names and contents."""
+    written = io.BytesIO()
+    with tarfile.open(tar) as old, tarfile.open(fileobj=written, mode="w") as new:
+        for info in old:
+            content = old.extractfile(info)
+            assert content is not None
+            member = tarfile.TarInfo(rename(info.name))
+            data = change(info.name, content.read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    return written.getvalue()
+
+
+def test_a_tar_with_the_same_members_again(tmp_path: Path, images: list[bytes]) -> None:
+    shards = write_shards(tmp_path / "shards", images)
+    with make(shards, "valid") as loader:
+        before = take(loader, 1)
+        for tar in shards.glob("*.tar"):
+            tar.write_bytes(tar.read_bytes())
+        loader.reset()
+        assert same(before, take(loader, 1))
+
+
+def test_a_tar_with_other_members_of_the_same_size(tmp_path: Path, images: list[bytes]) -> None:
+    """A text lies where the label was, and its first digit would pass for the label of a good image."""
+    shards = write_shards(tmp_path / "shards", images)
+    with make(shards, "valid") as loader:
+        take(loader, 1)
+        for tar in shards.glob("*.tar"):
+            size = tar.stat().st_size
+            as_text = rewrite(tar, lambda name: name.replace(".cls", ".txt"), lambda name, data: data + b" " * (".cls" in name))
+            assert len(as_text) == size
+            tar.write_bytes(as_text)
+        with pytest.raises(ValueError, match=r"\.tar: written to while the run was in progress; its members are"):
+            take(loader, 20)
 
 
 HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -540,8 +573,6 @@ def test_the_limit_on_pixels_can_be_set(good: Path, tmp_path: Path) -> None:
     found = epochs(make(good, "valid", quarantine=path, max_pixels=60 * 60), 1)
     sizes = {i: (40 + 13 * i % 60) * (40 + 29 * i % 50) for i in range(NUM_SAMPLES)}
     assert {target for batch in found for target in batch["target"].tolist()} == {i for i in sizes if sizes[i] <= 3600}
-    with pytest.raises(ValueError, match=r"--data\.max-pixels 63: at least 64 is needed"):
-        DataConfig(max_pixels=63)
 
 
 def test_a_tiff_that_would_overflow_the_decoders_buffer(tmp_path: Path, images: list[bytes], good: Path) -> None:

@@ -1,6 +1,7 @@
 """Local copies of remote shards are complete, correct, unique and bounded, despite faults of network, store and processes."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.files import close_locked, open_locked
 from pipelines.remote import object_store as remote
 from pipelines.remote import retrying, transfer
 from pipelines.remote.cache import ShardCache, open_cache
@@ -279,7 +281,9 @@ def test_the_folder_never_holds_more(tmp_path: Path, s3_bucket: str, faulty: Fau
 def test_shards_in_use_that_do_not_fit(tmp_path: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture) -> None:
     shards = upload(s3_bucket, "large", 4)
     with opened(tmp_path, shards=2.5) as cache:
-        message = rf"{tmp_path}: the shards that are read at once take 0.00135 GB and --data.cache-gigabytes allows 0.00112 GB"
+        message = (
+            rf"{tmp_path}: the shards that are read at once take 0.00135 GB and --data.cache-gigabytes .* allows 0.00112 GB"
+        )
         with pytest.raises(ValueError, match=message):
             cache.hold(shards[:3]).__enter__()
         process = start(tmp_path, 10 * SIZE, [shards[0][0], shards[1][0]])
@@ -320,6 +324,48 @@ def test_waiting_for_room_that_nobody_uses(tmp_path: Path, s3_bucket: str, monke
     assert errors[0].startswith(
         f"waited 0.6 s (--data.timeout) for room that nobody uses, held by process {os.getpid()} on {socket.gethostname()}: "
     )
+
+
+def test_waiting_for_a_process_that_has_stopped(
+    tmp_path: Path, s3_bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for its copy lasts as long as the copy grows. Then it ends, and names the process and the file."""
+    shards = upload(s3_bucket, "stopped", 1)
+    monkeypatch.setattr("pipelines.remote.cache.BUSY_SECONDS", 0.05)
+    faulty.fault = lambda method, path, start: "hang" if start == 3 * CHUNK and not faulty.released.is_set() else None
+    process = start(tmp_path, 10 * SIZE, [shards[0][0]])
+    wait_until(lambda: any(path.stat().st_size == 3 * CHUNK for path in tmp_path.glob("*.part")))
+    process.send_signal(signal.SIGSTOP)
+    faulty.fault = lambda method, path, start: None
+    [part] = tmp_path.glob("*.part")
+    with opened(tmp_path, timeout=0.6) as cache:
+        grown = threading.Timer(0.4, os.truncate, [part, 2 * CHUNK])
+        grown.start()
+        began = time.monotonic()
+        with pytest.raises(OSError, match="has not grown") as error:
+            cache.hold(shards).__enter__()
+        assert time.monotonic() - began > 0.9
+        assert str(error.value) == (
+            f"{part}: process {process.pid} is writing it, but it has not grown for 0.6 s (--data.timeout); end that process"
+        )
+        process.kill()
+        process.communicate()
+        with cache.hold(shards) as copies:  # a later attempt succeeds
+            check_copies(copies, shards)
+
+
+def test_waiting_for_the_room_of_a_copy_that_does_not_grow(tmp_path: Path, s3_bucket: str) -> None:
+    """A process that copies ahead has no lease."""
+    shards = upload(s3_bucket, "stuck", 1)
+    path = tmp_path / f"other.{'0' * 16}-{'0' * 8}.{SIZE}.tar.part"
+    part = open_locked(path)
+    assert part
+    with opened(tmp_path, shards=1.5, timeout=0.6) as cache:
+        with pytest.raises(OSError, match=rf"^{path}: process {os.getpid()} is writing it"):
+            cache.hold(shards).__enter__()
+        close_locked(part)
+        with cache.hold(shards) as copies:
+            check_copies(copies, shards)
 
 
 def test_prefetching_stops_where_the_room_ends(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
@@ -431,17 +477,40 @@ def test_an_interrupted_process_leaves_nothing_locked(tmp_path: Path, s3_bucket:
     assert copied(tmp_path) == {"y"}
 
 
+def test_wrong_bytes_each_time(tmp_path: Path, s3_bucket: str, faulty: FaultyProxy) -> None:
+    """Each copy has another wrong byte."""
+    [(url, _)] = upload(s3_bucket, "corrupt", 1)
+    copies = 0
+
+    def fault(method: str, path: str, start: int) -> Fault | None:
+        nonlocal copies
+        copies += start == 0
+        return "flip" if start == (copies - 1) * CHUNK else None
+
+    faulty.fault = fault
+    message = f"^{url}: the checksums of 3 copies, .*, differ from [0-9a-f]{{32}}, which the store states; the network may"
+    with opened(tmp_path) as cache, pytest.raises(OSError, match=message):
+        cache.hold([(url, SIZE)]).__enter__()
+
+
+def test_a_full_disk(tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transfer.Transfer, "run", run)
+    shards = upload(s3_bucket, "full", 1)
+    message = (
+        r"^.*/x-0\.\S+\.tar\.part: No space left on device; lower --data\.cache-gigabytes, or name another --data\.cache-dir"
+    )
+    with opened(tmp_path) as cache, pytest.raises(ValueError, match=message):
+        cache.hold(shards).__enter__()
+
+
 def test_a_temporary_cache_is_deleted(s3_bucket: str) -> None:
     shards = upload(s3_bucket, "temporary", 1)
     with open_cache("", 1) as cache, cache.hold(shards) as copies:
         assert hashlib.md5(copies[0].read_bytes()).digest() == hashlib.md5(content(shards[0][0])).digest()
     assert not copies[0].parent.exists()
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/x: cannot be written to \(Not a directory\); name another .*--data.cache-dir"):
-        ShardCache(tmp_path / "file" / "x", 1)
 
 
 def test_a_missing_temporary_folder_is_named_with_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

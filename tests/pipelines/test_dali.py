@@ -262,9 +262,9 @@ def test_progressive_sizes(shards: Path) -> None:
         assert {batch["image"].shape[-1] for _ in range(3) for batch in loader} == {48}
 
 
-@pytest.mark.parametrize("schedule", ["0:64", "1:64 1:80", "2:64 1:80", "1:16", "64", "1:x"])
+@pytest.mark.parametrize("schedule", ["0:64", "1:64 1:80", "1:x"])
 def test_wrong_size_schedules(schedule: str) -> None:
-    with pytest.raises(ValueError, match=rf"--data.size-schedule {schedule}: EPOCH:SIZE is needed"):
+    with pytest.raises(ValueError, match=rf"--data.size-schedule {schedule}: EPOCH:SIZE is needed instead of"):
         DataConfig(size_schedule=tuple(schedule.split()))
 
 
@@ -347,13 +347,7 @@ def test_bad_samples_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in str(raised.value)
 
 
-def test_pillow_names_labels_out_of_range(shards: Path) -> None:
-    config = DataConfig(valid=str(shards), backend="pillow")
-    with pytest.raises(ValueError, match=r"\.tar:\d+:\S+: class 2 is out of range; there are 2 classes"):
-        build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=2))
-
-
-def test_pillow_has_the_limit_on_pixels(shards: Path) -> None:
+def test_an_error_of_a_worker_process_is_one_line(shards: Path) -> None:
     config = DataConfig(valid=str(shards), backend="pillow", max_pixels=80)
-    with pytest.raises(ValueError, match=r"\.tar:\d+: \d+x\d+ pixels, more than the limit of 80 \(--data\.max-pixels\)$"):
-        build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=0, num_classes=9))
+    with pytest.raises(ValueError, match=r"^\S+\.tar:\d+: \d+x\d+ pixels, more than the limit of 80 \(--data\.max-pixels\)$"):
+        build_loader(config, LoaderSpec(split="valid", batch_size=3, image_size=32, device=CPU, num_threads=1, num_classes=9))

@@ -70,22 +70,6 @@ def test_reads_what_it_writes_and_blanks_cannot_break_it(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not an index file"),
-        ("hello\n", "not an index file; its first line is 'hello"),
-        ("v1.2 2\njpg 512 1 a.jpg\n", "2 samples announced, 1 listed"),
-        ("v1.2 1\njpg 512 1\n", "not made of four fields"),
-        ("v1.2 1\njpg x512 1 a.jpg\n", "offset 'x512' and size '1' of a.jpg are not both numbers"),
-    ],
-)
-def test_damaged_indices_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "x.idx").write_text(text)
-    with pytest.raises(ValueError, match=rf"x\.idx: .*{message}"):
-        read_index(tmp_path / "x.idx")
-
-
 def test_tars_cut_short_and_other_files_are_refused(tmp_path: Path) -> None:
     make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls", "2.jpg", "2.cls"])
     (tmp_path / "short.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:5000])
@@ -155,17 +139,6 @@ def test_a_folder_of_indices_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     write_index(folder / "x.idx", scan_tar(tmp_path / "x.tar")[1:])
     assert open_shards(str(tmp_path / "x.tar"), "train", str(folder)).num_samples == 1
     assert open_shards(str(tmp_path / "x.tar"), "train").num_samples == 2
-    with pytest.raises(ValueError, match="nowhere: no such folder of index files"):
-        open_shards(str(tmp_path / "x.tar"), "train", str(tmp_path / "nowhere"))
-
-
-def test_the_index_of_another_tar_is_refused(tmp_path: Path) -> None:
-    """The loader would decode whatever bytes lie at the offsets."""
-    make_tar(tmp_path / "x.tar", ["1.jpg", "1.cls"])
-    make_tar(tmp_path / "y.tar", ["0.txt", "1.jpg", "1.cls"])
-    write_index(tmp_path / "x.idx", scan_tar(tmp_path / "y.tar")[1:])
-    with pytest.raises(ValueError, match=r"x\.idx: not an index of .*x\.tar; remove it, or"):
-        ensure_index(tmp_path / "x.tar")
 
 
 def test_shards_without_samples_are_skipped(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def test_the_exact_name_comes_first_and_two_others_are_ambiguous(shards: Path, t
     both = renamed(shards, tmp_path / "both", train="val", valid="valid")
     assert open_shards(str(both), "valid").num_samples == 25
     unclear = renamed(shards, tmp_path / "unclear", train="val", valid="validation")
-    with pytest.raises(ValueError, match=r"has the splits val, validation and each may be 'valid'; name .* '(.*)'$") as error:
+    with pytest.raises(
+        ValueError, match=r"the splits val, validation, and each of them may be 'valid'; name .* '.*'$"
+    ) as error:
         open_shards(str(unclear), "valid")
     assert open_shards(str(error.value).split("'")[-2], "valid").num_samples == 61
 
@@ -125,36 +127,18 @@ def test_home_in_a_conversion(home: Path, image_folder: Path, tmp_path: Path, mo
     done = run_main(shards_main, "convert", "~/images", f"file://{home}/out", "--workers", 1, "--name=valid")
     assert (done.status, done.stderr) == (0, "")
     assert (home / "out" / "_info.json").exists()
-    for source, destination, message in (
-        ("~/images", "s3:/bucket/x", "'s3:/bucket/x': a URL begins with s3://, as in s3://bucket/x"),
-        ("~/images", "C:\\data", "this is a Windows path"),
-        ("s3://bucket/images", "out", "s3://bucket/images: images are read from local paths only"),
-        ("pipe:cat x.tar", "out", "pipe: commands are not run"),
-    ):
-        done = run_main(shards_main, "convert", source, destination)
-        assert done.status == 2
-        assert message in done.stderr
     assert not [path for path in tmp_path.iterdir() if path.name not in ("home", "cache")]
 
 
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("pipe:aws s3 cp s3://b/x.tar -", "pipe: commands are not run; paths, and URLs that begin with s3://, gs://"),
+        ("pipe:aws s3 cp s3://b/x.tar -", ": commands are not run; paths, and URLs that begin with s3://, gs://"),
         ("s3:/b/x-*.tar", "a URL begins with s3://, as in s3://b/x-*.tar"),
         ("S3://b/x.tar", "a URL begins with s3://, as in s3://b/x.tar"),
         ("gs:b/x.tar", "a URL begins with gs://, as in gs://b/x.tar"),
         (r"C:\data\x-*.tar", "this is a Windows path"),
         (r"\\server\share\x.tar", "this is a Windows path"),
-        (
-            "az://c/x.tar",
-            "az://c/x.tar: a package is missing (Install adlfs to access Azure Datalake Gen2 and Azure Blob Storage)",
-        ),
-        ("hf://datasets/a/b/x.tar", "s3://, gs:// or http(s)://, are read without it"),
-        ("azure://c/x.tar", "azure://c: Protocol not known: azure; paths, and URLs"),
-        ("http://127.0.0.1/x", "the folders of a web server cannot be listed; name the tars themselves"),
-        ("https://127.0.0.1/x-*.tar", "the folders of a web server cannot be listed; name the tars themselves"),
-        ("https://127.0.0.1/x.tar?key=1", "a URL with a query is not read"),
     ],
 )
 def test_what_is_not_read(location: str, message: str, tmp_path: Path) -> None:

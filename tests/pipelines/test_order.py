@@ -163,8 +163,6 @@ def test_balanced_classes() -> None:
         assert min(np.bincount(labels[samples[:82]])[[0, 1, 3]]) > 12
     assert not seen[labels < 0].any()
     assert seen[labels == 1].max() - seen[labels == 1].min() <= 4
-    with pytest.raises(ValueError, match="no sample has a readable label"):
-        BalancedOrder(np.full(3, -1, np.int32), 0)
 
 
 def test_fourteen_million_samples_cost_nothing() -> None:
@@ -328,7 +326,7 @@ def test_balanced_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert np.bincount(next(epochs(tmp_path / "x.tar", 1, **options)).ravel()).tolist() == [30, 30]
 
 
-def test_other_orders_are_refused(converted: Path) -> None:
+def test_the_position_of_another_order_is_refused(converted: Path) -> None:
     with make(converted) as loader:
         take(loader, 1)
         state = saved(loader.state_dict())
@@ -337,13 +335,6 @@ def test_other_orders_are_refused(converted: Path) -> None:
         pytest.raises(ValueError, match="another order: global, now blocks of 3 shards"),
     ):
         loader.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"--data\.sampler balanced draws samples from all shards"):
-        DataConfig(sampler="balanced", order="blocks")
-    with pytest.raises(ValueError, match=r"--data\.block-shards 3 has no effect; it goes with --data\.order blocks"):
-        make(converted, block_shards=3)
-    for name in ("block_shards", "repeat_augment"):
-        with pytest.raises(ValueError, match=rf"--data.{name.replace('_', '-')} 0: at least 1"):
-            DataConfig(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_a_shard_as_large_as_a_data_set(tmp_path: Path, shards: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from nvidia.dali import backend
 
-from pipelines.config import DataConfig
 from pipelines.dali.graph import PREFETCH
 from tests.helpers.loader_contract import make_loader, same, saved, take
 
@@ -58,20 +57,3 @@ def test_threads_of_the_caller_come_first(shards: Path) -> None:
         with make_loader(shards, "dali", "train", CPU, data={"threads": threads}, num_threads=num_threads) as loader:
             take(loader, 1)
             assert loader._pipeline._pipeline.num_threads == expected  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prefetch": 0}, "--data.prefetch 0: at least 1 is needed"),
-        ({"hw_decoder_load": 1.5}, "--data.hw-decoder-load 1.5: a number from 0 to 1 is needed"),
-        ({"prefetch": 3, "backend": "pillow"}, "--data.prefetch: --data.backend pillow does not support it, only dali does"),
-        (
-            {"hw_decoder_load": 0.5, "backend": "synthetic"},
-            "--data.hw-decoder-load: --data.backend synthetic does not support it",
-        ),
-    ],
-)
-def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**settings)

@@ -1,5 +1,6 @@
 """A read or a decoder that blocks ends the run in one line, with an exit status, and names what is awaited."""
 
+import contextlib
 import json
 import os
 import re
@@ -137,3 +138,31 @@ def test_waits_that_end_and_waits_in_waits(monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(0.5)
     assert set(ended) == {"last"}
     dog.close()
+
+
+def test_only_the_end_after_ctrl_c_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may go on after Ctrl-C, for example in a notebook."""
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr("pipelines.watchdog._end", lambda wait, dog: ended.append((wait.what, wait.status)))
+    monkeypatch.setattr("pipelines.watchdog.INTERRUPTED_SECONDS", 0.1)
+    dog = Watchdog(1, "--data.timeout")
+    with pytest.raises(KeyboardInterrupt), dog.waiting("interrupted", str):
+        raise KeyboardInterrupt
+    with dog.waiting("later", str):
+        time.sleep(0.4)
+    assert not ended
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(Closing(dog)):
+        raise KeyboardInterrupt
+    assert set(ended) == {("closing", 130)}
+    dog.close()
+
+
+class Closing:
+    """Takes long to close."""
+
+    def __init__(self, dog: Watchdog) -> None:
+        self._dog = dog
+
+    def close(self) -> None:
+        with self._dog.waiting("closing", str):
+            time.sleep(0.4)

@@ -101,12 +101,6 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, caplog: pytes
     assert not caplog.records
 
 
-def test_a_run_whose_states_were_taken_away_does_not_begin_anew(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "last.pt", {"step": 3})
-    with pytest.raises(ValueError, match=r"has a last\.pt and no checkpoints in checkpoints/; to resume from it, copy it"):
-        newest_checkpoint(tmp_path)
-
-
 def test_when_all_are_damaged_the_run_does_not_begin_anew(shards: Path, tmp_path: Path) -> None:
     """A scheduler may start the run again and again."""
     save(tmp_path, 1, 2)
@@ -114,7 +108,9 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(shards: Path, tmp_path
         damage(path, "truncated")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"step-000000002.pt is damaged.*none of 2 checkpoints can be read") as caught:
+        with pytest.raises(
+            ValueError, match=r"step-000000002.pt is damaged.*the run has no checkpoint that can be read"
+        ) as caught:
             newest_checkpoint(tmp_path)
         assert "\n" not in str(caught.value)
     status, printed, output = run_main(train.main, *arguments(shards, tmp_path))
@@ -188,9 +184,7 @@ def test_a_folder_in_the_way(tmp_path: Path, in_the_way: str, message: str) -> N
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / in_the_way).mkdir()
-    with pytest.raises(
-        OSError, match=rf"^{tmp_path}/{re.escape(message)} \(\[Errno \d+\] .*{re.escape(Path(in_the_way).name)}"
-    ):
+    with pytest.raises(OSError, match=rf"^{tmp_path}/{re.escape(message)} \([A-Z][\w ]+: {tmp_path}/{re.escape(in_the_way)}\)"):
         save(tmp_path, 2, best=2)
     assert step_of(tmp_path / "checkpoints" / "step-000000001.pt") == 1
     saved = tmp_path / "checkpoints" / "step-000000002.pt"
@@ -202,9 +196,7 @@ def test_a_folder_in_the_way(tmp_path: Path, in_the_way: str, message: str) -> N
 
 def test_a_file_instead_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(
-        OSError, match=r"step-000000001.pt: the checkpoint could not be saved \(\[Errno \d+\] (File exists|Not a)"
-    ):
+    with pytest.raises(OSError, match=r"step-000000001.pt: the checkpoint could not be saved \((File exists|Not a)"):
         save(tmp_path, 1)
 
 
@@ -298,7 +290,7 @@ def test_a_state_that_finds_no_space_ends_the_run(shards: Path, whole: Path, tmp
     script = FILES_STAY_SMALL.replace("{SIZES}", "{step: 1_000_000 for step in range(9, 99)}")
     output = finish(start([*alone(script), *arguments(shards, run)], tmp_path), 1)
     assert output.splitlines()[-1] == (
-        f"error: {run}/checkpoints/step-000000014.pt: the checkpoint could not be saved ([Errno 27] File too large); "
+        f"error: {run}/checkpoints/step-000000014.pt: the checkpoint could not be saved (File too large); "
         "earlier ones are intact"
     )
     assert "Traceback" not in output

@@ -5,14 +5,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from model.distributed import alone
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.shards.shard_set import open_shards
 from tests.helpers.runs import metrics, train_command
 from tests.tools.test_shards_command import digests, shards_command
+from tools.run import data
 from tools.shards.drawing import FIGURES, draw_jpeg
 
 
@@ -63,6 +66,17 @@ def test_a_linear_classifier_on_the_pixels_fails(tmp_path: Path) -> None:
         weights = torch.linalg.solve(gram + penalty * torch.eye(len(x)), targets)
         top1.append(100 * ((cross @ weights).argmax(1) == y_valid).float().mean().item())
     assert max(top1) < 50, top1
+
+
+def test_a_place_where_it_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "demo"
+    monkeypatch.setattr(data, "DEMO_DATA", place)
+    with pytest.raises(ValueError, match="the demo's images could not be made; the line above says why"):
+        data.open_splits(DataConfig(train=str(place), valid=str(place)), alone(torch.device("cpu")))
+    assert capfd.readouterr().err.startswith("error: ")
 
 
 def test_demo_from_nothing(tmp_path: Path) -> None:

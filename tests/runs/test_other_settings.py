@@ -52,11 +52,12 @@ def test_other_settings_are_refused_with_a_way_out(whole: Path, shards: Path, mo
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_longer_timeout_is_no_other_setting(whole: Path, shards: Path, tmp_path: Path) -> None:
-    """The message at its end names --data.timeout, so a resumed run may have another one."""
+def test_other_limits_are_no_other_settings(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """The messages about them name their flags, so a resumed run may have others."""
     shutil.copytree(whole, tmp_path / "run")
-    done = run(shards, tmp_path / "run", "--data.timeout", 600)
+    done = run(shards, tmp_path / "run", "--data.timeout", 600, "--data.max-pixels", 10**9)
     assert done.status == 0, done.stderr
+    assert "from random weights" not in done.stdout  # a resumed run has weights
 
 
 @pytest.mark.parametrize("schedule", [("--optim.cycle-epochs", 1), ("--optim.min-lr", 0.01)])

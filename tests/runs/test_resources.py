@@ -97,8 +97,3 @@ def test_settings_for_the_number_of_steps(config: Config, samples: int, chosen: 
     found = (config.optim.lr, config.optim.warmup_epochs, config.model.norm_momentum, config.log_every)
     assert found == pytest.approx(chosen, rel=1e-3)
     assert with_defaults(config, cpu, samples) == config
-
-
-def test_a_batch_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="--batch-size 1: at least 2 is needed, or 0 to have it chosen"):
-        Config(batch_size=1)

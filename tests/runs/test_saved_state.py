@@ -62,6 +62,7 @@ MISSING = object()
 WRONG = [
     ("epoch", ("1", None, 1.5, -1)),
     ("steps_per_epoch", (0, MISSING)),
+    ("step", (-3,)),
     ("validated", (-1, "0")),
     ("best", ("high", None)),
     ("scores", ([], None, MISSING)),
@@ -86,7 +87,7 @@ WRONG = [
     ("ranks.0.sums", (torch.zeros(2), MISSING)),
     ("ranks.0.rates", ({}, {"images": 1, "seconds": 0.0, "wait_seconds": 0.0, "launch_bound_images": 0, "more": 1})),
     ("ranks.0.loader", (MISSING, [], {})),
-    ("ranks.0.loader.epoch", ("1", None)),
+    ("ranks.0.loader.epoch", ("1", None, -1)),
     ("ranks.0.loader.bad_samples", (3, {"rows": [[1]], "reasons": ["x"]}, {"rows": [], "reasons": ["x"]})),
 ]
 
@@ -125,6 +126,14 @@ def test_a_wrong_entry_is_named(job: Job, loader: Loader, key: str, values: tupl
         assert "\n" not in text
         assert len(text) < 400
         assert key.split(".")[-1] in text or key.rpartition(".")[0] in text, (value, text)
+
+
+def test_another_precision_is_named_as_the_flag_has_it(job: Job, loader: Loader) -> None:
+    """So it is if a run goes on without the GPU that it began on. --precision may change, see `FREE_SETTINGS`."""
+    wrong = state_of(job, loader) | {"autocast_dtype": "torch.bfloat16"}
+    text = "--resume auto: the run was started in bf16, and on this device it would be in fp32; set --precision bf16"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        resume(wrong, job, loader)
 
 
 def test_a_right_one_is_restored(job: Job, loader: Loader) -> None:

@@ -140,8 +140,3 @@ def test_every_class_has_its_square_and_its_name_on_both_axes(number: int, named
     assert dark[margin:, :17].any(), "the title of the rows"
     assert dark[:17, margin:].any(), "the title of the columns"
     assert not dark[:margin, :margin].any()
-
-
-def test_too_many_classes_for_a_confusion_picture() -> None:
-    with pytest.raises(ValueError, match="a confusion matrix of 51 classes cannot be drawn; 50 can"):
-        confusion_picture(torch.zeros(51, 51), None)

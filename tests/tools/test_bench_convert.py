@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import write_tree
-from tools.bench.convert import main
+from tools.bench import peer_writers
+from tools.throughput.peer_loaders import read_bytes
 
 
 def command(*arguments: object) -> list[str]:
@@ -76,23 +78,13 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, six_images: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{0}/nowhere"], "nowhere: no images in class folders; SRC/CLASS/IMAGE is the layout needed"),
-        (["{1}", "--rounds", "0"], "--rounds 0: at least 1 is needed"),
-        (["{1}", "--only", "zip"], "--only zip: no such competitor; there are copied, checked, resized, tar, cp, shards, "),
-        (["{1}", "--peers-python", "/bin/false"], "--peers-python /bin/false: not a Python interpreter"),
-        (["{1}", "--images", "1000000000000"], "GB needed; name another folder with --scratch, or fewer --images"),
-    ],
-)
-def test_wrong_input_gets_one_clear_line(
-    tmp_path: Path, six_images: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([argument.format(tmp_path, six_images) for argument in arguments])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message.format(tmp_path) in error
+def test_images_that_img2dataset_left_out_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(table: str, *, output_folder: str, **options: object) -> None:
+        for number in range(2):
+            report = {"successes": 3, "status_dict": {"success": 3, "HTTP Error 404": 1}}
+            (Path(output_folder) / f"{number}_stats.json").write_text(json.dumps(report))
+
+    (tmp_path / "shards").mkdir()
+    monkeypatch.setitem(sys.modules, "img2dataset", SimpleNamespace(download=download))
+    with pytest.raises(RuntimeError, match=r"^img2dataset wrote 6 of 8 images: 6 success, 2 HTTP Error 404$"):
+        peer_writers.img2dataset([("/x.jpg", 0)] * 8, str(tmp_path), 1, read_bytes)

@@ -10,8 +10,8 @@ import pytest
 
 from pipelines.shards.index import scan_tar
 from pipelines.shards.shard_set import open_shards
+from tools.bench import start
 from tools.bench.linked import LinkedShards, small
-from tools.bench.scale import main
 
 FEW = ("--batch-size", 4, "--image-size", 32, "--base-shards", 6, "--base-samples", 600, "--seconds", 0.01, "--rounds", 1)
 
@@ -43,7 +43,7 @@ def test_table_and_figures(tmp_path: Path, shards: Path) -> None:
         **({("bucket", 40): (40, 600, 1, cores, 32)} if "bucket" in axes else {}),
     }
     bad = by_point.pop(("samples", 6))
-    assert "6 training samples over 1 rank(s) do not fill one batch of 8" in bad["error"]
+    assert "6 training samples cannot fill one batch of 8" in bad["error"]
     assert f"failed: {bad['error']}" in done.stdout
     for (axis, value), result in by_point.items():
         assert result["error"] is None
@@ -71,23 +71,7 @@ def test_made_up_shards(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "made").glob("*.tar")) < 2_000_000
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--shards", 0, 10], "--shards 0 10: numbers from 1 on are needed"),
-        (["--axes", "bucket", "--bucket-shards", 0], "--bucket-shards 0: numbers from 1 on are needed"),
-        (["--base-samples", 0], "--base-samples 0: at least 1 is needed"),
-        (["--rounds", 0], "--rounds 0: at least 1 is needed"),
-        (["--seconds", 0], "--seconds 0 --latency 30: more than 0 is needed, and no less than 0"),
-        (
-            ["--axes", "shards", "--shards", 10, 100, "--base-samples", 50],
-            "axis shards at 100: 50 samples are fewer than 100 shards; lower --shards, --bucket-shards or --base-shards, or "
-            "raise --samples or --base-samples",
-        ),
-        (["--data", "nowhere", "--axes", "sizes"], "no such shard: 'nowhere'; looked from {here}"),
-    ],
-)
-def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, options)])
-    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message.format(here=Path.cwd())}\n")
+def test_a_rank_that_never_comes_is_not_awaited_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "MEETING_SECONDS", 0.1)
+    with pytest.raises(TimeoutError, match=r"^after 0 s not all of the 2 ranks have a batch$"):
+        start._meet(tmp_path, "0", 2)

@@ -5,10 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tools.bench.step import main
-
 
 def test_table_and_figures(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
@@ -26,9 +22,3 @@ def test_table_and_figures(tmp_path: Path) -> None:
     for result in (barest, trainer):
         assert result["name"] in done.stdout
         assert all(seconds > 0 for seconds in result["seconds"]["rounds"] + result["cpu_seconds"]["rounds"])
-
-
-def test_wrong_settings_are_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--device", "cpu", "--rounds", "0"])
-    assert (ended.value.code, capsys.readouterr().err) == (2, "error: --rounds 0: at least 1 is needed\n")

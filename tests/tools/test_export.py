@@ -216,7 +216,7 @@ def test_mismatch_is_not_written(tmp_path: Path, checkpoint: Path, pt2: Exported
     stale = TORCH_EXPORT._replace(write=lambda module, example, metadata, path: path.write_bytes(pt2.path.read_bytes()))
     path = tmp_path / "model.pt2"
     path.write_bytes(b"an existing file")
-    with pytest.raises(MismatchError, match="not written: the file's probabilities differ from the network's by up to 0"):
+    with pytest.raises(MismatchError, match="its probabilities would differ from the network's by up to 0"):
         export(load_model(checkpoint, "ema"), path, stale)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt2", b"an existing file")]
 
@@ -261,43 +261,15 @@ def test_comparison(checkpoint: Path, count: int) -> None:
         probabilities[-1, 0] += change if sum(seen) == count else 0
         return probabilities
 
-    assert largest_difference(run, trained, images, images) < 1e-5
+    with torch.inference_mode():
+        expected = trained.model(images).softmax(1)
+    assert largest_difference(run, images, expected) < 1e-5
     assert sum(seen) == count
     assert seen[0] == 1
     for change in (1e-3, float("nan")):
         seen.clear()
         with pytest.raises(MismatchError):
-            largest_difference(lambda batch, change=change: run(batch, change), trained, images, images)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.pt", "-o", "model.pt2"], "error: none.pt: no such file; name a best.pt or last.pt"),
-        (["best.pt", "-o", "model.bin"], "error: --output model.bin: the name has to end in .onnx or .pt2"),
-        (["best.pt", "-o", "none/model.onnx"], "error: --output none/model.onnx: none does not exist; make it first"),
-        (["best.pt", "-o", "text.jpg/model.pt2"], "error: --output text.jpg/model.pt2: text.jpg is not a folder"),
-        (["best.pt", "-o", "pipe.pt2"], "error: --output pipe.pt2: exists, and is not a file; name another"),
-        (["best.pt", "-o", f"{'x' * 250}.pt2"], f"error: --output {'x' * 250}.pt2: cannot be written (File name too long)"),
-        (["best.pt", "-o", "model.pt2", "--check", "none.jpg"], "error: none.jpg: no such file or folder"),
-        (
-            ["best.pt", "-o", "model.pt2", "--check", "text.jpg"],
-            "error: --check text.jpg: none of the first 64 images",
-        ),
-    ],
-)
-def test_mistakes(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("best.pt").symlink_to(checkpoint)
-    Path("text.jpg").write_text("hello")
-    os.mkfifo("pipe.pt2")
-    status, output, errors = run_main(cli.main, *arguments)
-    assert (status, output) == (2, "")
-    assert errors.startswith(message)
-    assert errors.count("\n") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "pipe.pt2", "text.jpg"]
+            largest_difference(lambda batch, change=change: run(batch, change), images, expected)
 
 
 def test_missing_libraries(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,5 +277,4 @@ def test_missing_libraries(tmp_path: Path, checkpoint: Path, monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnxr") else find_spec(name))
     status, _, errors = run_main(cli.main, checkpoint, "-o", tmp_path / "model.onnx")
     assert status == 2
-    message = "onnxruntime not installed; pip install -e '.[export]'"
-    assert errors == f"error: --output {tmp_path / 'model.onnx'}: {message}\n"
+    assert errors == f"error: --output {tmp_path / 'model.onnx'} needs onnxruntime; pip install -e '.[export]'\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools.bench.gpu_proof import steps
+from tools.bench.gpu_proof import steps, testing
 from tools.bench.gpu_proof.plan import PLANS
 
 
@@ -62,10 +62,10 @@ def test_a_step_that_ends_its_process_does_not_either(tmp_path: Path, monkeypatc
     assert "error" not in found["waits"]
 
 
-def test_an_unknown_step(tmp_path: Path) -> None:
-    done, _ = prove(tmp_path / "out", "--steps", "dat")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --steps dat: quick has no such step; it has data, pipelines, damaged")
+def test_tests_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest, "main", lambda arguments, plugins: pytest.ExitCode.TESTS_FAILED)
+    with pytest.raises(AssertionError, match=r"^pytest ended with status 1, and 0 tests passed$"):
+        list(testing.run_tests([]))
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -99,6 +99,7 @@ def test_foreign_shards_of_many_sizes_and_damaged_images(tmp_path: Path) -> None
     assert "5: 2.8 samples on average, smallest class 0 1, largest class 2 11; 2 classes are empty" in text
     assert "training cannot decode 2 (1 not an image; 1 jpeg image cut short)" in text
     assert as_json(collect(str(tmp_path), num_workers=2)) == as_json(splits)
+    assert as_json(collect(f"{tmp_path}/{{some-7,some-*}}.tar")) == as_json(splits)  # a tar that is named twice counts once
 
 
 def test_a_sample_is_spread_evenly_and_said_to_be_one(tmp_path: Path) -> None:
@@ -121,23 +122,3 @@ def test_options_of_the_conversion_are_shown(tmp_path: Path) -> None:
     assert splits["train"].conversion == {"seed": 3, "resize": None, "check": "decode"}
     assert "converted with  seed 3, check decode" in as_text(splits)
     assert "1: 1 sample each; no class is empty" in as_text(splits)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{0}"], "no .tar files in folder"),
-        (["{0}/nowhere"], "no such shard: "),
-        (["{1}", "--sample", "0"], "--sample 0: at least 1 is needed"),
-        (["{1}", "--workers", "0"], "--workers 0: at least 1 is needed"),
-        (["{1}", "--index-dir", "{0}/nowhere"], "nowhere: no such folder"),
-    ],
-)
-def test_bad_input_gets_one_clear_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], shards: Path, arguments: list[str], message: str
-) -> None:
-    done = call_shards(capsys, "info", *[argument.format(tmp_path, shards) for argument in arguments])
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr

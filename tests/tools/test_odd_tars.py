@@ -189,7 +189,6 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress(write(tmp_path / "x.tar", samples("0", "1")).read_bytes())
     (tmp_path / "tars").mkdir()
     for name, content, message in (
-        ("cut.tar.gz", packed[:-20], "damaged gzip file ("),
         ("flipped.tar.gz", packed[:30] + bytes([packed[30] ^ 255]) + packed[31:], "damaged gzip file ("),
         ("x.tar.zst", b"\x28\xb5\x2f\xfd rest", "compressed (zstd); unpack it with `unzstd --rm "),
         ("text.tar.gz", b"hello", "not a readable tar ("),
@@ -227,9 +226,10 @@ def test_hard_links_are_followed_and_others_are_named(tmp_path: Path) -> None:
             add(file, f"{name}.png", kind, link=link)
             add(file, f"{name}.cls", data=b"0")
         add(file, "9.png", tarfile.SYMTYPE, link="1.png")
+    way_out = "`tar --dereference --hard-dereference` stores files in place of links"
     reasons = {
-        "4": "4.png is a symbolic link to /etc/passwd",
-        "5": "5.png is a hard link to 9.png, which is not in front of it in the tar",
+        "4": f"4.png is a symbolic link to /etc/passwd; {way_out}",
+        "5": f"5.png is a hard link to 9.png, which is not in front of it in the tar; {way_out}",
         "6": "6.png is a FIFO",
         "7": "7.png is a device",
         "8": "8.png is a folder",
@@ -446,6 +446,6 @@ def test_an_index_that_points_beyond_its_tar(tmp_path: Path) -> None:
         os.utime(tar.with_suffix(".idx"))
         with loader("dali", tar) as batches, pytest.raises(ValueError, match=r"x\.idx: damaged index"):
             batches.next()
-        with pytest.raises(ValueError, match=r"x\.tar: damaged index, or the index of another tar; it lists bytes from"):
+        with pytest.raises(ValueError, match=r"x\.tar: damaged index, or the index of another tar .*; it lists bytes from"):
             open_shards(str(tar), "train").labels()
-        refused(tar, "damaged index, or the index of another tar; it lists bytes from", "info")
+        refused(tar, "writes it anew); it lists bytes from", "info")

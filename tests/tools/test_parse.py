@@ -20,13 +20,10 @@ Main = Callable[[Sequence[str]], None]
 @pytest.mark.parametrize(
     ("main", "words", "message"),
     [
-        (shards, "convert --nam valid SRC DST", "shards convert has no option --nam (did you mean --name?); "),
         (shards, "convert SRC DST --lables=x.csv", "no option --lables (did you mean --labels?)"),
         (shards, "convert SRC DST --shard_sampels 1 --qqq", "--shard_sampels (did you mean --shard-samples?), --qqq; "),
         (shards, "convert -name valid SRC DST", "no option -name (did you mean --name?)"),
         (shards, "info --sampel 3 X", "shards info has no option --sampel (did you mean --sample?)"),
-        (shards, "cnvert SRC DST", "shards has no verb cnvert (did you mean convert?); it has convert, info, preview, "),
-        (shards, "--name valid convert SRC DST", "shards needs a verb before --name: convert, info, "),
         (shards, "info x.\x1b[31m --nam\x1b", "shards info has no option --nam\\x1b"),
         (throughput, "loader X --batchsize 3", "throughput loader has no option --batchsize (did you mean --batch-size?)"),
         (predict, "--topp 3 best.pt x.jpg", "predict has no option --topp (did you mean --top?)"),
@@ -45,28 +42,19 @@ def test_unknown_words_are_named(main: Main, words: str, message: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["convert", "info", "verify", "index"])
+@pytest.mark.parametrize("verb", ["info", "verify", "index"])
 def test_a_pattern_needs_quotes(tmp_path: Path, verb: str) -> None:
     files = [tmp_path / f"x-{number:03d}.tar" for number in range(120)]
     for file in files:
         file.touch()
-    done = run_main(shards, verb, *files, *(["DST"] if verb == "convert" else []))
+    done = run_main(shards, verb, *files)
     message = f"error: 120 .tar files are too many for shards {verb}; put the pattern in quotes: '{tmp_path}/x-*.tar'\n"
-    assert (done.status, done.stderr) == (2, message)
-
-
-def test_folders_of_an_expanded_pattern(tmp_path: Path) -> None:
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / name).mkdir()
-    done = run_main(shards, "convert", *sorted(tmp_path.iterdir()), "DST")
-    message = f"error: 3 folders are too many for shards convert; name the folder that holds them: {tmp_path}\n"
     assert (done.status, done.stderr) == (2, message)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("convert SRC my DST", "error: shards convert takes fewer words: SRC my DST; names with blanks need quotes\n"),
         ("convert SRC", "DST"),
         ("convert SRC DST --seed x", "--seed"),
         ("convert SRC DST --shard-samples", "Missing value for argument '--shard-samples'"),

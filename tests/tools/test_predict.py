@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -84,17 +82,6 @@ GOOD, BAD = ["a.jpg", "b.PNG", "c gray.jpeg", "g.webp", "sub/deep/i.jpg"], ["d t
 def test_usage() -> None:
     done = run_main(cli.main, "--help")
     assert (done.status, done.stdout.split("\n")[0]) == (0, "usage: predict [-h] [OPTIONS] CHECKPOINT IMAGES ...")
-
-
-def test_truncated_shard_is_reported(tmp_path: Path, checkpoint: Path, shards: Path) -> None:
-    for name in ("valid-000000.tar", "valid-000000.idx"):
-        (tmp_path / name).write_bytes((shards / name).read_bytes())
-    with open(tmp_path / "valid-000000.tar", "r+b") as file:
-        file.truncate(file.seek(0, 2) // 2)
-    done = predict(checkpoint, tmp_path / "valid-000000.tar", "--json", "--batch-size", 2)
-    assert done.status != 0
-    assert re.search(r"error: .*valid-000000\.tar.*cut short", done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def test_probabilities_match_validation(checkpoint: Path, shards: Path) -> None:
@@ -276,43 +263,6 @@ def test_preprocessing_comes_from_the_checkpoint(tmp_path: Path, checkpoint: Pat
         other = checkpoints.write(tmp_path / "other.pt", preprocessing={**base, **change})
         [changed] = predictions(other, mixed / "a.jpg")
         assert (probabilities(changed) - probabilities(usual)).abs().max() > 1e-3, change
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.pt", "a.jpg"], "error: none.pt: no such file; name a best.pt or last.pt that train.py wrote"),
-        (["a.jpg", "a.jpg"], "error: a.jpg is damaged, or not a checkpoint"),
-        (["best.pt"], "error: name images, folders or shards after the checkpoint"),
-        (["best.pt", "a.jpg", "none.jpg"], "error: none.jpg: no such file or folder"),
-        (["best.pt", "empty"], "error: empty: no images in this folder, nor shards"),
-        (["best.pt", "x-*.tar"], "error: no such shard: 'x-*.tar'"),
-        (["best.pt", "x-*.jpg"], "error: x-*.jpg: no such image"),
-        (["best.pt", "both"], "error: both: holds images and tars; name the tars ('both/*.tar'), or the images, or both"),
-        (["best.pt", "a.jpg", "--top", "0"], "error: --top 0: a number from 1 to 1024 is needed"),
-        (["best.pt", "a.jpg", "--batch-size", "0"], "error: --batch-size 0: a number from 1 to 1024 is needed"),
-    ],
-)
-def test_mistakes(
-    tmp_path: Path, checkpoint: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "both"):
-        (tmp_path / folder).mkdir()
-    for name in ("x.tar", "x.jpg"):
-        (tmp_path / "both" / name).touch()
-    os.link(checkpoint, "best.pt")
-    shutil.copy(mixed / "a.jpg", "a.jpg")
-    done = predict(*arguments)
-    assert (done.status, done.stdout) == (2, "")
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-
-
-def test_no_usable_image(checkpoint: Path, mixed: Path) -> None:
-    done = predict(checkpoint, *(mixed / name for name in BAD[:3]))
-    assert (done.status, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == "error: no image could be predicted"
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":

@@ -252,46 +252,11 @@ def test_run_without_lines_is_skipped(tmp_path: Path) -> None:
     assert "1 run" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no runs given"),
-        (["nowhere"], "nowhere: there is no such folder"),
-        (["run/metrics.jsonl"], "there is no such folder"),
-        ([""], "there is no metrics.jsonl in it"),
-        (["run", "-o", "report.pdf"], "report.pdf: the name has to end in .html or .png"),
-        (["run", "-o", "nowhere/report.html"], "nowhere; make it first"),
-        (["run", "-o", "folder.html"], "folder.html: a folder; name a file in it"),
-        (["no-config"], "there is no config.json in it"),
-        (["empty"], "has not written a line yet"),
-        (["broken"], "metrics.jsonl, line 2: not valid JSON"),
-        (["odd"], 'metrics.jsonl, line 1: "loss" is not a number'),
-        (["list"], "metrics.jsonl, line 1: not an object with"),
-        (["nothing", "-o", "report.png"], "nothing: no line of metrics.jsonl has a number that can be plotted"),
-        (["no-step"], 'metrics.jsonl, line 1: no whole number "step"'),
-        (["bad-config"], "config.json: not valid JSON"),
-    ],
-)
-def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
-    write_run(tmp_path / "run", WHOLE)
-    write_run(tmp_path / "empty", [])
-    (tmp_path / "folder.html").mkdir()
-    write_run(tmp_path / "odd", [train_line(1, 20, loss="high")])
-    write_run(tmp_path / "no-step", [{"split": "train", "epoch": 1}])
-    write_run(tmp_path / "nothing", [{"split": "train", "epoch": 1, "step": 0, "loss": None}])
-    write_run(tmp_path / "list", [[]])  # type: ignore[list-item]
-    write_run(tmp_path / "broken", WHOLE)
-    text = (tmp_path / "broken" / "metrics.jsonl").read_text()
-    (tmp_path / "broken" / "metrics.jsonl").write_text(text.replace('{"split": "train", "epoch": 1, "step": 40', "{", 1))
-    (write_run(tmp_path / "no-config", WHOLE) / "config.json").unlink()
-    (write_run(tmp_path / "bad-config", WHOLE) / "config.json").write_text("{")
+def test_a_report_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    nothing = write_run(tmp_path / "nothing", [{"split": "train", "epoch": 1, "step": 0, "loss": None}])
     before = sorted(tmp_path.rglob("*"))
-    paths = [word if word.startswith("-") else tmp_path / word for word in arguments]
-    done = report(*paths)
+    done = report(nothing, "-o", tmp_path / "report.png")
     assert (done.status, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

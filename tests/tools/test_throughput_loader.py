@@ -19,7 +19,6 @@ from tests.conftest import write_tree
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 from tools.shards.shape import Shape
-from tools.throughput.cli import main
 from tools.throughput.stage import StageTask, stage_batches
 
 STAGES = ["read", "headers", "decode", "resize", "normalize", "hand-over"]
@@ -92,31 +91,6 @@ def test_a_stage_that_fails_has_no_figures_and_the_next_no_difference(tmp_path: 
     assert re.search(rf"^\+ decode +failed: {re.escape(results['decode']['error'])}$", done.stdout, re.MULTILINE)
     assert results["hand-over"]["images_per_second"]["median"] > 0
     assert results["hand-over"]["milliseconds"] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "--data.train is needed, the shards to load"),
-        (["--data.train", "shards", "--splits", "valid"], "--data.valid is needed, the shards to load"),
-        (["--data.train", "shards", "--stages"], "--splits and --stages: at least 1 of each is needed"),
-        (["--data.train", "shards", "--images", 0], "--images 0: at least 1 is needed"),
-        (
-            ["--data.train", "shards", "--data.size-schedule", "1:64"],
-            "--data.size-schedule: only one size is measured, --image-size",
-        ),
-        (
-            ["--data.train", "shards", "--data.backend", "pillow"],
-            "--data.backend pillow: only dali has these stages; throughput compare has others",
-        ),
-        (["--data.train", "shards", "--plot", "chart.pdf"], "--plot chart.pdf: a PNG is drawn; end the name with .png"),
-        (["--data.train", "shards", "--json", "no/f"], "--json no/f: there is no folder no; make it first"),
-    ],
-)
-def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["loader", *map(str, options)])
-    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
 def test_a_chart_of_nothing(tmp_path: Path) -> None:

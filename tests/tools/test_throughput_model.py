@@ -10,7 +10,6 @@ import pytest
 
 from model.config import ModelConfig
 from tools.run.config import Config
-from tools.throughput.cli import main
 from tools.throughput.model import count_flops
 
 
@@ -88,17 +87,3 @@ def test_operations_of_an_image() -> None:
     first_layer = 2 * 7 * 7 * 3 * 64 * 112 * 112
     counted = count_flops(Config(image_size=224, model=ModelConfig(aux_logits=False)))
     assert counted == pytest.approx(3 * forward - first_layer, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--rounds", 0], "--rounds 0: at least 1 is needed"),
-        (["--batch-sizes", 1, 8], "--batch-sizes 1 8: sizes from 2 on are needed"),
-        (["--precisions", "fp16"], "--precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
-    ],
-)
-def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["model", "--device", "cpu", *map(str, options)])
-    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")

@@ -2,9 +2,12 @@
 
 import functools
 import json
+import sys
 
 import pytest
 
+from tests.helpers.command import run_main
+from tools.throughput import cli
 from tools.throughput.report import Column, Report, Row, Table
 from tools.throughput.rounds import Outcome, Turn, TurnError, summarize, take_turns
 
@@ -74,3 +77,10 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert (slow["files"], broken["seconds"], broken["error"]) == (None, None, "no space left")
     assert (broken["is_installed"], missing["is_installed"]) == (True, False)
+
+
+def test_a_chart_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run_main(cli.main, "model", "--plot", "chart.png")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == "error: --plot needs matplotlib, which is not installed; pip install -e '.[plot]'\n"

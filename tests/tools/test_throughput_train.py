@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import ROOT, arguments
-from tools.throughput.cli import main
+from tools.throughput import jobs
+from tools.throughput.rounds import TurnError
 
 SMALL = ("--device", "cpu", "--torch-threads", 1, "--image-size", 32, "--batch-size", 8, "--model.no-aux-logits")
 
@@ -24,14 +25,6 @@ def run(command: list[str], *options: object) -> subprocess.CompletedProcess[str
 
 def throughput(*options: object) -> subprocess.CompletedProcess[str]:
     return run(["-m", "tools.throughput", "train"], *options)
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """The error message of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *map(str, options)])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 def rounds(result: dict[str, Any]) -> list[float]:
@@ -119,24 +112,10 @@ def test_train_says_online_what_is_measured_here(tmp_path: Path, shards: Path) -
     assert re.search(r"shards convert --resize 37 makes it 1\.[23]\d times as fast", report["verdict"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "--data.train is needed, the shards to train on"),
-        (
-            ["--data.train", "shards", "--rounds", 2, "--device", "cpu"],
-            "--rounds 2: at least 3 is needed",
-        ),
-        (
-            ["--data.train", "shards", "--data.size-schedule", "1:64"],
-            "--data.size-schedule: only one size is measured, --image-size",
-        ),
-    ],
-)
-def test_mistakes(capsys: pytest.CaptureFixture[str], options: list[object], message: str) -> None:
-    assert mistake(capsys, *options) == f"error: {message}\n"
-
-
-def test_too_few_samples(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = mistake(capsys, "--data.train", shards, "--batch-size", 16)
-    assert error.startswith(f"error: --data.train {shards}: 64 samples in local shards, 4 batches, are needed; ")
+def test_files_of_which_the_page_cache_cannot_be_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TurnError, match=r"^the system does not tell whether /proc/version is in the page cache \(.+\)$"):
+        jobs.drop_from_page_cache(["/proc/version"])
+    monkeypatch.setattr(jobs, "_drop", lambda path: False)
+    monkeypatch.setattr(jobs, "DROP_SECONDS", 0)
+    with pytest.raises(TurnError, match=r"^x\.tar does not leave the page cache$"):
+        jobs.drop_from_page_cache(["x.tar"])

@@ -15,7 +15,7 @@ from pipelines.config import DataConfig
 from pipelines.shards.index import read_index, scan_tar, write_index
 from pipelines.shards.shard_set import ShardSet, open_shards
 from tests.conftest import write_image
-from tests.tools.test_shards_command import add_member, call_shards, shards_command
+from tests.tools.test_shards_command import add_member, shards_command
 from tools.shards.verify import LINES_PER_KIND, Report, verify
 from tools.shards.verify_tar import Finding
 
@@ -271,23 +271,3 @@ def test_a_broken_info_is_a_finding(tmp_path: Path, image: bytes) -> None:
     write_tar(tmp_path / "valid-0.tar", good(image, "1"))  # another split by its name, so the key may occur again
     (tmp_path / "_info.json").write_text("{")
     assert found(verify(str(tmp_path), num_workers=1)) == [("wrong-info", "_info.json", "")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{0}/nowhere"], "no such shard"),
-        (["{0}"], "no .tar files in folder"),
-        (["{0}/data/x.tar", "--workers", "0"], "--workers 0: at least 1 is needed"),
-        (["{0}/data", "--index-dir", "{0}/nowhere"], "nowhere: no such folder; --quarantine or"),
-    ],
-)
-def test_bad_input_gets_one_clear_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: bytes, arguments: list[str], message: str
-) -> None:
-    write_tar(tmp_path / "data" / "x.tar", good(image, "1"))
-    done = call_shards(capsys, "verify", *[argument.format(tmp_path) for argument in arguments])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr

@@ -12,9 +12,10 @@ from typing import Any
 
 import tyro
 
+from tools.bench.command import check_json, run_measurement
 from tools.bench.converters import DISTRIBUTIONS, PEER_MODULES, Competitor, choose, competitors
-from tools.cli import run_command
 from tools.shards.parallel import require_positive
+from tools.shards.sources.folders import require_folder
 from tools.throughput.process import open_scratch, probe, run_measured
 from tools.throughput.report import MEMORY, Column, Report, Row, Table
 from tools.throughput.rounds import Outcome, Turn, summarize, take_turns
@@ -61,8 +62,7 @@ def convert(
         json: File for all figures.
     """
     settings = {**locals(), "source": src}
-    for option in ("rounds", "images", "resize", "quality"):
-        require_positive(option, settings[option])
+    _check(settings)
     everybody = competitors(peers_python, resize, quality)
     chosen = choose(everybody, only)
     modules, peers_versions = probe(peers_python, tuple(PEER_MODULES), DISTRIBUTIONS)
@@ -90,6 +90,15 @@ def convert(
         versions=probe(sys.executable, (), DISTRIBUTIONS)[1],
     ).publish(json)
     return int(any(outcome.error for outcome in outcomes.values()))
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    for option in ("rounds", "images", "resize", "quality"):
+        require_positive(option, settings[option])
+    if settings["quality"] > 100:
+        raise ValueError(f"--quality {settings['quality']}: 1 to 100 is the range")
+    check_json(settings["json"])
+    require_folder(settings["src"])
 
 
 def _class_folder_files(source: Path) -> list[str]:
@@ -164,7 +173,7 @@ def _row(competitor: Competitor, outcome: Outcome | None, baseline: Outcome | No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(lambda: tyro.cli(convert, prog="python -m tools.bench.convert", args=arguments))
+    run_measurement(convert, "convert", arguments)
 
 
 if __name__ == "__main__":

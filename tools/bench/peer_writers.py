@@ -5,6 +5,7 @@ is a JSON object.
 """
 
 import argparse
+import collections
 import csv
 import functools
 import importlib
@@ -129,7 +130,9 @@ def img2dataset(entries: list[Entry], destination: str, workers: int, work: Work
     reports = [json.loads(report.read_text()) for report in shards.glob("*_stats.json")]
     written = sum(report["successes"] for report in reports)
     if written < len(entries):
-        raise RuntimeError(f"img2dataset wrote {written} of {len(entries)} images: {[r['status_dict'] for r in reports]}")
+        statuses = sum((collections.Counter(report["status_dict"]) for report in reports), collections.Counter[str]())
+        counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+        raise RuntimeError(f"img2dataset wrote {written} of {len(entries)} images: {counts}")
 
 
 def _spread(write_part: Callable[..., None], entries: list[Entry], destination: str, workers: int, work: Work) -> None:

@@ -3,12 +3,12 @@
 import re
 import time
 from array import array
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 
-import tyro
-
-from tools.cli import run_command
+from tools.bench.command import run_measurement
+from tools.shards.parallel import require_positive
 from tools.shards.plan import Options, make_plan
 from tools.shards.sources.listing import WHOLE_FILE, Extent, Extents, Listing
 
@@ -23,6 +23,8 @@ def measure_plan(*, images: int = 1_281_167, classes: int = 1000, json: bool = F
         classes: Number of classes.
         json: Print one JSON object.
     """
+    for option, number in {"images": images, "classes": classes}.items():
+        require_positive(option, number)
     extents, labels = Extents("/data/imagenet/train"), array("i")
     names = tuple(f"n{1_000_000 + 7 * i:08d}" for i in range(classes))
     for i in range(images):  # a listing that resembles ImageNet's training set
@@ -46,5 +48,9 @@ def measure_plan(*, images: int = 1_281_167, classes: int = 1000, json: bool = F
     return 0
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_measurement(measure_plan, "plan", arguments)
+
+
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(measure_plan, prog="python -m tools.bench.plan"))
+    main()

@@ -1,7 +1,7 @@
 """`python -m tools.bench.remote SHARDS` compares training from a bucket with training from the disk."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from pipelines.dali.operators import validation_images
 from pipelines.shards.members import IMAGE_EXTENSIONS
 from pipelines.shards.shard_set import ShardSet, open_shards
 from tools.bench.bucket import serve
-from tools.cli import run_command
+from tools.bench.command import check_json, check_latency, run_measurement
+from tools.shards.parallel import require_positive
+from tools.shards.sources.folders import require_folder
 from tools.throughput.hardware import versions
 from tools.throughput.report import RATE, RATIO, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, take_turns
@@ -52,6 +54,7 @@ def remote(
         json: File for all figures.
     """
     settings = {**locals(), "latency_seconds": latency / 1000}
+    _check(settings)
     opened = open_shards(str(shards), "train")
     tars = [Path(tar).name for tar in opened.tars]
     names = f"{{{','.join(tars)}}}" if len(tars) > 1 else tars[0]
@@ -86,6 +89,14 @@ def remote(
     return 0
 
 
+def _check(settings: dict[str, Any]) -> None:
+    for option in ("block_shards", "batch_size", "image_size", "threads", "rounds"):
+        require_positive(option.replace("_", "-"), settings[option])
+    check_latency(settings["latency"])
+    check_json(settings["json"])
+    require_folder(settings["shards"])
+
+
 def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -> Turn:
     """Reads a few batches from the bucket in order with DALI's reader, and decodes them as validation does."""
     from nvidia.dali import fn, types
@@ -111,5 +122,9 @@ def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -
     return {"first_seconds": first - started, "images_per_second": images / (time.perf_counter() - first)}
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_measurement(remote, "remote", arguments)
+
+
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(remote, prog="python -m tools.bench.remote"))
+    main()

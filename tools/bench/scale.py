@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ import tyro
 
 from model.config import at_least
 from pipelines.shards.shard_set import open_shards
+from tools.bench.command import check_json, check_latency
 from tools.bench.linked import LinkedShards, photograph, small
 from tools.cli import run_command
 from tools.parse import parse
@@ -138,10 +140,12 @@ class Scale:
             ValueError: There would be shards without a sample, a number is too small, or --data names no local shards.
         """
         at_least(self, base_shards=1, base_samples=1, batch_size=1, image_size=1, rounds=1)
-        if self.seconds <= 0 or self.latency < 0:
-            raise ValueError(
-                f"--seconds {self.seconds:g} --latency {self.latency:g}: more than 0 is needed, and no less than 0"
-            )
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"--seconds {self.seconds:g}: a number above 0 is needed")
+        check_latency(self.latency)
+        check_json(self.json)
+        if not self.axes:
+            raise ValueError(f"--axes: at least one of {', '.join(AXES)} is needed")
         if self.data and {"threads", "sizes"} & {*self.axes}:
             shards = open_shards(self.data, "train")
             if shards.is_remote:
@@ -153,7 +157,8 @@ class Scale:
             option = "bucket_shards" if axis == "bucket" else axis
             values = sorted(powers) if axis == "threads" and self.threads is None else getattr(self, option)
             if min(values, default=0) < 1:
-                raise ValueError(f"--{option.replace('_', '-')} {' '.join(map(str, values))}: numbers from 1 on are needed")
+                flag = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{' '.join([flag, *map(str, values)])}: numbers from 1 on are needed")
             threads = 1 if axis == "ranks" else cores  # more threads would measure the cores
             base = {"shards": self.base_shards, "samples": self.base_samples, "ranks": 1, "threads": threads}
             base |= {"image_size": self.image_size, "batch_size": self.batch_size}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from torch.optim import SGD
 
@@ -14,7 +13,7 @@ from model.distributed import World, alone, choose_device
 from model.googlenet import GoogLeNet
 from model.loss import googlenet_loss
 from model.optim import build_scheduler
-from tools.cli import run_command
+from tools.bench.command import check_json, run_measurement
 from tools.run.config import Config
 from tools.run.resources import choose_autocast_dtype, with_batch_size
 from tools.shards.parallel import require_positive
@@ -57,8 +56,9 @@ def step(
         rounds: Turns of each loop.
         json: File for all figures.
     """
-    for option, number in {"steps": steps, "rounds": rounds}.items():
+    for option, number in {"steps": steps, "rounds": rounds, "torch-threads": torch_threads}.items():
         require_positive(option, number)
+    check_json(json)
     chosen = choose_device(device)
     steps = steps or (20 if chosen.type == "cuda" else 1)
     if torch_threads is not None:
@@ -121,7 +121,7 @@ def make_barest(config: Config, world: World, autocast_dtype: torch.dtype | None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(lambda: tyro.cli(step, prog="python -m tools.bench.step", args=arguments))
+    run_measurement(step, "step", arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from model.config import at_least
 from pipelines.config import DataConfig
 from tools.cli import log_to, run_command
 from tools.parse import parse
+from tools.run.config import MOST_THREADS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Evaluate:
     quarantine: tuple[str, ...] = DataConfig.quarantine
     """Files or run folders that list unusable samples, which are then skipped from the start."""
     batch_size: int = 0
-    """Images per batch and device. 0: 64 on a CPU; 32 to 256 on a GPU, depending on its memory."""
+    """Images per batch and device. 0: 16 to 64 on a CPU, 16 to 256 per GPU, by memory, number of GPUs, and samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -58,6 +59,9 @@ class Evaluate:
 
     def run(self) -> int:
         at_least(self, batch_size=0, torch_threads=1)
+        for name in ("threads", "torch_threads"):
+            if (getattr(self, name) or 1) > MOST_THREADS:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at most {MOST_THREADS} is possible")
         names = (
             *("index_dir", "image_key", "label_key", "class_file", "cache_dir", "cache_gigabytes"),
             *("on_error", "max_bad_fraction", "quarantine", "threads"),

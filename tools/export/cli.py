@@ -45,7 +45,7 @@ class Export:
         try:
             print(export(trained, self.output, file_format, self.check, self.split))
         except MismatchError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {self.output} was not written: {error}", file=sys.stderr)
             return 1
         return 0
 

@@ -55,16 +55,20 @@ def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequ
         split: Split of `check`, see `open_inputs`.
 
     Raises:
-        ValueError: `check` has no usable images.
+        ValueError: `check` has no usable images, or the network's outputs are not numbers.
         MismatchError: The outputs differ.
     """
     size = trained.preprocessing.image_size
     pixels, normalized = _stored_images(trained, check, split) if check else _synthetic_images(trained.preprocessing)
+    with torch.inference_mode():
+        expected = trained.model(normalized).softmax(1)
+    if not expected.isfinite().all():
+        raise ValueError(f"{trained.path}: the network's results are not numbers; name a checkpoint of an earlier step")
     temporary = _temporary_for(output)
     try:
         # The example has two images, because torch.export treats a batch size of one as fixed.
         file_format.write(Classifier(trained), torch.rand(2, 3, size, size), metadata(trained), temporary)
-        difference = largest_difference(file_format.load(temporary), trained, pixels, normalized)
+        difference = largest_difference(file_format.load(temporary), pixels, expected)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(output)
@@ -109,14 +113,13 @@ def metadata(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def largest_difference(run: Run, trained: TrainedModel, pixels: Tensor, normalized: Tensor) -> float:
+def largest_difference(run: Run, pixels: Tensor, expected: Tensor) -> float:
     """Compares the outputs of the file with the network's, on one image and on batches of several.
 
     Args:
         run: Runs the file.
-        trained: The network.
         pixels: Input of the file, `(N, 3, H, W)`, values in [0, 1].
-        normalized: The same images as the network's input.
+        expected: The network's probabilities, `(N, num_classes)`.
 
     Raises:
         MismatchError: A probability differs by more than rounding explains.
@@ -124,12 +127,11 @@ def largest_difference(run: Run, trained: TrainedModel, pixels: Tensor, normaliz
     batches = [batch.contiguous() for batch in (pixels[:1], *pixels[1:].split(CHECK_BATCH)) if len(batch)]
     with torch.inference_mode():
         actual = torch.cat([run(batch) for batch in batches])
-        expected = trained.model(normalized).softmax(1)
     difference = float((actual - expected).abs().max())
     if not torch.allclose(actual, expected, RELATIVE, ABSOLUTE):
         raise MismatchError(
-            f"not written: the file's probabilities differ from the network's by up to {difference:.3g}, which is more than "
-            "rounding explains"
+            f"its probabilities would differ from the network's by up to {difference:.3g}, which is more than rounding explains"
+            "; try the other format"
         )
     return difference
 
@@ -140,13 +142,14 @@ def _stored_images(trained: TrainedModel, check: Sequence[str], split: str) -> t
     Raises:
         ValueError: None of them is usable.
     """
-    images = itertools.islice(open_inputs(check, split, "", trained.classes), MAX_CHECKED)
+    images = [*itertools.islice(open_inputs(check, split, "", trained.classes), MAX_CHECKED)]
     contents = [image.content for image in images if not image.problem]
     cpu = torch.device("cpu")
-    pixels, _ = validation_decoder(trained, MAX_CHECKED, cpu, normalized=False)(contents)
+    pixels, undecodable = validation_decoder(trained, MAX_CHECKED, cpu, normalized=False)(contents)
     normalized, _ = validation_decoder(trained, MAX_CHECKED, cpu)(contents)
     if not len(pixels):
-        raise ValueError(f"--check {' '.join(check)}: none of the first {MAX_CHECKED} images can be used")
+        first = f"{images[0].name}: {images[0].problem or undecodable[0]}"
+        raise ValueError(f"--check {' '.join(check)}: none of the first {MAX_CHECKED} images can be used ({first})")
     return pixels, normalized
 
 

@@ -82,8 +82,7 @@ def choose_format(output: Path) -> Format:
         ValueError: The extension is unknown, a library is not installed, or the folder does not exist.
     """
     if not output.parent.is_dir():
-        what = "is not a folder" if output.parent.exists() else "does not exist; make it first"
-        raise ValueError(f"--output {output}: {output.parent} {what}")
+        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
     if output.is_dir():
         raise ValueError(f"--output {output}: a folder; name a file in it")
     if output.exists() and not output.is_file():
@@ -94,5 +93,5 @@ def choose_format(output: Path) -> Format:
         raise ValueError(f"--output {output}: the name has to end in .onnx or .pt2")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"--output {output}: {', '.join(missing)} not installed; pip install -e '.[export]'")
+        raise ValueError(f"--output {output} needs {', '.join(missing)}; pip install -e '.[export]'")
     return ONNX

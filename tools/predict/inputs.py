@@ -70,6 +70,8 @@ def _open_input(
     location: str, split: str, label_key: str, classes: tuple[str, ...] | None, image_key: str
 ) -> Iterable[EncodedImage]:
     location = expand_location(location)
+    if not location:
+        raise ValueError("the name of an image is empty; name an image, a folder or shards")
     path = Path(location)
     if path.is_dir() and not (path / INFO_FILE).exists():
         if not any(path.glob("*.tar")):
@@ -142,7 +144,8 @@ def _read_sample(file: BinaryIO, sample: Sample, tar: str, shards: ShardSet) -> 
             number = read_label(file, sample, tar, reader)
             label = (number, reader.classes[number] if reader.classes and number < len(reader.classes) else None)
         except ValueError as error:
-            warning = f"predicted without its label; {error}"
+            source = "_info.json" if shards.classes else "the checkpoint"
+            warning = f"predicted without its label; {str(error).replace('_info.json', source)}"
     file.seek(image.offset)
     content = file.read(image.size)
     if len(content) < image.size:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -97,6 +98,8 @@ def predict(
             problem = image.problem or next(problems)
             best: Iterable[tuple[int, float]] = () if problem else zip(*next(rows), strict=True)
             scores = [ClassScore(number, trained.class_name(number), probability) for number, probability in best]
+            if scores and math.isnan(scores[0].probability):  # of which topk makes the largest
+                problem, scores = "the network's result is not a number; use a checkpoint of an earlier step", []
             yield Prediction(image, scores, problem or image.warning)
 
 

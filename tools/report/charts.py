@@ -119,7 +119,8 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
 
     shown = [panel for panel in PANELS if is_shown(panel)]
     if not shown:
-        raise ValueError(f"{runs[0].path}: no line of metrics.jsonl has a number that can be plotted")
+        paths = ", ".join(str(run.path) for run in runs)
+        raise ValueError(f"{paths}: no line of metrics.jsonl has a number that can be plotted")
     return shown
 
 

@@ -55,6 +55,8 @@ class Report:
                 raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
             if output.is_dir():
                 raise ValueError(f"--output {output}: a folder; name a file in it")
+            if output.exists() and not output.is_file():
+                raise ValueError(f"--output {output}: exists, and is not a file; name another")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("matplotlib, which draws the charts, is not installed; pip install -e '.[plot]'")
 

@@ -163,13 +163,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _problem(line: Any) -> str:
     """Describes what is wrong with a line of metrics.jsonl; empty if nothing is."""
     if not isinstance(line, dict) or line.get("split") not in ("train", "valid"):
-        return 'not an object with "split", "train" or "valid"'
+        return 'an object is needed with "split": "train" or "split": "valid"'
     split: Split = line["split"]
     for name in ("epoch", "step"):
         number = line.get(name, 0 if (split, name) == ("valid", "step") else None)
-        if not isinstance(number, int) or not 0 <= number < 2**53:
-            return f'no whole number "{name}"'
-    wrong = [name for name in METRICS[split] if not isinstance(line.get(name), (int, float, type(None)))]
+        if type(number) is not int or not 0 <= number < 2**53:  # true is an int, too
+            return f'"{name}" has to be a whole number from 0'
+    wrong = [name for name in METRICS[split] if type(line.get(name)) not in (int, float, type(None))]
     return f'"{wrong[0]}" is not a number' if wrong else ""
 
 
@@ -178,7 +178,7 @@ def _read_settings(path: Path) -> dict[str, str]:
     try:
         return {name: value for name, value in _flatten(config).items() if name not in LOCATION_SETTINGS}
     except RecursionError:
-        raise ValueError(f"{path}: the settings are nested too deeply") from None
+        raise ValueError(f"{path}: not usable JSON (lists or objects are nested too deeply)") from None
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -39,11 +39,11 @@ def newest_checkpoint(run_path: Path) -> tuple[Path, dict[str, Any]] | tuple[Non
         return path, state
     if damaged:  # all keep their names: without any, the next start would begin from scratch
         [what, *_] = damaged.values()
-        raise ValueError(f"{what}; none of {len(damaged)} checkpoints can be read; start in another --run-dir")
+        raise ValueError(f"{what}; the run has no checkpoint that can be read; start in another --run-dir")
     if (run_path / "last.pt").exists():
         raise ValueError(
-            f"{run_path} has a last.pt and no checkpoints in {FOLDER}/; to resume from it, copy it to "
-            f"{FOLDER}/step-000000000.pt"
+            f"{run_path / FOLDER} has no checkpoint; to resume from {run_path / 'last.pt'}, copy it to "
+            f"{run_path / FOLDER / 'step-000000000.pt'}"
         )
     return None, None
 
@@ -106,7 +106,7 @@ class Checkpoints:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise OSError(f"{path}: the checkpoint could not be saved ({error}); earlier ones are intact") from error
+            raise OSError(f"{path}: the checkpoint could not be saved ({_reason(error)}); earlier ones are intact") from error
         self.tidy()
 
     def tidy(self) -> None:
@@ -124,7 +124,12 @@ class Checkpoints:
             for old in found[: -self._keep]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{found[-1]} is saved, but the run cannot go on ({error})") from error
+            raise OSError(f"{found[-1]} is saved, but the run cannot go on ({_reason(error)})") from error
+
+
+def _reason(error: OSError) -> str:
+    """Returns what has failed, and the file, without Python's notation."""
+    return ": ".join(str(part) for part in (error.strerror, error.filename2 or error.filename) if part) or str(error)
 
 
 def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:

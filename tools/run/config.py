@@ -3,6 +3,7 @@
 This module imports no torch, so `--help` and wrong flags are answered at once.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,9 @@ from typing import Literal
 from model.config import StepConfig, at_least
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
+
+MOST_THREADS = 1024  # a judgment; far more than the machine can start abort the process
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", every_steps=1, keep=1)
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise ValueError(f"--checkpoint.every-minutes {self.every_minutes}: a positive number is needed")
+        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
+            raise ValueError(f"--checkpoint.every-minutes {self.every_minutes}: a finite number above 0 is needed")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,16 @@ class Config(StepConfig):
         at_least(self, max_nonfinite_steps=1, log_every=1, torch_threads=1, profile=1)
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("--resume auto needs --run-dir, the folder of the run to continue")
-        if self.init_from_partial and self.init_from is None:
-            raise ValueError("--init-from-partial needs --init-from")
+        for number, name, most in (
+            (self.torch_threads, "torch-threads", MOST_THREADS),
+            (self.data.threads, "data.threads", MOST_THREADS),
+            (self.seed, "seed", LARGEST_SEED),
+        ):
+            if number is not None and number > most:
+                raise ValueError(f"--{name} {number}: at most {most} is possible")
+        for name, is_given in (("partial", self.init_from_partial), ("weights", self.init_from_weights != "auto")):
+            if is_given and self.init_from is None:
+                raise ValueError(f"--init-from-{name} needs --init-from")
 
     def choose(self, steps_per_epoch: int) -> "Config":
         """Returns the settings with those chosen that are left open and depend on the number of steps."""

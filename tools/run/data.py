@@ -45,6 +45,8 @@ def open_splits(config: DataConfig, world: World) -> Shards:
     train, valid = config.open_shards("train"), config.open_shards("valid")
     require_same_classes("the training shards", train.classes, "the validation shards", valid.classes)
     num_classes = max(train.num_classes(), valid.num_classes())
+    if world.is_main and (shared := set(train.tars) & set(valid.tars)):
+        log.warning("%s is both a training and a validation shard; validation scores what the network has seen", min(shared))
     if world.is_main and (warning := order_warning(train, config, num_classes)):
         log.warning("%s", warning)
     # Without names, the labels have been read to count the classes.
@@ -96,7 +98,8 @@ def count_steps(num_batches: int, accumulate_steps: int) -> int:
     """
     if num_batches < accumulate_steps:
         raise ValueError(
-            f"{counted(num_batches, 'batch', 'batches')} an epoch, too few for a step of --accumulate-steps {accumulate_steps}"
+            f"an epoch has {counted(num_batches, 'batch', 'batches')}, too few for a step of --accumulate-steps "
+            f"{accumulate_steps}; lower it or --batch-size"
         )
     return num_batches // accumulate_steps
 

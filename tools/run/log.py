@@ -17,6 +17,7 @@ from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
+from pipelines.printable import counted
 from pipelines.shards.shard_set import ShardSet
 from tools.cli import log_to
 from tools.run.config import Config
@@ -65,7 +66,8 @@ def log_schedule(job: Job, config: Config) -> None:
         *(steps, num_steps, config.optim.warmup_steps(epochs=config.epochs, steps_per_epoch=steps)),
         *(config.log_every, config.model.norm_momentum),
     )
-    if num_steps < FEW_STEPS and config.init_from is None and config.recipe != "demo":
+    is_random = job.step == 0 and config.init_from is None  # a resumed run has weights
+    if num_steps < FEW_STEPS and is_random and config.recipe != "demo":
         log.info(
             "%d steps are few for training from random weights; with published ones, a small data set usually ends better: "
             "--recipe finetune --init-from googlenet-1378be20.pth (see docs/recipes.md)",
@@ -135,9 +137,9 @@ class TrainingLog:
         )
         if in_a_row >= self._max_nonfinite_steps:
             raise ValueError(
-                f"{in_a_row:.0f} steps in a row, up to step {job.step} at learning rate {lr:g}, had non-finite gradients and "
-                f"were skipped; {self._folder.path / 'last.pt'} has the last saved weights, if any: start again with "
-                "--init-from, and a lower --optim.lr or a --grad-clip"
+                f"{counted(int(in_a_row), 'step')} in a row had non-finite gradients, up to step {job.step} at learning rate "
+                f"{lr:g}; start again with a lower --optim.lr or a --grad-clip, and with --init-from "
+                f"{self._folder.path / 'last.pt'} if that exists"
             )
 
     def _time_left(self) -> str:

@@ -16,13 +16,14 @@ EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Steps between two agreements of the ranks on saving or stopping. Each is a round trip between the hosts.
 AGREE_EVERY = 10
+JOIN_SECONDS = 5.0  # the thread may hang in a log line, if nobody reads the terminal or the pipe
 INTERRUPTED = "interrupted; earlier checkpoints, if any, are intact, and --resume auto continues from the newest"
 
 
 class Preemption:
     """Catches the signals that ask a process to end, and remembers the first one.
 
-    A second Ctrl-C ends the process at once. If a scheduler signals all processes, its signal and torchrun's both arrive, so
+    Ctrl-C after that ends the process at once. If a scheduler signals all processes, its signal and torchrun's both arrive, so
     signals within a second count as one.
 
     Python runs a handler only after the C function that the main thread is in, and a convolution may take a minute. Therefore
@@ -42,9 +43,7 @@ class Preemption:
         end = "the end of the current step or validation batch"
         if num_processes > 1:
             end = f"all {num_processes} processes, which agree every {AGREE_EVERY} steps and after each validation"
-        self._answer_text = (
-            f"the run waits for {end}, then saves a checkpoint and ends; a second Ctrl-C ends it at once, without a checkpoint"
-        )
+        self._answer_text = f"the run waits for {end}, then saves a checkpoint and ends"
 
     def __enter__(self) -> "Preemption":
         arrivals, self._arrived = os.pipe()
@@ -63,7 +62,7 @@ class Preemption:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._before_wakeup)
         os.close(self._arrived)
-        self._answerer.join()
+        self._answerer.join(JOIN_SECONDS)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
@@ -79,7 +78,9 @@ class Preemption:
                 if heard is None:
                     heard = time.monotonic()
                     self._remember(number, None)
-                    log.warning("%s: %s", signal.Signals(number).name, self._answer_text)
+                    again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+                    text = "%s: %s; %s ends it at once, without a checkpoint"
+                    log.warning(text, signal.Signals(number).name, self._answer_text, again)
                 elif number == signal.SIGINT and time.monotonic() > heard + 1 and not self.is_obeyed:
                     end_at_once()
 

@@ -22,11 +22,12 @@ log = logging.getLogger("train")
 FREE_SETTINGS = (
     *("run_dir", "resume", "recipe", "checkpoint", "log_every", "device", "torch_threads", "profile", "max_nonfinite_steps"),
     *("data.train", "data.valid"),  # the shards may have moved; the loader compares their content
-    *("batch_size", "accumulate_steps"),  # another world size may make the same steps; the job compares the images per step
+    "precision",  # a device may have another default; the job compares the type that it leads to
+    *("batch_size", "accumulate_steps"),  # another world size may make the same steps: the images per step are compared
     *("init_from", "init_from_partial", "init_from_weights"),  # the state contains their effect
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load")),
     *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),
-    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "quarantine", "timeout")),
+    *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "max_pixels", "quarantine", "timeout")),
 )
 
 
@@ -54,8 +55,13 @@ def find_saved_state(path: Path, config: Config, world: World) -> dict[str, Any]
         return None
     saved = saved or load_checkpoint(newest)
     require_resumable(newest, saved)
-    if saved["global_batch_size"] == config.global_batch_size(world.size):  # else `Job` refuses it, and other defaults follow
-        check_same_run(path, saved, config)
+    images = config.global_batch_size(world.size)
+    if saved["global_batch_size"] != images:
+        raise ValueError(
+            f"--resume auto: the run was started with {saved['global_batch_size']} images a step, and now there are {images}; "
+            "(processes) x --batch-size x --accumulate-steps has to stay the same"
+        )
+    check_same_run(path, saved, config)
     return saved | {"path": newest}
 
 
@@ -63,7 +69,7 @@ def restore(saved: dict[str, Any], job: Job, loader: Loader, meter: Meter) -> No
     """Restores the state of a checkpoint.
 
     Raises:
-        ValueError: The data, the precision, or the images per step differ.
+        ValueError: The data or the precision differ.
     """
     require_ranks(saved, job, loader)
     ranks = saved["ranks"]

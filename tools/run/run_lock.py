@@ -55,7 +55,11 @@ def sole_run(path: Path, world: World, *, waits: bool) -> Iterator[None]:
 
 def _lock(path: Path, waits: bool) -> tuple[FileIO | None, str]:
     """Locks a run folder. Returns the lock, and a description of the process that has it instead, or ""."""
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        taken = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        raise ValueError(f"--run-dir {path}: {taken} is not a folder; name another one") from error
     deadline: float | None = None
     while True:
         try:

@@ -21,8 +21,6 @@ def require_resumable(path: Path, saved: dict[str, Any]) -> None:
     problem = difference({"config": {}, "metrics_bytes": 0, "autocast_dtype": "", "global_batch_size": 0}, saved, "")
     if not problem and not (isinstance(ranks := saved.get("ranks"), list) and ranks):
         problem = "ranks is missing, or not a list of states"
-    if not problem and saved["metrics_bytes"] < 0:
-        problem = f"metrics_bytes is {saved['metrics_bytes']}"
     if problem:
         raise ValueError(f"{path} cannot be resumed: {problem}; {WAY_OUT}")
 

@@ -19,7 +19,6 @@ from tools.shards.shape import image_batches
 if TYPE_CHECKING:
     from nvidia import nvimgcodec
 
-PNG_END, PNG_END_WITHIN = b"IEND", 4096  # some editors append bytes of their own
 PIXELS_AT_ONCE = 50_000_000  # decoded together; they take three times as many bytes
 # Pillow's names of the formats that training reads too.
 SHARED_FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"}
@@ -69,14 +68,14 @@ class ImageCheck:
         refused = [self._refused(stream, encoded) for stream, encoded in zip(streams, images, strict=True)]
         good = [stream for stream, verdict in zip(streams, refused, strict=True) if stream is not None and verdict is None]
         decoded = self._decode(good) if self._level == "decode" else iter(())
-        for stream, encoded, verdict in zip(streams, images, refused, strict=True):
+        for stream, verdict in zip(streams, refused, strict=True):
             if stream is None or verdict is not None:
                 assert verdict is not None
                 yield verdict
             elif self._level == "decode":
                 yield _decoded(stream, next(decoded))
             else:
-                yield _check_structure(stream, encoded)
+                yield Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width)
 
     def _refused(self, stream: "nvimgcodec.CodeStream | None", encoded: bytes) -> Verdict | None:
         """Returns the verdict on an image that must not be decoded."""
@@ -94,12 +93,6 @@ class ImageCheck:
     def _decode(self, streams: "Sequence[nvimgcodec.CodeStream]") -> "Iterator[nvimgcodec.Image | None]":
         for together in image_batches(streams, lambda stream: stream.width * stream.height, PIXELS_AT_ONCE):
             yield from decode_whole(self._decoder, together)
-
-
-def _check_structure(stream: "nvimgcodec.CodeStream", encoded: bytes) -> Verdict:
-    if stream.codec_name == "png" and PNG_END not in encoded[-PNG_END_WITHIN:]:
-        return Verdict(None, "png image cut short")
-    return Verdict(EXTENSIONS[stream.codec_name], height=stream.height, width=stream.width)
 
 
 def _decoded(stream: "nvimgcodec.CodeStream", image: "nvimgcodec.Image | None") -> Verdict:

@@ -1,6 +1,7 @@
 """The command line of `shards`."""
 
 import concurrent.futures
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,7 @@ class Convert:
 
     def _sources(self) -> dict[str, str]:
         """Returns the source of each split to convert, by the name of the split."""
+        from tools.shards.convert import check_locations
         from tools.shards.sources.splits import find_splits
 
         if not self.splits:
@@ -128,9 +130,10 @@ class Convert:
                 raise ValueError(f"{option} is for one split, and --splits for all; give one of the two options")
         found = find_splits(self.src)
         if not found.sources:
-            raise ValueError(
-                f"{self.src}: has no splits: class folders or shards in folders like train/ and val/, or train-*.tar"
-            )
+            check_locations(self.src, self.dst)
+            problem = "no splits found" if os.path.isdir(self.src) else "no such folder"
+            needed = "folders like train/ and val/ of class folders or shards, or files like train-000000.tar"
+            raise ValueError(f"{self.src}: {problem}; --splits needs {needed}")
         for folder in found.flat:
             print(printable_text(f"warning: {folder} has no class folders and is not converted"), file=sys.stderr)
         return found.sources
@@ -276,8 +279,8 @@ class Index:
 class Demo:
     """Draw the embedded image set, ten kinds of figures, and convert it to shards."""
 
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """Folder of the data set."""
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder or s3:// or gs:// prefix of the data set."""
     train_samples: int = 2000
     """Number of training images."""
     valid_samples: int = 500

@@ -101,7 +101,7 @@ def convert(
     options = options or Options()
     num_workers = choose_workers(num_workers)
     # Workers on other machines have another working directory.
-    _check_notations(str(source), str(destination))
+    check_locations(str(source), str(destination))
     source, destination = os.path.abspath(source), str(destination)
     if not is_url(destination):
         destination = os.path.abspath(destination)
@@ -161,7 +161,11 @@ def _emptied_classes(plan: Plan, rejected: Set[str]) -> list[str]:
     return [f"no image is left of {len(names)} classes, which keep their numbers: {_some(names)}"] if names else []
 
 
-def _check_notations(source: str, destination: str) -> None:
+def check_locations(source: str, destination: str) -> None:
+    """Raises ValueError for what cannot be a source or a destination, whatever exists there."""
+    for name, location in (("SRC", source), ("DST", destination)):
+        if not location:
+            raise ValueError(f"{name} is empty; name a folder, or . for the current one")
     if is_url(source):
         raise ValueError(f"{source}: images are read from local paths only; copy them to a local folder")
     for location in (source, destination):
@@ -170,13 +174,13 @@ def _check_notations(source: str, destination: str) -> None:
 
 
 def _keep_apart(source: Path, destination: Path) -> None:
-    """Raises ValueError if the source and the destination overlap."""
+    """Raises ValueError if one of source and destination holds the other."""
     inside, outside = source.resolve(), destination.resolve()
     nested = inside.parent == outside  # for a file or a pattern of files
     if inside.is_dir():
         nested = outside.is_relative_to(inside) or inside.is_relative_to(outside)
     if nested:
-        raise ValueError(f"{destination} and the source {source} overlap; name a folder outside of the source")
+        raise ValueError(f"{destination} and the source {source} overlap; name another folder for the shards")
 
 
 def _plan(listing: Listing, info: dict[str, Any], options: Options, destination: str) -> Plan:
@@ -185,7 +189,7 @@ def _plan(listing: Listing, info: dict[str, Any], options: Options, destination:
     if set(info.get("splits", {})) <= {options.name}:
         return make_plan(listing, listing.labels, listing.classes, options)
     if known is None:
-        raise ValueError(f"{destination}/{INFO_FILE} lists splits but no classes that a new split could share")
+        raise ValueError(f"{destination}/{INFO_FILE} lists splits but no classes; name another folder for this split")
     if list(listing.classes) == known or (listing.numbered and len(listing.classes) <= len(known)):
         return make_plan(listing, listing.labels, tuple(known), options)
     numbers = {name: number for number, name in enumerate(known)}
@@ -203,9 +207,9 @@ def _class_differences(mine: Sequence[str], known: Sequence[str], destination: s
     """Returns which classes a new split and the data set do not share."""
     unknown = sorted(set(mine) - set(known))
     missing = sorted(set(known) - set(mine))
-    text = f"{len(unknown)} classes that the other splits in {destination} do not have: {_some(unknown)}"
+    text = f"the other splits in {destination} do not have {len(unknown)} of its classes: {_some(unknown)}"
     if missing:
-        text += f"; they have {len(missing)} that are missing here: {_some(missing)}"
+        text += f"; it does not have {len(missing)} of theirs: {_some(missing)}"
     folded = {name.casefold(): name for name in known}
     if pairs := [f"{name} here and {folded[name.casefold()]} there" for name in unknown if name.casefold() in folded]:
         text += f"; only the case differs in {_some(pairs)}"

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from tools.shards.plan import Options
 CHUNK = 250  # images per task
 
 
-def make_demo(dst: Path, train_samples: int, valid_samples: int, seed: int, overwrite: bool) -> Iterator[Summary]:
+def make_demo(dst: str | Path, train_samples: int, valid_samples: int, seed: int, overwrite: bool) -> Iterator[Summary]:
     """Draws and converts the splits "train" and "valid", and yields a summary after each.
 
     The same arguments give the same images, regardless of the number of CPU cores.
     """
+    options = Options(seed=seed)
     splits = {"train": train_samples, "valid": valid_samples}
     for split, num_samples in splits.items():
         if num_samples < len(FIGURES):
@@ -29,7 +31,7 @@ def make_demo(dst: Path, train_samples: int, valid_samples: int, seed: int, over
         for number, (split, num_samples) in enumerate(splits.items()):
             folder = Path(images) / split
             _draw(folder, num_samples, (seed, number))
-            yield convert(folder, dst, Options(name=split, seed=seed), overwrite=overwrite)
+            yield convert(folder, dst, replace(options, name=split), overwrite=overwrite)
 
 
 def _draw(folder: Path, num_samples: int, seed: tuple[int, int]) -> None:

@@ -55,7 +55,7 @@ class Encoder:
         except BOMBS:
             return Shaped(None, too_large(self._shape.max_pixels))
         except UnidentifiedImageError:
-            return Shaped(None, f"{verdict.foreign_format}, which Pillow cannot read either: {WAY_OUT}")
+            return Shaped(None, f"{verdict.foreign_format}, which Pillow cannot read either: save it as PNG")
         except Exception:  # each plugin raises errors of its own, see `check`
             return Shaped(None, f"damaged {verdict.foreign_format} image")
         if pixels is None:

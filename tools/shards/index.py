@@ -6,7 +6,8 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Generator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from pipelines.shards.members import IMAGE_EXTENSIONS, first_of, key_of, lacks
 from tools.shards.parallel import Result, Task, as_completed, choose_workers, run
 
 LABELS = ("cls", "json")  # extensions
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of the disk, not of the folder
 Action = Literal["written", "replaced", "kept", "refused"]
 
 
@@ -119,16 +121,28 @@ def save_index(index_path: Path, samples: list[Sample]) -> None:
     """Writes an index file, and creates its folder if needed.
 
     Raises:
-        ValueError: The folder is not writable.
+        ValueError: The folder cannot be created, or is not writable.
     """
-    try:
-        index_path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing_to(index_path.parent):
         write_index(index_path, samples)
+
+
+def require_writable(folder: Path) -> None:
+    """Creates a folder for index files if needed; raises like `save_index`. Call it before long work."""
+    with _writing_to(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in FAULTS:
             raise
         raise ValueError(
-            f"{index_path.parent}: no index file can be written there ({error.strerror}); name another folder with --index-dir"
+            f"{folder}: no index file can be written there ({error.strerror}); name another folder with --index-dir"
         ) from error
 
 

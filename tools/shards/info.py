@@ -20,7 +20,7 @@ from pipelines.printable import counted, printable
 from pipelines.shards.find_tars import find_splits, read_info
 from pipelines.shards.index import count_samples, ensure_index, read_index
 from pipelines.shards.labels import LabelReader, no_class_zero, open_labels
-from pipelines.shards.members import find_component, image_extensions, read_member, require_members
+from pipelines.shards.members import image_extensions, read_member, require_members
 from pipelines.shards.shard_set import read_label
 from tools.shards.check import ImageCheck
 from tools.shards.parallel import Result, Task, choose_workers, require_positive, run
@@ -100,8 +100,8 @@ def collect(
     """
     require_positive("sample", sample)
     if index_dir and not os.path.isdir(index_dir):
-        raise ValueError(f"--index-dir {index_dir}: no such folder")
-    splits = find_splits(pattern)
+        raise ValueError(f"--index-dir {index_dir}: no such folder; `shards index` creates it")
+    splits = {name: list(dict.fromkeys(found)) for name, found in find_splits(pattern).items()}
     tars = [tar for split_tars in splits.values() for tar in split_tars]
     small = sum(tar.stat().st_size for tar in tars) < BYTES_FOR_ONE_PROCESS
     num_workers = min(choose_workers(num_workers, 1 if small else None), len(tars))
@@ -150,11 +150,10 @@ def _read_shard(shard: _Shard) -> _ShardResult:
     check = ImageCheck("structure")
     with open(shard.tar, "rb") as file:
         for number, sample in enumerate(samples):
-            require_members(shard.tar, sample, shard.images, shard.label_reader.extension, samples)
-            image = find_component(sample, shard.images, shard.tar)
+            image, label = require_members(shard.tar, sample, shard.images, shard.label_reader.extension, samples)
             result.labels[read_label(file, sample, shard.tar, shard.label_reader)] += 1
             result.image_bytes += image.size
-            result.label_bytes += find_component(sample, (shard.label_reader.extension,), shard.tar).size
+            result.label_bytes += label.size
             if number in shard.headers:
                 [verdict] = check([read_member(file, image, shard.tar)])
                 if verdict.extension is None:

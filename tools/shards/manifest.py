@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.json_file import as_object, get, parse_json_lines
+from pipelines.printable import counted
 from pipelines.shards.find_tars import INFO_FILE, parse_info
 from tools.shards.build import ShardReport
 from tools.shards.plan import Plan
@@ -61,7 +62,8 @@ def publish(storage: Storage, plan: Plan, record: dict[str, Any], reports: Seque
     sizes = storage.sizes()
     if lost := [report.name for report in reports if sizes.get(report.name) != report.file_bytes[0]]:
         raise OSError(
-            f"{storage}: {len(lost)} shards were built but are missing, for example {lost[0]}; do all workers use this folder?"
+            f"{storage}: {counted(len(lost), 'finished shard')} disappeared, for example {lost[0]}; "
+            "all workers must have access to this folder"
         )
     with storage.lock(wait=True):
         clear_temporary(storage, r"_info\.json|rejected\.jsonl")

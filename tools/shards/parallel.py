@@ -100,7 +100,7 @@ def run_on_dask(address: str, function: Callable[[Task], Result], tasks: Iterabl
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise ValueError(f"--executor {address}: pip install -e '.[dask]'") from error
+        raise ValueError(f"--executor {address}: a package is missing ({error}); pip install -e '.[dask]'") from error
     try:
         client = Client(address, timeout=5)
     except (OSError, ValueError) as error:  # includes TimeoutError

@@ -35,9 +35,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", self.name):
-            raise ValueError(f"--name {self.name!r}: only letters, digits and underscores are allowed")
+            raise ValueError(
+                f"--name {self.name!r}: letters, digits and underscores are allowed, and no underscore at the start"
+            )
         if self.shard_samples is not None and self.shard_bytes is not None:
             raise ValueError("--shard-samples and --shard-bytes exclude each other; give one")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: at least 0 is needed")
         require_positive("shard-samples", self.shard_samples)
         require_positive("shard-bytes", self.shard_bytes)
         require_positive("resize", self.shape.resize)

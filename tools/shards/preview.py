@@ -1,5 +1,6 @@
 """`shards preview`: draws samples as they are stored, and as training and validation present them to the model."""
 
+import io
 import math
 import os
 import random
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipelines.augment import Augmentation, RandomResizedCrop
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.files import replace_bytes
 from pipelines.loader import MEAN, STD
 from pipelines.location import expand_location
 from pipelines.mix import MixConfig
@@ -25,7 +27,7 @@ from pipelines.notation import write_augmentation
 from pipelines.printable import counted
 from pipelines.remote.object_store import is_url
 from pipelines.shards.index import read_index, write_index
-from pipelines.shards.members import find_component, read_member, require_members
+from pipelines.shards.members import read_member, require_members
 from pipelines.shards.shard_set import ShardSet, open_shards, read_label
 from tools.shards.check import ImageCheck
 
@@ -94,12 +96,9 @@ def preview(
     title = f"{len(rows):,} of {shard_set.num_samples:,} samples of {source}"
     subtitle = f"training: at {image_size} pixels, {_describe(config, mix)}"
     sheet = _draw_sheet(title, subtitle, _mix_columns(rows, mix, views, seed), views, image_size)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        sheet.save(temporary, FORMATS[output.suffix.lower()])
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    file = io.BytesIO()
+    sheet.save(file, FORMATS[output.suffix.lower()])
+    replace_bytes(output, file.getvalue())
     unreadable = sum(bool(row.problem) for row in rows)
     see = "; `shards verify` finds all of them" if unreadable else ""
     return (
@@ -141,8 +140,7 @@ def _row(
         shard += 1
     tar, samples = Path(shards.tars[shard]), read_index(shards.indices[shard])
     members = samples[number]
-    require_members(tar, members, shards.images, shards.label_reader.extension, samples)
-    image = find_component(members, shards.images, tar)
+    image, _ = require_members(tar, members, shards.images, shards.label_reader.extension, samples)
     with open(tar, "rb") as file:
         label = read_label(file, members, tar, shards.label_reader)
         [verdict] = check([read_member(file, image, tar)])

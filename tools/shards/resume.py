@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.json_file import as_object, get, parse_json
+from pipelines.printable import counted
 from pipelines.shards.find_tars import INFO_FILE
 from tools.shards.build import ShardReport
 from tools.shards.manifest import read_info, write_info
@@ -52,7 +53,7 @@ def find_complete(storage: Storage, name: str, record: dict[str, Any], overwrite
         tars = _listed_shards(splits[name], f"{storage}/{INFO_FILE}: split {name!r}")
         if broken := [tar for tar, size in tars if sizes.get(tar) != size]:
             raise ValueError(
-                f"{storage}: {len(broken)} shards are missing or cut short, for example {broken[0]}; "
+                f"{storage}: {counted(len(broken), 'shard is', 'shards are')} missing or cut short, for example {broken[0]}; "
                 "--overwrite writes all of them again"
             )
         return dict(splits[name])
@@ -140,17 +141,33 @@ def _read_plan(storage: Storage, name: str, overwrite: bool) -> dict[str, Any] |
 
 def _changes(storage: Storage, state: str, begun: dict[str, Any], wanted: dict[str, Any], table: bytearray) -> list[str]:
     """Returns how a plan differs from the one that an earlier run has left. The list is empty if it does not."""
-    found = [_differences(begun["record"], wanted["record"])]
+    found = _option_differences(begun["record"], wanted["record"])
     if begun["classes"] != wanted["classes"]:
         found.append("the classes changed")
     if begun["table"] != wanted["table"]:
         old = storage.read(f"{state}/source.tsv") or b""
         found.append(_source_differences(*(content.decode("utf-8", "backslashreplace") for content in (old, bytes(table)))))
-    return list(filter(None, found))
+    return found
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns the settings that differ, in words. The text is empty if none does.
+    """Returns how two conversions differ, in words. The text is empty if they do not."""
+    found = _option_differences(old, new)
+    before, after = (old.get("source") or {}).get("images", 0), new["source"]["images"]
+    if before != after:
+        found.append(f"the source had {counted(before, 'image')} and has {after:,}")
+    elif _is_other_source(old, new):
+        found.append("the images of the source have other sizes, names or classes")
+    return "; ".join(found)
+
+
+def _is_other_source(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    then = old.get("source") or {}
+    return any(then.get(key) != new["source"][key] for key in ("images", "sha256"))
+
+
+def _option_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns the options that differ, in words.
 
     The options of the source are compared only if its images or classes differ, to name the reason.
     """
@@ -163,16 +180,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
     changed = [key for key in sorted({*old, *new} - {"source"}) if old.get(key) != new.get(key)]
     found = [f"{option(key)} was {value(old, key)} and is {value(new, key)}" for key in changed]
-    then, now = old.get("source") or {}, new["source"]
-    if any(then.get(key) != now[key] for key in ("images", "sha256")):
-        before, after = then.get("options"), now["options"]
-        if isinstance(before, dict):  # older versions did not keep it
-            keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-            found += [f"{option(key)} was {value(before, key)} and is {value(after, key)}" for key in keys]
-        found.append(
-            f"the source had {then.get('images', 0):,} images and has {now['images']:,}, or their sizes or classes changed"
-        )
-    return "; ".join(found)
+    before, after = (old.get("source") or {}).get("options"), new["source"]["options"]
+    if _is_other_source(old, new) and isinstance(before, dict):  # older versions did not keep it
+        keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+        found += [f"{option(key)} was {value(before, key)} and is {value(after, key)}" for key in keys]
+    return found
 
 
 def _refuse_other_names(storage: Storage, listed: set[str]) -> None:
@@ -181,7 +193,7 @@ def _refuse_other_names(storage: Storage, listed: set[str]) -> None:
     )
     if strange:
         raise ValueError(
-            f"{storage} has {len(strange)} tars with names from another tool ({', '.join(strange[:3])}); "
+            f"{storage} has {counted(len(strange), 'tar')} with names from another tool ({', '.join(strange[:3])}); "
             "two naming schemes in one folder would be read as one data set: name another folder"
         )
 

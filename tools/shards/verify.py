@@ -20,7 +20,7 @@ from pipelines.printable import counted, printable
 from pipelines.shards.find_tars import INFO_FILE, find_splits, naming_scheme, read_info, tars_of_folder
 from pipelines.shards.labels import no_class_zero, open_labels
 from pipelines.shards.members import image_extensions, key_of
-from tools.shards.index import index_paths, save_index
+from tools.shards.index import index_paths, require_writable, save_index
 from tools.shards.parallel import choose_workers, run
 from tools.shards.shape import Level
 from tools.shards.verify_tar import Finding, TarResult, Task, check_tar, hash_key, place_of, read_contents
@@ -189,11 +189,9 @@ def _check_counts(folder: Path, name: str, split: dict[str, Any]) -> Iterator[Fi
 def _check_folders(folders: set[Path], index_dir: Path | None, quarantine: bool) -> None:
     """Raises ValueError before the long work if index files cannot be read or written."""
     if index_dir is not None and not quarantine and not index_dir.is_dir():
-        raise ValueError(f"{index_dir}: no such folder; --quarantine or `shards index` creates it")
+        raise ValueError(f"--index-dir {index_dir}: no such folder; --quarantine or `shards index` creates it")
     for folder in folders if quarantine else ():
-        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not os.access(nearest, os.W_OK, effective_ids=True):
-            raise ValueError(f"{folder}: no index file can be written there; name another folder with --index-dir")
+        require_writable(folder)
 
 
 def _check_tars(tasks: list[Task], num_workers: int) -> dict[Path, TarResult]:

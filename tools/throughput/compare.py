@@ -13,7 +13,7 @@ from model.distributed import choose_device
 from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD, resize_shorter_for
 from pipelines.shards.index import Component, read_index
-from pipelines.shards.members import IMAGE_EXTENSIONS, find_component
+from pipelines.shards.members import IMAGE_EXTENSIONS, require_members
 from pipelines.shards.shard_set import ShardSet, open_shards
 from tools.shards.parallel import num_cpus
 from tools.throughput.options import Compare
@@ -71,10 +71,13 @@ class Sample(NamedTuple):
 def benchmark(options: Compare) -> Report:
     """Runs all loaders on the same images, in turns, each turn in a process of its own."""
     device, threads, peers_python = str(choose_device(options.device)), options.threads or num_cpus(), options.peers_python
-    chosen = choose(options.only, device)
+    chosen = choose(options.only, [each for each in COMPETITORS if each.only_on in (None, device.partition(":")[0])])
     shards = first_shards(open_shards(options.shards, "train"), max(options.images, options.batch_size), threads)
-    if shards.is_remote or shards.num_samples < options.batch_size:
-        raise ValueError(f"{options.shards}: at least {options.batch_size} samples in local shards are needed")
+    if shards.num_samples < options.batch_size:
+        raise ValueError(
+            f"{options.shards} has {shards.num_samples} samples, fewer than a batch of {options.batch_size}; choose a smaller "
+            "--batch-size"
+        )
     modules, peers_versions = probe(peers_python, MODULES, DISTRIBUTIONS)
     present = [each for each in chosen if each.needs is None or each.needs in modules]
     reads_files = any(each.needs or each is DECODER for each in present)
@@ -103,9 +106,8 @@ def benchmark(options: Compare) -> Report:
     )
 
 
-def choose(only: Sequence[str], device: str) -> list[Competitor]:
-    """Returns the named competitors and the baseline; without names, all that run on the device."""
-    possible = [each for each in COMPETITORS if each.only_on in (None, device.partition(":")[0])]
+def choose(only: Sequence[str], possible: Sequence[Competitor]) -> list[Competitor]:
+    """Returns the named competitors and the baseline; without names, all that are possible."""
     names = [each.name for each in possible]
     if unknown := [name for name in only if name not in names]:
         raise ValueError(f"--only {unknown[0]}: no such loader; there are {', '.join(names)}")
@@ -127,15 +129,16 @@ def read_samples(shards: ShardSet) -> list[Sample]:
     for tar, index in zip(shards.tars, shards.indices, strict=True):
         with open(tar, "rb") as file:
             for sample in read_index(index):
-                label = find_component(sample, ("cls",), tar)
+                image, label = require_members(tar, sample, IMAGE_EXTENSIONS, "cls")
                 file.seek(label.offset)
                 number = file.read(label.size).strip()
                 if not number.isdigit():
+                    text = number[:40].decode(errors="replace")
                     raise ValueError(
-                        f"{tar}:{label.offset}:{label.name}: the label is {number[:40]!r}; other loaders need the numbers that "
+                        f"{tar}:{label.offset}:{label.name}: the label is {text!r}; other loaders need the numbers that "
                         "`shards convert` writes"
                     )
-                samples.append(Sample(tar, find_component(sample, IMAGE_EXTENSIONS, tar), int(number)))
+                samples.append(Sample(tar, image, int(number)))
     return samples
 
 

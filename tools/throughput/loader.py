@@ -36,9 +36,6 @@ def benchmark(options: Loader) -> Report:
     threads = share_threads(None, config.data.threads, device, 1)[1]
     dtype = image_dtype(choose_autocast_dtype(config.precision, device), device)
     shards = {split: config.data.open_shards(split) for split in options.splits}
-    for split, opened in shards.items():
-        if opened.is_remote:
-            raise ValueError(f"--data.{split}: local shards are needed; `python -m tools.bench.remote` measures buckets")
     config = with_batch_size(config, alone(device), max(opened.num_samples for opened in shards.values()))
     stages = [stage for stage in STAGES if stage in options.stages]
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:

@@ -36,9 +36,8 @@ def benchmark(options: Model) -> Report:
     """Runs training steps in each precision with each batch size, and matrix products in each precision, in turns."""
     device = choose_device(options.device)
     is_cuda, steps, name = device.type == "cuda", options.steps_on(device.type), device_name(device)
-    config = Config(
-        epochs=1000, image_size=options.image_size, model=ModelConfig(aux_logits=options.aux_logits), compile=options.compile
-    )
+    settings = {name: getattr(options, name) for name in ("image_size", "compile", "torch_threads")}
+    config = Config(epochs=1000, model=ModelConfig(aux_logits=options.aux_logits), **settings)
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
     flops, threads = count_flops(config), torch.get_num_threads()

@@ -12,6 +12,7 @@ import tyro
 from model.config import at_least
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
+from pipelines.remote.object_store import is_url
 
 Split = Literal["train", "valid"]
 Stage = Literal["read", "headers", "decode", "resize", "normalize", "hand-over"]
@@ -37,9 +38,9 @@ class Options:
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it first")
             if path is not None and path.is_dir():
-                raise ValueError(f"{option} {path}: this is a folder; name a file in it")
+                raise ValueError(f"{option} {path}: a folder; name a file in it")
         if self.plot is not None and self.plot.suffix != ".png":
-            raise ValueError(f"--plot {self.plot}: a PNG is drawn; end the name with .png")
+            raise ValueError(f"--plot {self.plot}: the name has to end in .png")
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib, which is not installed; pip install -e '.[plot]'")
         self.check()
@@ -85,6 +86,9 @@ class Compare(Options):
     is left in it."""
 
     def check(self) -> None:
+        if not self.splits:
+            raise ValueError("--splits: at least 1 of train and valid is needed")
+        refuse_remote(self.shards)
         at_least(self, rounds=1, images=1, batch_size=1, image_size=1, threads=1)
 
 
@@ -115,8 +119,11 @@ class Loader(Options):
         for split in self.splits:
             if not getattr(self.data, split):
                 raise ValueError(f"--data.{split} is needed, the shards to load")
+            refuse_remote(getattr(self.data, split), f"--data.{split} ")
         if self.data.backend != "dali":
-            raise ValueError(f"--data.backend {self.data.backend}: only dali has these stages; throughput compare has others")
+            raise ValueError(
+                f"--data.backend {self.data.backend}: only dali has stages; `throughput compare` measures other loaders"
+            )
         refuse_size_schedule(self.data)
         at_least(self, images=1, rounds=1)
 
@@ -185,8 +192,14 @@ class Train(Training):
     def check(self) -> None:
         if not self.data.train:
             raise ValueError("--data.train is needed, the shards to train on")
+        refuse_remote(self.data.train, "--data.train ")
         refuse_size_schedule(self.data)
         at_least(self, steps=1, rounds=3)
+
+
+def refuse_remote(shards: str, option: str = "") -> None:
+    if is_url(shards):
+        raise ValueError(f"{option}{shards}: local shards are needed; `python -m tools.bench.remote` measures buckets")
 
 
 def refuse_size_schedule(data: DataConfig) -> None:

@@ -107,11 +107,16 @@ def probe(python: str, modules: Sequence[str], distributions: Sequence[str]) -> 
         "print(json.dumps([[m for m in modules if importlib.util.find_spec(m)], versions(*distributions)]))\n"
     )
     command = [python, "-c", script, json.dumps([modules, distributions])]
+    said = ""
     try:
-        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, errors="replace", check=False
+        )
+        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         present, found = json.loads(done.stdout)
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise ValueError(f"--peers-python {python}: not a Python interpreter ({error})") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else said
+        raise ValueError(f"--peers-python {python}: does not work as a Python interpreter ({reason})") from None
     return set(present), found
 
 
@@ -125,12 +130,15 @@ def open_scratch(parent: Path | None, needed_bytes: int) -> Iterator[tuple[Path,
     The parent is made if necessary; by default it is the system's folder. A ValueError says that it lacks the space needed.
     """
     parent = (parent or Path(tempfile.gettempdir())).absolute()
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--scratch {parent}: this folder cannot be made ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise ValueError(
-            f"{parent}: {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB needed; name another folder with --scratch, "
-            "or fewer --images"
+            f"{parent} has {free / 1e6:,.1f} MB free, but {needed_bytes / 1e6:,.1f} MB are needed; name another folder with "
+            "--scratch"
         )
     with (
         tempfile.TemporaryDirectory(prefix="throughput-", dir=parent) as folder,

@@ -58,10 +58,10 @@ def benchmark(options: Train) -> Report:
     shards = config.data.open_shards("train")
     config = with_batch_size(config, alone(device), shards.num_samples)
     least = (WARM_UP_BATCHES + 1) * config.batch_size
-    if shards.is_remote or shards.num_samples < least:
+    if shards.num_samples < least:
         raise ValueError(
-            f"--data.train {config.data.train}: {least} samples in local shards, {WARM_UP_BATCHES + 1} batches, are needed; "
-            "a smaller --batch-size needs fewer, and `python -m tools.bench.remote` measures buckets"
+            f"--data.train {config.data.train} has {shards.num_samples} samples, but {WARM_UP_BATCHES + 1} batches of "
+            f"{config.batch_size} are needed; choose a smaller --batch-size"
         )
     turns = JobTurns(config, shards, device, options.steps_on(device.type))
     turns.loader()  # from here on, what it reads is in the page cache

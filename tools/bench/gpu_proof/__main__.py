@@ -1,6 +1,8 @@
 """The command line of a proof: `python -m tools.bench.gpu_proof --help`."""
 
+import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,15 +40,29 @@ class Options:
         for name in self.steps:
             if name not in known:
                 raise ValueError(f"--steps {name}: {self.plan} has no such step; it has {', '.join(known)}")
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"--seconds {self.seconds:g}: a number above 0 is needed")
+        _make_folder(self.out)
         with tempfile.TemporaryDirectory(prefix="gpu-proof-") as temporary:
-            work = (self.work or Path(temporary)).absolute()
-            if any(work.glob("*")):
-                raise ValueError(f"--work {work} holds another proof; name another folder")
-            work.mkdir(parents=True, exist_ok=True)
-            proof = Proof(self.plan, Setup(self.device, work), self.out)
+            work = self.work or Path(temporary)
+            _make_folder(work)
+            if any(work.iterdir()):
+                raise ValueError(f"--work {work}: this folder is not empty; name another one")
+            proof = Proof(self.plan, Setup(self.device, work.absolute()), self.out)
             return 0 if proof.run(self.steps or known, self.seconds or SECONDS[self.plan]) else 1
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: this folder cannot be made ({error.strerror})") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    prog = "python -m tools.bench.gpu_proof"
+    run_command(lambda: parse(lambda words: tyro.cli(Options, prog=prog, args=words), arguments).run())
+
+
 if __name__ == "__main__":
-    run_command(lambda: parse(lambda words: tyro.cli(Options, prog="python -m tools.bench.gpu_proof", args=words), None).run())
+    main()

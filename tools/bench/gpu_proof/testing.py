@@ -45,4 +45,5 @@ def run_tests(arguments: Sequence[str]) -> Iterator[Figures]:
         yield figures
     thread.join()
     if statuses != [0] or not num_passed:
-        raise AssertionError(f"pytest ended with status {statuses}, and {num_passed} tests passed")
+        status = statuses[0] if statuses else "none"
+        raise AssertionError(f"pytest ended with status {status}, and {num_passed} tests passed")

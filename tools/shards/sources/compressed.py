@@ -3,16 +3,15 @@
 import bz2
 import gzip
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pipelines.printable import printable
 from pipelines.shards.compression import TAR_ENDINGS, compressed, compression_of
 from tools.shards import parallel
-from tools.shards.sources.parquet import unpacked_name
+from tools.shards.sources.scratch import open_scratch, unpacked_path, write_unpacked
 
 CHUNK_BYTES = 1 << 20
 OPENERS: dict[str, Callable[[Path], Any]] = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
@@ -73,41 +72,32 @@ def open_source_tars(files: tuple[Path, ...], scratch: Path | None, num_workers:
             raise ValueError(compressed(str(file), kind))
         if scratch is None:
             raise ValueError(f"{compressed(str(file), kind)}, or name a local folder with --scratch for the unpacked tar")
-        scratch.mkdir(parents=True, exist_ok=True)
-        target = scratch / f"{unpacked_name(file)}.tar"
+        target = Path(f"{unpacked_path(scratch, file)}.tar")
         tars.append(SourceTar(file, target))
         if not target.exists():
             tasks.append((file, target, kind))
-    for _ in parallel.run(_unpack, tasks, max(1, min(num_workers, len(tasks)))) if tasks else ():
-        pass
+    if tasks and scratch is not None:
+        open_scratch(scratch)
+        for _ in parallel.run(_unpack, tasks, min(num_workers, len(tasks))):
+            pass
     return tuple(tars)
 
 
 def _unpack(task: tuple[Path, Path, str]) -> None:
     file, target, kind = task
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as out, OPENERS[kind](file) as content:
-            for part in _parts(file, content, kind):
-                out.write(part)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_unpacked(target, lambda: _parts(file, kind))
 
 
-def _parts(file: Path, content: IO[bytes], kind: str) -> Iterator[bytes]:
+def _parts(file: Path, kind: str) -> Iterator[bytes]:
     """Yields the content of a compressed file. An error of the content is not one of the disk, although some are OSErrors."""
-    while True:
-        try:
-            part = content.read(CHUNK_BYTES)
-        except (EOFError, zlib.error, lzma.LZMAError, ValueError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{printable(str(file))}: damaged {kind} file ({error})") from error
-        except OSError as error:
-            if error.errno is not None:  # the disk's error; bz2's errors have no number
-                raise
-            raise ValueError(f"{printable(str(file))}: damaged {kind} file ({error})") from error
-        if not part:
-            return
-        yield part
+    with OPENERS[kind](file) as content:
+        while True:
+            try:
+                part = content.read(CHUNK_BYTES)
+            except (EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's; those of gzip and bz2 have no number
+                    raise OSError(error.errno, error.strerror, str(file)) from error
+                raise ValueError(f"{printable(str(file))}: damaged {kind} file ({error})") from error
+            if not part:
+                return
+            yield part

@@ -16,11 +16,11 @@ from tools.shards.sources.listing import (
     is_image_name,
     is_system_name,
     named_classes,
+    require_images,
 )
 
 NAMES_SHOWN = 10
 HEADER_BYTES = 1 << 20
-EMPTY_FILE, NOT_AN_IMAGE = "empty file", "not an image"  # as in tools/shards/check.py, which is slow to import
 # One entry of a folder has such an error, and not the storage.
 ENTRY_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -41,11 +41,11 @@ def list_class_folders(folder: Path) -> Listing:
     for name in names:
         before = len(extents)
         list_files(folder, name, extents, left_out)
-        if _has_image(extents, before):
+        reasons = _why_none_is_image(extents, before)
+        if reasons is None:
             class_names += [name] * (len(extents) - before)
         else:
-            sizes = zip(extents.names[before:], extents.sizes[before:], strict=True)
-            left_out += [(file, NOT_AN_IMAGE if size else EMPTY_FILE) for file, size in sizes]
+            left_out += zip(extents.names[before:], reasons, strict=True)
             extents.cut(before)
             without.append(name)
     if not class_names:
@@ -63,22 +63,24 @@ def list_class_folders(folder: Path) -> Listing:
     return listing
 
 
-def _has_image(extents: Extents, first: int) -> bool:
-    """Returns whether one of the files from place `first` on is an image, as far as its header tells."""
+def _why_none_is_image(extents: Extents, first: int) -> list[str] | None:
+    """Returns why none of the files from place `first` on is an image, or None if one is, as far as its header tells."""
     places = range(first, len(extents))
     if any(begins_like_image(extents[i]) for i in places):
-        return True
-    if not any(extents.sizes[i] for i in places):
-        return False
-    from tools.shards.check import ImageCheck  # slow to import, and needed only for folders that are probably no classes
+        return None
+    if not places:
+        return []
+    from pipelines.bad_samples.kinds import EMPTY_FILE, NOT_AN_IMAGE  # slow to import, as is the next one
+    from tools.shards.check import ImageCheck
 
-    check = ImageCheck("structure")
+    check, reasons = ImageCheck("structure"), []
     for i in places:
         with open(extents[i].path, "rb") as file:  # it was readable above
-            verdict = next(iter(check([file.read(HEADER_BYTES)])))
+            [verdict] = check([file.read(HEADER_BYTES)])
         if verdict.reason not in (EMPTY_FILE, NOT_AN_IMAGE):
-            return True
-    return False
+            return None
+        reasons.append(verdict.reason)
+    return reasons
 
 
 def _why_no_images(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> str:
@@ -104,15 +106,16 @@ def list_labelled_folder(folder: Path, labels: LabelFile) -> Listing:
     require_folder(folder)
     extents, left_out = Extents(str(folder)), list[tuple[str, str]]()
     list_files(folder, "", extents, left_out, images_only=True)
+    require_images(str(folder), extents, left_out)
     listing = labels.apply(str(folder), extents, left_out)
     listing.left_out = left_out
     return listing
 
 
 def require_folder(folder: Path) -> None:
-    """Raises ValueError if there is no such folder, or if it cannot be read."""
+    """Raises ValueError if this is not a folder, or if it cannot be read."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        raise ValueError(f"{folder}: not a folder")
     try:
         os.scandir(folder).close()
     except OSError as error:

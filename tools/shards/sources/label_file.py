@@ -3,11 +3,11 @@
 import collections
 import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.printable import printable
+from pipelines.printable import counted, printable
 from pipelines.shards.labels import unlisted_label
 from tools.shards.sources.label_table import SEPARATORS, Row, Table, read_lines, read_table, shown
 from tools.shards.sources.listing import Extents, Listing, is_image_name, labelled
@@ -43,7 +43,7 @@ class LabelFile:
         Raises:
             ValueError: The file has none of these layouts, or names an image twice, or names an image that does not exist.
         """
-        images = _Images(location, extents.names, {name for name, _ in left_out})
+        images = _Images(location, extents.names, dict(left_out))
         comments = not any(name.startswith("#") for name in extents.names)
         lines = read_lines(self.path)  # once: it may be a pipe
         # Class numbers can look like the names of images without extension, so these are sought in the first column only.
@@ -55,6 +55,10 @@ class LabelFile:
             by_image = self._by_path(images, table)
         else:
             by_image = self._in_order(images, table)
+        if not by_image:
+            [(name, reason), *_] = left_out
+            first = f"{printable(name)} ({reason})"
+            raise ValueError(f"{self.path}: none of the images that it names can be used; the first that cannot is {first}")
         labels = self._rename(by_image)
         named = Extents(extents.root)
         for place in sorted(labels):
@@ -73,7 +77,7 @@ class LabelFile:
         self._refuse_names(images, rows)
         if len(rows) != len(names):
             raise ValueError(
-                f"{self.path}: {len(rows):,} lines without image paths for {len(names):,} images; "
+                f"{self.path}: {counted(len(rows), 'line')} without image paths for {counted(len(names), 'image')}; "
                 "give each image a line, or each line a path"
             )
         labels = {name: self._label(*row) for name, row in zip(names, rows, strict=True) if name in images.places}
@@ -126,13 +130,10 @@ class LabelFile:
                 labels[place] = self._label(line, [label.split()[0] if first_word else label])
         if missing:
             examples = ", ".join(f"{printable(name)} (line {line})" for line, name in missing[:3])
-            header = [line for line, _ in missing] == [table.rows[0][0]] and not has_header
+            header = [line for line, _ in missing] == [table.rows[0][0]] and not has_header and not is_image_name(missing[0][1])
             hint = "; if this line has the names of the columns, call them path and class" if header else ""
-            raise ValueError(f"{self.path}: names {len(missing):,} images that are not in {images.location}: {examples}{hint}")
-        if not labels:
-            raise ValueError(
-                f"{self.path}: none of the images that it names can be used; {len(images.left_out):,} cannot be read"
-            )
+            count = counted(len(missing), "image")
+            raise ValueError(f"{self.path}: names {count} missing from {images.location}: {examples}{hint}")
         return labels
 
     def _columns(self, images: "_Images", table: Table) -> tuple[int, int, bool]:
@@ -148,7 +149,7 @@ class LabelFile:
             raise ValueError(
                 f"{self.path}: {len(first)} columns without names; add a first line of names, such as path and class, "
                 "or leave only these two columns, "
-                f"or put cells that contain a {SEPARATORS.get(table.separator, 'separator')} in quotation marks"
+                f"or put cells that contain a {table.separator_name} in quotation marks"
             )
         table.require_width(len(first))
         image_column = table.key or 0
@@ -160,8 +161,8 @@ class LabelFile:
                 return column
         if len(header) != 2:
             raise ValueError(
-                f"{self.path}: none of its columns {printable(', '.join(header))} has the name of a label column "
-                f"({', '.join(LABEL_COLUMNS)})"
+                f"{self.path}: no column of classes among {printable(', '.join(header))}; "
+                f"name it {', '.join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]}"
             )
         return 1 - image_column
 
@@ -170,17 +171,18 @@ class LabelFile:
             return labels
         wanted, lines = set(labels.values()), read_lines(self.class_names)
         table = read_table(self.class_names, lines, [lambda cell, _: cell in wanted], comments=False, names_last=True)
+        table.require_width()
         key = table.key or 0
         names: dict[str, str] = {}
         for line, row in table.rows:
-            if len(row) <= max(1, key) or not row[1 - min(key, 1)]:
+            if len(row) < 2 or not row[1 - key]:
                 continue  # an error if the label is used
             if row[key] in names:
                 raise ValueError(f"{self.class_names}, line {line}: a second name for the label {printable(row[key])}")
-            names[row[key]] = row[1 - min(key, 1)]
+            names[row[key]] = row[1 - key]
         if unknown := sorted(wanted - set(names)):
-            shown_labels = printable(", ".join(unknown[:10]))
-            raise ValueError(f"{self.class_names}: no name for the labels {shown_labels} of {self.path}")
+            shown_labels = printable(", ".join(unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            raise ValueError(f"{self.class_names}: no name for these labels of {self.path}: {shown_labels}")
         repeated = [name for name, count in collections.Counter(names.values()).items() if count > 1]
         if repeated:
             raise ValueError(f"{self.class_names}: several labels are called {repeated[0]!r}; give each class its own name")
@@ -194,7 +196,7 @@ class _Images:
     It may lack the extension.
     """
 
-    def __init__(self, location: str, names: Sequence[str], left_out: Set[str]) -> None:
+    def __init__(self, location: str, names: Sequence[str], left_out: Mapping[str, str]) -> None:
         self.location, self.names, self.left_out = location, names, left_out
         self.places = {name: place for place, name in enumerate(names)}
         self._stems: dict[str, int | None] = {}

@@ -32,16 +32,20 @@ class Table:
     separator: str
     key: int | None
 
+    @property
+    def separator_name(self) -> str:
+        return SEPARATORS.get(self.separator, repr(self.separator))
+
     def drop_header(self) -> "Table":
         return Table(self.path, self.rows[1:], self.separator, self.key)
 
-    def require_width(self, width: int) -> None:
+    def require_width(self, width: int = 2) -> None:
         """Raises ValueError if a line has more cells than `width`, and more than two: a separator in a name would cut it."""
         for line, row in self.rows:
             if len(row) > max(width, 2):
                 raise ValueError(
-                    f"{self.path}, line {line}: {len(row)} cells, and {width} in the first line; "
-                    f"put a cell that contains a {SEPARATORS.get(self.separator, 'separator')} in quotation marks"
+                    f"{self.path}, line {line}: {len(row)} cells instead of {width}; "
+                    f"put a cell that contains a {self.separator_name} in quotation marks"
                 )
 
 
@@ -94,12 +98,15 @@ def read_lines(path: Path) -> list[str]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    bad = 0
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:
+            bad = text.count("\n", 0, text.index("\0")) + 1
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8 text, in Excel as 'CSV UTF-8'") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: not a text file, it contains null bytes; save it as UTF-8 text, in Excel as 'CSV UTF-8'")
+        bad = data.count(b"\n", 0, error.start) + 1
+    if bad:
+        raise ValueError(f"{path}, line {bad}: not UTF-8 text; save the file as UTF-8 text, in Excel as 'CSV UTF-8'")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -151,7 +158,8 @@ def _read_rows(path: Path, lines: Sequence[tuple[int, str]], separator: str) -> 
 
 
 def _without_empty_columns(rows: list[Row]) -> list[Row]:
-    """Removes the last columns if they are empty in all lines, as after `a.jpg;cat;`."""
+    """Removes lines whose cells are all empty, and the last columns if they are empty in all lines, as after `a.jpg;cat;`."""
+    rows = [(line, row) for line, row in rows if any(row)]
     width = max((len(row) for _, row in rows), default=0)
     while width > 1 and all(len(row) < width or not row[width - 1] for _, row in rows):
         width -= 1

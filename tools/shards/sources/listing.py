@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipelines.printable import printable
 from pipelines.shards.labels import no_class_zero
 from pipelines.shards.members import IMAGE_EXTENSIONS
 
@@ -149,6 +150,13 @@ def begins_like_image(extent: Extent) -> bool:
     return begin.startswith(SIGNATURES) or begin[4:8] == b"ftyp" or (begin[:4] == b"RIFF" and begin[8:12] == b"WEBP")
 
 
+def require_images(location: str, extents: Extents, left_out: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError if there is no image. `left_out` has name and reason of those that cannot be used."""
+    if not len(extents):
+        found = f"; {printable(left_out[0][0])}: {left_out[0][1]}" if left_out else ""
+        raise ValueError(f"{location}: no file in it has the extension of an image{found}")
+
+
 def named_classes(location: str, extents: Extents, class_names: Sequence[str]) -> Listing:
     """Makes a listing from the class name of each image. Classes are numbered in sorted order."""
     classes = tuple(sorted(set(class_names)))
@@ -165,7 +173,7 @@ def labelled(location: str, extents: Extents, labels: Sequence[str], names: Sequ
         ValueError: A label is neither one of the names nor a valid class number.
     """
     places = {name: place for place, name in enumerate(names or ())}
-    if not labels or all(label in places for label in labels):
+    if all(label in places for label in labels):
         return Listing(location, extents, array("i", [places[label] for label in labels]), tuple(names or ()))
     limit = len(names) if names else MAX_CLASSES
     for i, label in enumerate(labels):

@@ -1,7 +1,6 @@
 """Images in Parquet files, in the layout of Hugging Face's `datasets`."""
 
 import collections
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.files import replace_text
-from pipelines.printable import printable
-from pipelines.shards.labels import unlisted_label
+from pipelines.printable import counted, printable
+from pipelines.shards.labels import SHOWN, unlisted_label
 from tools.shards import parallel
 from tools.shards.sources.listing import Extent, Extents, Listing, labelled
+from tools.shards.sources.scratch import open_scratch, unpacked_path, write_unpacked
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -38,8 +38,8 @@ def list_parquet(
         ValueError: A file cannot be read, or a column is missing, or no row has an image and a label.
     """
     names = _check_columns(files, image_key, label_key)
-    scratch.mkdir(parents=True, exist_ok=True)
-    targets = [scratch / unpacked_name(file) for file in files]
+    open_scratch(scratch)
+    targets = [unpacked_path(scratch, file, image_key, label_key, TABLE_VERSION) for file in files]
     tasks = [
         _Unpack(file, Path(f"{target}.data"), Path(f"{target}.json"), image_key, label_key)
         for file, target in zip(files, targets, strict=True)
@@ -66,7 +66,8 @@ def _why_no_rows(reasons: list[str]) -> str:
     if not reasons:
         return "no rows"
     shown = sorted(collections.Counter(reasons).most_common(REASONS_SHOWN))
-    counts = "; ".join([f"{count:,} rows: {reason}" for reason, count in shown] + ["..."] * (len(set(reasons)) > len(shown)))
+    rest = ["..."] if len(set(reasons)) > len(shown) else []
+    counts = "; ".join([f"{counted(count, 'row')}: {reason}" for reason, count in shown] + rest)
     way_out = "; convert the folder of these files with --labels" if set(reasons) == {PATH_ONLY} else ""
     return f"none of its {len(reasons):,} rows has an image and a label ({counts}){way_out}"
 
@@ -80,7 +81,8 @@ def _check_columns(files: tuple[Path, ...], image_key: str, label_key: str) -> l
         for option, key, likely in (("--image-key", image_key, images), ("--label-key", label_key, others)):
             if schema.names.count(key) != 1:
                 problem = "several columns" if key in schema.names else "no column"
-                names, hint = printable(", ".join(schema.names)), printable(", ".join(likely))
+                names = printable(", ".join(schema.names))
+                hint = printable(", ".join(name for name in likely if name != key))
                 raise ValueError(
                     f"{file}: {problem} {key!r} among {names}; {option} names another{hint and f', for example {hint}'}"
                 )
@@ -96,13 +98,6 @@ def _may_hold_images(type_name: str) -> bool:
     return "binary" in type_name and not type_name.startswith(("list", "large_list", "map"))
 
 
-def unpacked_name(file: Path) -> str:
-    """Returns a name that is unique to the file and its state, so several conversions can share a scratch folder."""
-    status = file.stat()
-    identity = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-
-
 @dataclass(frozen=True)
 class _Unpack:
     """A Parquet file to unpack. `data` receives the bytes of the images, and `table` their sizes and labels."""
@@ -116,12 +111,14 @@ class _Unpack:
 
 def _unpack(task: _Unpack) -> None:
     """Unpacks a file, unless an earlier run has done so."""
-    origin = [task.image_key, task.label_key, TABLE_VERSION]
-    if task.table.exists() and json.loads(task.table.read_text())["origin"] == origin:
+    if task.table.exists():
         return
-    rows, left_out = [], []
-    temporary = task.data.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    rows: list[tuple[str, int, str]] = []
+    left_out: list[tuple[str, str]] = []
+
+    def images() -> Iterator[bytes]:
+        rows.clear()
+        left_out.clear()
         for number, (image, label) in enumerate(_rows(task)):
             path = image.get("path") if isinstance(image, dict) else None
             name = f"{task.file.stem}/{number:08d}{f'_{path}' if isinstance(path, str) and path else ''}"
@@ -130,12 +127,11 @@ def _unpack(task: _Unpack) -> None:
             except ValueError as error:
                 left_out.append((name, str(error)))
             else:
-                file.write(data)
                 rows.append((name, len(data), text))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(task.data)
-    replace_text(task.table, json.dumps({"origin": origin, "rows": rows, "left_out": left_out}))
+                yield data
+
+    write_unpacked(task.data, images)
+    replace_text(task.table, json.dumps({"rows": rows, "left_out": left_out}))
 
 
 def _rows(task: _Unpack) -> Iterator[tuple[Any, Any]]:
@@ -154,7 +150,7 @@ def _rows(task: _Unpack) -> Iterator[tuple[Any, Any]]:
             yield from zip(*columns, strict=True)
             number += batch.num_rows
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{task.file}: damaged in the rows from {number} on ({_of_content(error)})") from error
+        raise ValueError(f"{task.file}: damaged in the rows from {number} on ({_of_content(error, task.file)})") from error
 
 
 def _image_bytes(image: object) -> bytes:
@@ -164,7 +160,8 @@ def _image_bytes(image: object) -> bytes:
         return data
     if isinstance(data, str) or (isinstance(image, dict) and data is None and isinstance(image.get("path"), str)):
         raise ValueError(PATH_ONLY)
-    raise ValueError("no image" if data is None else f"an image of type {type(data).__name__} instead of bytes")
+    what = "a list" if isinstance(data, list) else "a single value"
+    raise ValueError("no image" if data is None else f"the image is {what} and not the bytes of a file")
 
 
 def _label_text(label: object) -> str:
@@ -174,7 +171,7 @@ def _label_text(label: object) -> str:
     if label is None or label != label or label == "":
         raise ValueError("no label")
     if isinstance(label, bool) or not isinstance(label, (int, str)):
-        raise ValueError(f"label {printable(str(label))} is neither a class number nor a class name")
+        raise ValueError(f"label {printable(str(label)[:SHOWN])} is neither a class number nor a class name")
     if label == -1:
         raise ValueError("label -1, which stands for a missing label")
     return unlisted_label(str(label))
@@ -194,11 +191,11 @@ def _open_parquet(path: Path) -> "pq.ParquetFile":
     try:
         return pq.ParquetFile(path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({_of_content(error)})") from error
+        raise ValueError(f"{path}: not a readable Parquet file ({_of_content(error, path)})") from error
 
 
-def _of_content(error: Exception) -> str:
+def _of_content(error: Exception, path: Path) -> str:
     """Returns the text of an error of the content in one line, and raises any other: for both, pyarrow has an OSError."""
     if isinstance(error, OSError) and error.errno is not None:
-        raise error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     return printable(" ".join(str(error).split()))

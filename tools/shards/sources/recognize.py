@@ -8,20 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipelines.printable import printable
 from pipelines.shards.compression import TAR_ENDINGS
 from tools.shards.sources.compressed import SourceTar, is_tar_name, open_source_tars
 from tools.shards.sources.folders import is_folder, list_class_folders, list_labelled_folder, require_folder, visible_entries
 from tools.shards.sources.label_file import LabelFile
-from tools.shards.sources.listing import Listing, is_image_name, is_system_name
+from tools.shards.sources.listing import Listing, is_image_name
 from tools.shards.sources.parquet import list_parquet
 from tools.shards.sources.splits import ENDINGS, sets_of_files
 from tools.shards.sources.tars import LabelMembersError, first_members, list_tars
 from tools.shards.sources.webdataset import LABEL_EXTENSIONS, list_webdataset
 
 Kind = Literal["auto", "folders", "tar", "webdataset", "parquet"]
+KINDS = {
+    "folders": "folders of images",
+    "tar": "tars of images",
+    "webdataset": "WebDataset shards",
+    "parquet": "Parquet files",
+}
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,12 @@ def list_source(location: str, options: SourceOptions, scratch: Path | None, num
     tars = open_source_tars(files, scratch, num_workers) if kind in ("tar", "webdataset") else ()
     if options.kind == "auto" and kind == "tar":
         kind = _guess_tar(tars[0], options)
-    if labels is not None and kind in ("webdataset", "parquet"):
-        raise ValueError(f"{location}: --labels is for folders and tars of images, not for {kind}")
-    if options.class_file and kind != "webdataset":
-        raise ValueError(f"{location}: --class-file is for WebDataset shards, not for {kind}")
+    _refuse_other_options(location, kind, options)
     if kind == "folders":
         return list_class_folders(Path(location)) if labels is None else list_labelled_folder(Path(location), labels)
     if not files:
-        raise ValueError(f"{location}: no .tar or .parquet files")
+        needed = ".parquet" if kind == "parquet" else ".tar"
+        raise ValueError(f"{location}: has no {needed} files, which --source {kind} reads")
     if kind == "tar":
         try:
             return list_tars(location, tars, labels, is_certain=options.kind == "tar" or labels is not None)
@@ -90,20 +94,37 @@ def list_source(location: str, options: SourceOptions, scratch: Path | None, num
     return list_parquet(location, files, options.image_key or "image", options.label_key or "label", scratch, num_workers)
 
 
+def _refuse_other_options(location: str, kind: Kind, options: SourceOptions) -> None:
+    """Raises ValueError for an option that means nothing for a kind of source."""
+    for option, value, kinds in (
+        ("labels", options.labels, ("folders", "tar")),
+        ("class-file", options.class_file, ("webdataset",)),
+        ("label-key", options.label_key, ("webdataset", "parquet")),
+        ("image-key", options.image_key, ("webdataset", "parquet")),
+    ):
+        if value and kind not in kinds:
+            wanted = " and ".join(KINDS[name] for name in kinds)
+            raise ValueError(f"{location}: --{option} is for {wanted}, not for {KINDS[kind]}")
+
+
 def _files(location: str) -> tuple[Path, ...]:
     """Returns the tars or Parquet files of a location, sorted, or nothing for a folder of other files."""
     if os.path.isdir(location):
         require_folder(Path(location))
-        names = [name for name in os.listdir(location) if not is_system_name(name)]
+        names = [entry.name for entry in visible_entries(Path(location)) if not is_folder(entry)]
         found = [sorted(Path(location) / name for name in names if name.endswith(ending)) for ending in ENDINGS]
-        return tuple(next(filter(None, found), []))
-    parts = [location] if os.path.exists(location) else list(braceexpand(location))
-    files = [Path(file) for part in parts for file in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
-    missing = [file for file in files if not file.is_file()]
-    if missing or not files:
-        there = missing and os.path.lexists(missing[0])
-        problem = "no such file or folder" if not there else "a broken symbolic link, or not a regular file"
-        raise ValueError(f"{missing[0] if missing else location}: {problem}")
+        files = next(filter(None, found), [])
+    else:
+        try:
+            parts = [location] if os.path.exists(location) else list(braceexpand(location))
+        except UnbalancedBracesError as error:
+            raise ValueError(f"{location}: the braces do not match") from error
+        files = [Path(file) for part in parts for file in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
+        if not files:
+            raise ValueError(f"{location}: no such file or folder")
+    if bad := next((file for file in files if not file.is_file()), None):
+        gone = "a broken symbolic link" if bad.is_symlink() else "no such file or folder"
+        raise ValueError(f"{bad}: {'not a regular file' if bad.exists() else gone}")
     return tuple(files)
 
 
@@ -118,7 +139,6 @@ def _require_one_set(location: str) -> None:
 
 def _guess(location: str, files: tuple[Path, ...]) -> Kind:
     if not files:
-        require_folder(Path(location))
         return "folders"
     if os.path.isdir(location) and any(map(is_folder, visible_entries(Path(location)))):
         raise ValueError(f"{location}: has both folders and {files[0].suffix} files; give its kind with --source")
@@ -130,8 +150,8 @@ def _guess(location: str, files: tuple[Path, ...]) -> Kind:
 
 
 def _guess_tar(tar: SourceTar, options: SourceOptions) -> Kind:
-    """Tells shards from other tars: each image has a label beside it, or an option says where the label is."""
-    if options.labels is None and (options.label_key or options.image_key):
+    """Tells shards from other tars: each image has a label beside it, or an option is for shards only."""
+    if options.labels is None and (options.label_key or options.image_key or options.class_file):
         return "webdataset"
     members = first_members(tar)
     extensions = {name.rpartition(".")[2].lower() for name in members}

@@ -11,14 +11,10 @@ from pathlib import Path
 
 from pipelines.printable import printable
 from pipelines.shards.compression import TAR_ENDINGS
+from pipelines.shards.find_tars import SPLIT_WORDS
 from tools.shards.sources.folders import is_folder, visible_entries
 from tools.shards.sources.listing import is_image_name, is_system_name
 
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "valid": ("val", "valid", "validation", "eval", "evaluation", "dev"),
-    "test": ("test", "testing"),
-}
 SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 ENDINGS = (*TAR_ENDINGS, ".parquet")  # of the files of a source
 

@@ -8,7 +8,7 @@ from pipelines.shards.compression import compression_in
 from pipelines.shards.walk import FOLDER, Entry, walk
 from tools.shards.sources.compressed import SourceTar, is_tar_name
 from tools.shards.sources.label_file import LabelFile
-from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, is_system_name, named_classes
+from tools.shards.sources.listing import Extent, Extents, Listing, is_image_name, is_system_name, named_classes, require_images
 
 
 class LabelMembersError(Exception):
@@ -34,9 +34,7 @@ def list_tars(location: str, tars: tuple[SourceTar, ...], labels: LabelFile | No
         prefix = f"{tar.stem}/" if len(tars) > 1 else ""
         for name, offset, size in sorted(_list_members(tar, left_out, is_certain)):
             extents.append(Extent(prefix + name, str(tar.path), offset, size, modified))
-    if not len(extents):
-        found = f"; {printable(left_out[0][0])} is {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"{location}: no file in it has the extension of an image{found}")
+    require_images(location, extents, left_out)
     if labels is not None:
         listing = labels.apply(location, extents, left_out)
     else:

@@ -85,9 +85,11 @@ def list_webdataset(
     if reader.classes is None:
         left_out += _without_rare_names(location, listed)
     if not listed.labels:
-        name, reason = left_out[0] if left_out else ("", "")
-        first = f"; {printable(name)}: {reason}" if left_out else " and has no samples at all"
-        raise ValueError(f"{location}: none of its {len(left_out):,} samples has an image and a valid label{first}")
+        if not left_out:
+            raise ValueError(f"{location}: no samples")
+        [(name, reason), *_] = left_out
+        first = f"{printable(name)}: {reason}"
+        raise ValueError(f"{location}: none of its {len(left_out):,} samples has an image and a valid label; {first}")
     listing = _listing(location, listed, reader)
     if num_joined:
         notes.append(f"the members of {num_joined:,} samples form no WebDataset samples, and were joined by their names")
