@@ -12,6 +12,7 @@ from pipelines.bad_samples.decoder_check import undecodable, why_unusable
 from pipelines.bad_samples.quarantine import Quarantine, RowId
 from pipelines.shards.deal import Deal, Plan
 from pipelines.shards.reader import Bytes, Fetched, Reader
+from pipelines.shards.tars import Tars
 
 # A tiny gray image (PPM) that takes a bad sample's slot while decoding and never leaves the loader. The random draws of the
 # other samples depend on their slots, so the slots must not move.
@@ -51,18 +52,19 @@ class Recovery:
         quarantine: The known bad samples of the split.
         deal: This rank's share of the samples.
         reader: Reads stand-ins.
+        tars: Tells a changed tar from a bad sample.
         max_pixels: Images may have this many pixels at most.
     """
 
-    def __init__(self, quarantine: Quarantine, deal: Deal, reader: Reader, max_pixels: int) -> None:
-        self._quarantine, self._deal, self._reader = quarantine, deal, reader
+    def __init__(self, quarantine: Quarantine, deal: Deal, reader: Reader, tars: Tars, max_pixels: int) -> None:
+        self._quarantine, self._deal, self._reader, self._tars = quarantine, deal, reader, tars
         self._max_pixels = max_pixels
 
     def usable(self, fetched: Fetched) -> UsableBatch:
         """Puts placeholders or stand-ins into the slots of the samples that are known to be bad.
 
         Raises:
-            ValueError: No sample of the split is good.
+            ValueError: A tar changed, or no sample of the split is good.
         """
         self._mark_unusable(fetched)
         rows, images, labels = list(fetched.rows), list(fetched.images), fetched.labels.copy()
@@ -72,6 +74,7 @@ class Recovery:
         num_missing = max(0, 2 - (len(rows) - len(bad))) if self._deal.train else 0
         replaced, left_out = bad[:num_missing], bad[num_missing:]
         if replaced:
+            self._tars.check_content((row.shard, slot in bad) for slot, row in enumerate(rows))
             found = list(itertools.islice(self._stand_ins(fetched.plan), num_missing))
             for slot, (row, image, label) in zip(replaced, itertools.cycle(found), strict=False):
                 rows[slot], images[slot], labels[slot] = row, image, label
@@ -82,9 +85,9 @@ class Recovery:
         """Records the samples that the reader found to be bad.
 
         Raises:
-            ValueError: There are too many bad samples.
+            ValueError: A tar changed, or there are too many bad samples.
         """
-        self._record(fetched.plan, fetched.rows, fetched.reasons)
+        self._record(fetched.plan, fetched.rows, fetched.reasons, fetched.reasons)
 
     def record_undecodable(self, batch: UsableBatch, stops: Callable[[Sequence[Bytes]], bool]) -> bool:
         """Records the samples at which the pipeline stopped; returns whether there are any.
@@ -94,7 +97,7 @@ class Recovery:
             stops: Tells whether a pipeline stops at this batch with other images in its slots.
 
         Raises:
-            ValueError: There are too many bad samples.
+            ValueError: A tar changed, or there are too many bad samples.
         """
         reasons = undecodable(
             [batch.images[slot].tobytes() for slot in batch.kept],
@@ -103,7 +106,8 @@ class Recovery:
             "--data.max-pixels",
         )
         found = {batch.kept[i]: reason for i, reason in reasons.items()}
-        self._record(batch.fetched.plan, batch.rows, found)
+        bad = {*range(len(batch.rows))} - {*batch.kept} | {*found}
+        self._record(batch.fetched.plan, batch.rows, found, bad)
         return bool(found)
 
     def describe(self, rows: Sequence[RowId]) -> str:
@@ -113,16 +117,18 @@ class Recovery:
         more = f" and {len(rows) - len(names):,} more" if len(rows) > len(names) else ""
         return f"its samples: {', '.join(names)}{more}"
 
-    def _record(self, plan: Plan, rows: list[RowId], found: Mapping[int, str]) -> None:
+    def _record(self, plan: Plan, rows: list[RowId], found: Mapping[int, str], bad: Collection[int]) -> None:
         """Records bad samples that are new.
 
         Args:
             plan: Plan of the batch.
             rows: Row IDs of the batch, one per slot.
             found: Slots of bad samples, and what is wrong with each.
+            bad: All slots with bad samples, known ones included.
         """
         new = {rows[slot]: reason for slot, reason in found.items() if rows[slot] not in self._quarantine}
         if new:
+            self._tars.check_content((row.shard, slot in bad) for slot, row in enumerate(rows))
             split = f"training, epoch {plan.epoch + 1}" if self._deal.train else "validation"
             self._quarantine.add(new, f"{split}, batch {plan.batch + 1}, rank {self._deal.rank}")
 

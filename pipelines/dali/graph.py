@@ -1,5 +1,6 @@
 """The DALI graph for training and validation on CPU and GPU, and the pipeline that runs it on the batches it is fed."""
 
+import os
 import threading
 import warnings
 import weakref
@@ -92,8 +93,14 @@ def decoding_pipeline(
     )
 
 
-def _shut_down_in_thread(pipeline: Pipeline, fed: deque[Any]) -> None:
+_of_other_processes: list[Pipeline] = []
+
+
+def _shut_down_in_thread(pipeline: Pipeline, fed: deque[Any], process: int) -> None:
     """Ends a pipeline that is no longer referenced. `fed` holds the batches that it reads until it has ended."""
+    if os.getpid() != process:  # a fork has no threads of the pipeline, and its destructor would wait for them forever
+        _of_other_processes.append(pipeline)
+        return
 
     def shut_down() -> None:
         pipeline._shutdown()
@@ -137,7 +144,7 @@ class ImagePipeline:
         self._fed = deque[Any]()  # what DALI reads, which must stay where it is
         # A pipeline's destructor waits for the pipeline's threads. The garbage collector may run in one of them while it
         # resizes. That thread would wait for itself and end the process, so another thread ends the pipeline.
-        self._collected = weakref.finalize(self, _shut_down_in_thread, self._pipeline, self._fed)
+        self._collected = weakref.finalize(self, _shut_down_in_thread, self._pipeline, self._fed, os.getpid())
         self._collected.atexit = False  # DALI handles that itself
 
     @property

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.index import Sample, damaged, parse_line, read_index, scan_tar
+from pipelines.shards.index import Sample, damaged, parse_line, read_index
 from pipelines.shards.members import first_of, key_of, lacks_in, not_there
 from pipelines.shards.shard_set import ShardSet
 
@@ -72,16 +72,6 @@ class Extents:
         samples, by_key = self._samples(self._shards.indices[shard])
         sample = samples[row]
         return lacks_in(self._shards.tars[shard], sample, *self._members, by_key[key_of(sample)])
-
-    def are_in(self, shard: int, tar: str) -> bool:
-        """Tells whether a tar has a member at each extent of a shard. Bytes from between two members might pass for a label."""
-        try:
-            there = {(component.offset, component.size) for sample in scan_tar(tar) for component in sample}
-        except ValueError:  # no tar any more
-            return False
-        table = self._table(shard)
-        listed = zip(table.offsets.ravel().tolist(), table.sizes.ravel().tolist(), strict=True)
-        return all(size < 0 or (offset, size) in there for offset, size in listed)
 
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)

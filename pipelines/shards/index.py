@@ -253,12 +253,12 @@ def _check_belongs(index: TextIO, place: str, tar: Path | RemoteFile) -> None:
             raise ValueError(compressed(str(tar), kind))
         for component in parse_line(place, index.readline()) if num_samples else ():
             file.seek(min(max(0, component.offset - tarfile.BLOCKSIZE), size))
-            if _member_size(file.read(tarfile.BLOCKSIZE)) != component.size:
+            if member_size(file.read(tarfile.BLOCKSIZE)) != component.size:
                 raise ValueError(f"{place}: not an index of {tar}; {REPAIR}")
 
 
-def _member_size(header: bytes) -> int:
-    """Returns the size in a member's header, in bytes; -1 if this is not a header."""
+def member_size(header: bytes) -> int:
+    """Returns the size in the header of a tar's member, in bytes; -1 if this is not a header."""
     with contextlib.suppress(ValueError):
         # Octal digits, except for sizes from 8 GiB. Parsing the whole header would take ten times as long for each shard.
         return int(header[124:136].rstrip(b" \0"), 8)

@@ -122,12 +122,16 @@ class Reader:
         tars = {shard: self._tars.open(shard) for shard in dict.fromkeys(shard for shard, *_ in wanted)}
         for shard, offset, size, _ in wanted:  # lets the storage work on all requests at once
             os.posix_fadvise(tars[shard].descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        for shard, offset, size, start in wanted:
-            if _read_into(tars[shard], buffer[start : start + size], offset) < size:
-                self._tars.check_size(shard)
-                raise self._tars.written_to(shard)  # it was shorter for a moment: `Extents` lists no bytes beyond the size
-        for shard, tar in tars.items():
-            self._tars.check_members(shard, tar, self._extents)
+        before, now = None, {shard: tar.identity() for shard, tar in tars.items()}
+        while before != now:  # again if somebody wrote to a tar meanwhile
+            for shard, offset, size, start in wanted:
+                if _read_into(tars[shard], buffer[start : start + size], offset) < size:
+                    self._tars.check_size(shard)
+                    raise self._tars.written_to(shard)
+            before, now = now, {shard: tar.identity() for shard, tar in tars.items()}
+        for slot in slots:
+            if shards[slot] in tars:  # not if the tar has no bytes of the sample
+                self._tars.check_members(shards[slot], tars[shards[slot]], layout.members(slot))
 
     def _labels(self, rows: list[RowId], layout: "_Layout", buffer: Bytes) -> tuple[NDArray[np.int64], dict[int, str]]:
         labels, reasons = np.zeros(len(rows), np.int64), {}
@@ -164,6 +168,7 @@ class _Layout:
     """
 
     def __init__(self, table: Table) -> None:
+        self._table = table
         offsets, sizes = table.offsets, np.maximum(table.sizes, 0).astype(np.int64)
         begin, end = offsets.min(1), (offsets + sizes).max(1)
         is_near = end - begin <= sizes.sum(1) + GAP_BYTES  # one read covers image and label
@@ -180,6 +185,11 @@ class _Layout:
         self.reads = [
             [extent for extent in ([one] if near else apart[i].tolist()) if extent[1]] for i, (near, *one) in enumerate(whole)
         ]
+
+    def members(self, slot: int) -> Iterator[tuple[int, int]]:
+        """Yields offset and size of the image and the label of a sample, as its index lists them."""
+        both = zip(self._table.offsets[slot].tolist(), self._table.sizes[slot].tolist(), strict=True)
+        return ((offset, size) for offset, size in both if size >= 0)
 
     def spans(self, column: int) -> Iterator[tuple[int, int]]:
         """Yields the start and the end of each image (column 0) or label (column 1)."""

@@ -5,13 +5,15 @@ import dataclasses
 import errno
 import os
 import resource
+import tarfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipelines.shards.index import member_size
 from pipelines.shards.shard_set import ShardSet
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ class OpenTar:
     def __init__(self, path: str) -> None:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def identity(self) -> tuple[int, int]:
+        """Returns what changes when the file is written to, or is another one."""
+        return _identity(os.fstat(self.descriptor))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # missing if `os.open` failed
@@ -105,19 +111,38 @@ class Tars:
             what = "cut short" if now < size else "replaced"
             raise ValueError(f"{path}: {what} while the run was in progress: {now:,} bytes, {size:,} when it began. {WAY_OUT}")
 
-    def check_members(self, shard: int, tar: OpenTar, extents: "Extents") -> None:
-        """Looks for the samples of a shard in its tar, if that is another file than when the run began or has been written to.
+    def check_members(self, shard: int, tar: OpenTar, members: Iterable[tuple[int, int]]) -> None:
+        """Looks for the members of a shard, offset and size of each, in a tar that is not as when the run began.
 
-        A tar that was only touched, or restored, is accepted. Copies of remote shards do not change.
+        Bytes from between two members might pass for a label. A tar that was only touched, or written anew with the same
+        members, is accepted. Copies of remote shards do not change.
 
         Raises:
-            ValueError: The tar no longer has them.
+            ValueError: One of them is not there.
         """
-        now = _identity(os.fstat(tar.descriptor))
-        if shard in self._known and self._known[shard] != now:
-            if not extents.are_in(shard, tar.path):
+        if shard not in self._known or self._known[shard] == tar.identity():
+            return
+        for offset, size in members:
+            if member_size(os.pread(tar.descriptor, tarfile.BLOCKSIZE, max(0, offset - tarfile.BLOCKSIZE))) != size:
                 raise self.written_to(shard)
-            self._known[shard] = now
+
+    def check_content(self, samples: Iterable[tuple[int, bool]]) -> None:
+        """Looks for tars that have been written to and whose samples in a batch are all bad.
+
+        Args:
+            samples: For each sample of the batch, its shard and whether the sample is bad.
+
+        Raises:
+            ValueError: Such a tar exists: then the tar is at fault, not its samples.
+        """
+        verdicts = defaultdict(list)
+        for shard, is_bad in samples:
+            verdicts[shard].append(is_bad)
+        for shard, bad in verdicts.items():
+            if shard in self._known and all(bad) and self._known[shard] != _identity(os.stat(self.path(shard))):
+                raise ValueError(
+                    f"{self.path(shard)}: written to while the run was in progress; its samples are no longer images. {WAY_OUT}"
+                )
 
     def written_to(self, shard: int) -> ValueError:
         """Returns the error for a tar whose members have changed."""

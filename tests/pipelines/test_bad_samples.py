@@ -24,6 +24,9 @@ from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.dali.graph import ImagePipeline
 from pipelines.loader import Batch, Loader, state_for_others
+from pipelines.shards import reader
+from pipelines.shards.index import scan_tar, write_index
+from pipelines.shards.tars import OpenTar
 from tests.conftest import write_image
 from tests.helpers.loader_contract import same, saved, take
 from tests.helpers.odd_images import ENCODED_ANEW, REFUSED, overflowing_tiff, png_header, short_bmp
@@ -413,7 +416,12 @@ def rewrite(tar: Path, rename: Callable[[str], str], change: Callable[[str, byte
 
 
 def test_a_tar_with_the_same_members_again(tmp_path: Path, images: list[bytes]) -> None:
+    """Also without the end of the archive, as a writer that was killed leaves it."""
     shards = write_shards(tmp_path / "shards", images)
+    for tar in shards.glob("*.tar"):
+        samples = scan_tar(tar)
+        write_index(tar.with_suffix(".idx"), samples)
+        os.truncate(tar, samples[-1][-1].offset + tarfile.BLOCKSIZE)
     with make(shards, "valid") as loader:
         before = take(loader, 1)
         for tar in shards.glob("*.tar"):
@@ -422,18 +430,63 @@ def test_a_tar_with_the_same_members_again(tmp_path: Path, images: list[bytes]) 
         assert same(before, take(loader, 1))
 
 
+def with_texts(tar: Path) -> bytes:
+    """Returns a tar of the same size in which a text lies where each label was. Its first digits would pass for a label."""
+
+    def change(name: str, data: bytes) -> bytes:
+        return b"5" * len(data) + b" " if ".cls" in name else data
+
+    changed = rewrite(tar, lambda name: name.replace(".cls", ".txt"), change)
+    assert len(changed) == tar.stat().st_size
+    return changed
+
+
 def test_a_tar_with_other_members_of_the_same_size(tmp_path: Path, images: list[bytes]) -> None:
-    """A text lies where the label was, and its first digit would pass for the label of a good image."""
     shards = write_shards(tmp_path / "shards", images)
     with make(shards, "valid") as loader:
         take(loader, 1)
         for tar in shards.glob("*.tar"):
-            size = tar.stat().st_size
-            as_text = rewrite(tar, lambda name: name.replace(".cls", ".txt"), lambda name, data: data + b" " * (".cls" in name))
-            assert len(as_text) == size
-            tar.write_bytes(as_text)
+            tar.write_bytes(with_texts(tar))
         with pytest.raises(ValueError, match=r"\.tar: written to while the run was in progress; its members are"):
             take(loader, 20)
+
+
+def test_a_good_tar_in_place_of_an_overwritten_one(tmp_path: Path, images: list[bytes]) -> None:
+    """The loader has the overwritten file open, and it is that file that counts."""
+    shards = write_shards(tmp_path / "shards", images)
+    with make(shards, "valid") as loader:
+        take(loader, 1)
+        for tar in shards.glob("*.tar"):
+            good = tar.read_bytes()
+            tar.write_bytes(with_texts(tar))
+            tar.with_suffix(".new").write_bytes(good)
+            tar.with_suffix(".new").replace(tar)
+        with contextlib.suppress(ValueError):
+            targets = [target for batch in take(loader, 6) for target in batch["target"].tolist()]
+            assert targets == [*range(6, 42)], targets
+
+
+def test_a_tar_that_is_restored_while_it_is_read(tmp_path: Path, images: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read before is read again."""
+    shards = write_shards(tmp_path / "shards", images)
+    good = {tar: tar.read_bytes() for tar in shards.glob("*.tar")}
+    with make(shards, "valid") as loader:
+        known = [batch["target"].tolist() for batch in take(loader, 10)]
+    real = reader._read_into
+
+    def read_and_restore(tar: OpenTar, room: memoryview, offset: int) -> int:
+        done = real(tar, room, offset)
+        for path, content in good.items():
+            if path.read_bytes() != content:
+                path.write_bytes(content)
+        return done
+
+    with make(shards, "valid") as loader:
+        for tar in good:
+            tar.write_bytes(with_texts(tar))
+            os.utime(tar, (0, 0))  # the clock of a file system may tick every 4 ms only
+        monkeypatch.setattr(reader, "_read_into", read_and_restore)
+        assert [batch["target"].tolist() for batch in take(loader, 10)] == known
 
 
 HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
