@@ -26,9 +26,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.distributed import join_world
 from model.evaluation import evaluate
-from model.init_from import read_initial_weights
+from model.factory import Arch
+from model.init_from import InitialWeights, read_initial_weights
 from model.job import Job, build_job
-from model.loss import googlenet_loss
+from model.loss import training_loss
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.loader import Loader
@@ -81,7 +82,6 @@ def run(config: Config) -> int:
         train_loader = stack.enter_context(build_loader(config.data, spec, shards=shards.train))
         spec = dataclasses.replace(spec, split="valid")
         valid_loader = stack.enter_context(build_loader(config.data, spec, shards=shards.valid))
-        source = None if saved else config.init_from
         job = build_job(
             config,
             world,
@@ -89,7 +89,7 @@ def run(config: Config) -> int:
             classes=shards.train.classes,
             autocast_dtype=autocast_dtype,
             steps_per_epoch=count_steps(len(train_loader), config.accumulate_steps),
-            initial=read_initial_weights(source, is_partial=config.init_from_partial, weights=config.init_from_weights),
+            initial=None if saved else initial_weights(config),
             preprocessing=preprocessing(config.image_size),
         )
         meter = Meter(world.device)
@@ -108,8 +108,14 @@ def run(config: Config) -> int:
         if saver.must_stop:
             return EXIT_CODE
         num_bad = train_loader.num_bad_samples + valid_loader.num_bad_samples
-        log_end(job, num_bad, meter, path, next_commands(config.data, shards.valid, path))
+        log_end(job, num_bad, meter, path, next_commands(config, shards.valid, path))
         return 0
+
+
+def initial_weights(config: Config) -> InitialWeights | None:
+    """Reads the weights that a new run starts from, if they are not random."""
+    arch, weights = Arch(config.model.arch, config.model.options), config.init_from_weights
+    return read_initial_weights(config.init_from, is_partial=config.init_from_partial, weights=weights, arch=arch)
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
     if isinstance(job.forward, DistributedDataParallel):
         job.forward.require_backward_grad_sync = is_last  # like its `no_sync`: gradients are reduced once per step
     with job.autocast(), record_function("forward"):
-        losses = googlenet_loss(
+        losses = training_loss(
             job.forward(image), target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight
         )
     with record_function("backward"):

@@ -17,12 +17,16 @@ SHORT_EPOCH = 100  # steps; in shorter epochs, a network changes much between tw
 class ModelConfig:
     """The network, its loss, and the average of its weights."""
 
+    arch: str = ""
+    """Network, as PACKAGE.MODULE:FACTORY or FILE.py:FACTORY. The factory is called with num_classes. By default, GoogLeNet."""
+    options: tuple[str, ...] = ()
+    """Other arguments for the factory of --model.arch, each as NAME=VALUE."""
     aux_logits: bool = True
-    """Train with the two auxiliary heads. They are not used after training."""
+    """Train GoogLeNet with its two auxiliary heads. They are not used after training."""
     aux_weight: float = 0.3
     """Weight of each auxiliary head's loss."""
     dropout: float = 0.2
-    """Dropout probability before the last layer."""
+    """Dropout probability before the last layer of GoogLeNet."""
     label_smoothing: float = 0.1
     """Share of the target probability that is spread over all classes."""
     ema_decay: float = 0.999
@@ -30,9 +34,12 @@ class ModelConfig:
     norm_momentum: float | None = None
     """Weight of the newest batch in the running statistics of batch normalization. By default 0.1; more in short epochs."""
     transform_input: bool | None = None
-    """Renormalize the input as torchvision's published weights expect it. By default, only if --init-from needs it."""
+    """Renormalize the input as torchvision's GoogLeNet weights expect it. By default, only if --init-from needs it."""
 
     def __post_init__(self) -> None:
+        check_arch("model.", self.arch, self.options)
+        if self.arch and self.transform_input:
+            raise ValueError("--model.transform-input is for GoogLeNet, and --model.arch names another network")
         for name in ("dropout", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -154,8 +161,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         at_least(self, epochs=1, accumulate_steps=1, image_size=32, seed=0)
         for name, most in (("epochs", MOST_EPOCHS), ("image_size", MAX_IMAGE_SIZE)):
-            if getattr(self, name) > most:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at most {most} is possible")
+            at_most(f"--{name.replace('_', '-')}", getattr(self, name), most)
         # Batch normalization needs two values per channel, and an image of 32 pixels has one in the last feature map.
         if self.batch_size != 0 and self.batch_size < 2:
             raise ValueError(f"--batch-size {self.batch_size}: at least 2 is needed, or 0 to have it chosen")
@@ -173,9 +179,29 @@ class StepConfig:
             raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
 
 
+def check_arch(part: str, arch: str, options: tuple[str, ...]) -> None:
+    """Raises a `ValueError` if the name of a factory or one of its arguments is malformed. `part` begins the flags' names."""
+    place, _, factory = arch.rpartition(":")
+    if arch and not (place and factory.isidentifier()):
+        raise ValueError(f"--{part}arch {arch}: PACKAGE.MODULE:FACTORY is needed, such as torchvision.models:resnet50")
+    if options and not arch:
+        raise ValueError(f"--{part}options is for the factory of --{part}arch; give both")
+    for option in options:
+        name, is_set, _ = option.partition("=")
+        if not (is_set and name.isidentifier()) or name == "num_classes":
+            reason = "the data decide it" if name == "num_classes" else "NAME=VALUE is needed"
+            raise ValueError(f"--{part}options {option}: {reason}")
+
+
 def at_least(config: Any, part: str = "", **minimums: int) -> None:
     """Raises a `ValueError` if a setting that is given is below its minimum."""
     for name, minimum in minimums.items():
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise ValueError(f"--{part}{name.replace('_', '-')} {value}: at least {minimum} is needed")
+
+
+def at_most(flag: str, number: int | None, most: int) -> None:
+    """Raises a `ValueError` if a number that is given is above its maximum."""
+    if number is not None and number > most:
+        raise ValueError(f"{flag} {number}: at most {most} is possible")

@@ -205,12 +205,6 @@ class GoogLeNet(nn.Module):
         )
         return x * scale + shift
 
-    def set_norm_momentum(self, momentum: float) -> None:
-        """Sets the weight of the newest batch in the running statistics of all batch normalizations."""
-        for module in self.modules():
-            if isinstance(module, BatchNorm2d):
-                module.momentum = momentum
-
     def _initialize_weights(self) -> None:
         """Draws convolutions as He et al. (arXiv 1502.01852) and linear layers as torchvision's `googlenet`."""
         for module in self.modules():

@@ -4,25 +4,23 @@ import importlib
 import importlib.util
 import logging
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.checkpoint import ForeignObjectsError, load_weights_file
+from model.factory import Arch, tensor_names
 from model.fit import is_dense, listed, misfit, misfits
 from model.foreign import find_weights
-from model.googlenet import GoogLeNet
 from model.input_scale import needs_transform_input
-from model.load_model import WeightsChoice, choose_weights, describe, weights_of
+from model.load_model import GOOGLENET, WeightsChoice, choose_weights, describe, require_arch, weights_of
 
 log = logging.getLogger("train")
 
 AUXILIARY = ("aux1", "aux2")
-LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")
 # Keeps the tensors of a file, in their dicts. The user runs it, because loading the file runs code from it.
 EXTRACT = (
     "import sys, torch; T, M = torch.Tensor, torch.nn.Module; "
@@ -61,15 +59,15 @@ class InitialWeights:
             setting: --model.transform-input, which decides if it is given.
         """
         if setting is not None:
-            log.info("transform_input: %s, as --model.%stransform-input says", *(("on", "") if setting else ("off", "no-")))
+            log.info("transform_input: %s, as --model.transform-input says", "on" if setting else "off")
         elif self.transform_input is None:
-            log.warning("transform_input: off; %s; --model.transform-input turns it on", self.why)
+            log.warning("transform_input: off; %s; --model.transform-input True turns it on", self.why)
         else:
-            word, flag = ("on", "no-transform-input") if self.transform_input else ("off", "transform-input")
-            log.info("transform_input: %s, %s; --model.%s overrides it", word, self.why, flag)
+            word, other = ("on", False) if self.transform_input else ("off", True)
+            log.info("transform_input: %s, %s; --model.transform-input %s overrides it", word, self.why, other)
         return bool(self.transform_input if setting is None else setting)
 
-    def __call__(self, model: nn.Module, classes: tuple[str, ...] | None) -> None:
+    def __call__(self, model: nn.Module, classes: tuple[str, ...] | None, layers: Sequence[str]) -> None:
         """Loads the weights into a model.
 
         If the classes differ in number or name, the last layers keep their random weights. Auxiliary heads that only one side
@@ -78,6 +76,7 @@ class InitialWeights:
         Args:
             model: The network.
             classes: Names of its classes, if they are known.
+            layers: Names of its last layers.
 
         Raises:
             ValueError: Other tensors do not match, and `is_partial` is not set.
@@ -87,7 +86,7 @@ class InitialWeights:
         are_renamed = self.classes is not None and classes is not None and self.classes != classes
         others = {
             layer: (shapes[f"{layer}.weight"][0], wanted[f"{layer}.weight"].shape[0])
-            for layer in LAST_LAYERS
+            for layer in layers
             if _are_for_classes(shapes, wanted, layer)
             and (are_renamed or shapes[f"{layer}.weight"] != tuple(wanted[f"{layer}.weight"].shape))
         }
@@ -116,8 +115,8 @@ class InitialWeights:
         if 2 * len(common) < len(offered) and not self.is_partial:
             example = ascii(next(name for name in offered if name not in needed))
             raise ValueError(
-                f"--init-from {self.path}: its tensors are those of another network: of {len(offered)} names, torchvision's "
-                f"GoogLeNet has {len(common)}, and not {example}"
+                f"--init-from {self.path}: its tensors are those of another network: of {len(offered)} names, this one has "
+                f"{len(common)}, and not {example}; --model.arch trains another network"
             )
         problems = misfits(offered, needed)
         if problems and not self.is_partial:
@@ -144,7 +143,7 @@ def _has(names: Iterable[str], head: str) -> bool:
 
 
 def read_initial_weights(
-    path: Path | None, *, is_partial: bool = False, weights: WeightsChoice = "auto"
+    path: Path | None, *, is_partial: bool = False, weights: WeightsChoice = "auto", arch: Arch = GOOGLENET
 ) -> InitialWeights | None:
     """Reads the file of `--init-from`, if any.
 
@@ -152,6 +151,7 @@ def read_initial_weights(
         path: The file.
         is_partial: Whether tensors that do not fit are skipped instead of refused.
         weights: Which weights of a checkpoint of train.py to take; "auto" for those that scored better in its validation.
+        arch: The network that they are for.
 
     Raises:
         ValueError: The file holds no weights.
@@ -165,6 +165,7 @@ def read_initial_weights(
     content = _read(path)
     if "ema" in content and "architecture" in content:
         described = describe(path, content)
+        require_arch(path, described, arch, "--model.arch")
         chosen, why = choose_weights(weights, described)
         return InitialWeights(
             path,
@@ -175,18 +176,16 @@ def read_initial_weights(
             f", weights: {chosen} ({why})",
             is_partial,
         )
-    return _of_other_programs(path, content, is_partial=is_partial)
+    return _of_other_programs(path, content, arch, is_partial=is_partial)
 
 
-def _of_other_programs(path: Path, content: dict[str, Any], *, is_partial: bool) -> InitialWeights:
+def _of_other_programs(path: Path, content: dict[str, Any], arch: Arch, *, is_partial: bool) -> InitialWeights:
     """Finds the weights in a file that train.py has not written.
 
     Raises:
         ValueError: It holds none.
     """
-    with torch.device("meta"):
-        names = GoogLeNet().state_dict().keys()
-    found = find_weights(content, names)
+    found = find_weights(content, tensor_names(arch))
     if found is None:
         keys = ascii(", ".join(map(str, [*content][:5])))[1:-1]
         raise ValueError(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import NORM_MOMENTUM, StepConfig
+from model.config import StepConfig
 from model.distributed import World
 from model.ema import EMA
+from model.factory import Arch, build_network, check_network, last_layers
 from model.fit import difference
 from model.googlenet import GoogLeNet
 from model.init_from import InitialWeights
@@ -24,6 +25,8 @@ HEADS = ("loss", "main_loss", "aux2_loss", "aux1_loss")
 SUMS = (*HEADS, "gradient_norm", "num_steps")
 
 PRECISIONS = {"None": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}  # by dtype, as --precision has them
+
+NEED_GPU = ("fp16", "tf32")  # precisions that torch has for GPUs only
 
 # A checkpoint holds these attributes of a job: the first by their state dicts, the second by value.
 STATEFUL = ("model", "ema", "optimizer", "scheduler", "scaler")
@@ -135,13 +138,16 @@ class Job:
             **{name: getattr(self, name) for name in NUMBERS},
             "autocast_dtype": str(self.autocast_dtype),
             "global_batch_size": self.config.global_batch_size(self.world.size),
-            "architecture": {
-                "num_classes": self.num_classes,
-                "aux_logits": self.config.model.aux_logits,
-                "transform_input": self.transform_input,
-            },
+            "architecture": self._architecture(),
             "preprocessing": self.preprocessing,
         }
+
+    def _architecture(self) -> dict[str, Any]:
+        """Returns what `load_model` needs to build the network."""
+        config = self.config.model
+        if config.arch:
+            return {"num_classes": self.num_classes, "factory": config.arch, "options": [*config.options]}
+        return {"num_classes": self.num_classes, "aux_logits": config.aux_logits, "transform_input": self.transform_input}
 
     def rank_state(self) -> dict[str, Any]:
         """Returns the state of this rank alone, on the CPU. The host waits for the device here."""
@@ -156,11 +162,14 @@ class Job:
         Raises:
             ValueError: The precision differs, or the state is not one of this network.
         """
-        before, now = (PRECISIONS.get(name, name) for name in (state["autocast_dtype"], str(self.autocast_dtype)))
+        before = _precision(state["autocast_dtype"], state["config"].get("precision"))
+        now = _precision(str(self.autocast_dtype), self.config.precision)
         if before != now:
+            way_out = f"set --precision {before}"
+            if self.device.type == "cpu" and before in NEED_GPU:
+                way_out = f"continue it on a GPU, or start in another --run-dir with --init-from {state['path']}"
             raise ValueError(
-                f"--resume auto: the run was started in {before}, and on this device it would be in {now}; "
-                f"set --precision {before}"
+                f"--resume auto: the run was started in {before}, and on this device it would be in {now}; {way_out}"
             )
         own = {name: value for name, value in self.state_dict().items() if name not in ("classes", "preprocessing")}
         if problem := difference(own | {"scores": {}}, state, ""):
@@ -169,9 +178,11 @@ class Job:
             getattr(self, name).load_state_dict(state[name])
         for name in NUMBERS:
             setattr(self, name, state[name])
-        self.transform_input = state["architecture"]["transform_input"]  # a resumed run does not read --init-from again
+        # A resumed run does not read --init-from again.
+        self.transform_input = state["architecture"].get("transform_input", False)
         for network in (self.model, self.ema.module):
-            setattr(network, "transform_input", self.transform_input)  # noqa: B010  (mypy does not know the attribute)
+            if isinstance(network, GoogLeNet):
+                network.transform_input = self.transform_input
         self.sums.copy_(rank_state["sums"])
         self.skipped.copy_(rank_state["skipped"])
         try:
@@ -181,6 +192,11 @@ class Job:
             raise ValueError(f"{state['path']} cannot be resumed: {problem}; {WAY_OUT}") from error
         if self.device.type == "cuda" and rank_state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(rank_state["rng"]["cuda"], self.device)
+
+
+def _precision(autocast_dtype: str, setting: object) -> str:
+    """Returns the precision that a setting has led to, as --precision has it. The float32 of a GPU may be TF32."""
+    return "tf32" if setting == "tf32" else PRECISIONS.get(autocast_dtype, autocast_dtype)
 
 
 def build_job(
@@ -212,14 +228,14 @@ def build_job(
     assert config.batch_size, "choose a batch size first"
     device = world.device
     _choose_kernels(config)
-    setting = config.model.transform_input
-    transform_input = initial.choose_transform_input(setting) if initial else bool(setting)
+    transform_input = _choose_transform_input(config, initial)
     torch.manual_seed(config.seed)  # the same weights on all ranks
-    network = GoogLeNet(num_classes, config.model.aux_logits, transform_input, config.model.dropout)
-    network.set_norm_momentum(config.model.norm_momentum or NORM_MOMENTUM)
+    network = build_network(config.model, num_classes, transform_input)
     if initial is not None:
-        initial(network, classes)
+        initial(network, classes, last_layers(network, num_classes))
     model = _place(network, config, device)
+    if config.model.arch:
+        check_network(model, Arch(config.model.arch, config.model.options), num_classes, config.image_size)
     optimizer = build_optimizer(model, config.optim, config.global_batch_size(world.size))
     job = Job(
         config=config,
@@ -242,6 +258,12 @@ def build_job(
     )
     _wrap(job)
     return job
+
+
+def _choose_transform_input(config: StepConfig, initial: InitialWeights | None) -> bool:
+    """Returns whether GoogLeNet renormalizes its input; other networks do not."""
+    setting = config.model.transform_input
+    return bool(setting) if initial is None or config.model.arch else initial.choose_transform_input(setting)
 
 
 def _place(model: nn.Module, config: StepConfig, device: torch.device) -> nn.Module:

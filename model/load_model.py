@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint
 from model.config import MAX_IMAGE_SIZE
 from model.ema import averaged_weights
+from model.factory import Arch, build_other
 from model.fit import listed, misfits
 from model.googlenet import GoogLeNet
 
@@ -21,6 +22,7 @@ WeightsChoice = Literal["auto", "ema", "raw"]
 NEEDED = ("model", "ema", "classes", "epoch", "step", "architecture", "preprocessing")
 WAY_OUT = "name a best.pt or last.pt that train.py wrote"
 MAX_CLASSES = 10_000_000
+GOOGLENET = Arch()
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Description:
 
     Attributes:
         num_classes: Length of the network's logits.
-        aux_logits: Whether it has auxiliary heads.
-        transform_input: Whether it renormalizes its input, see `GoogLeNet`.
+        arch: Which network it is.
+        aux_logits: Whether GoogLeNet has auxiliary heads.
+        transform_input: Whether GoogLeNet renormalizes its input.
         classes: Class names by number, or `None` if the training data had none.
         preprocessing: How images become its input.
         epoch: Epoch of the checkpoint, from 1.
@@ -57,6 +60,7 @@ class Description:
     """
 
     num_classes: int
+    arch: Arch
     aux_logits: bool
     transform_input: bool
     classes: tuple[str, ...] | None
@@ -81,32 +85,36 @@ class TrainedModel(Description):
     path: Path
     weights: Weights
     why: str
-    model: GoogLeNet
+    model: nn.Module
 
     def class_name(self, number: int) -> str | None:
         """Returns the name of a class, if it has one."""
         return self.classes[number] if self.classes and number < len(self.classes) else None
 
 
-def load_model(path: Path, weights: WeightsChoice = "auto", device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(
+    path: Path, weights: WeightsChoice = "auto", device: torch.device | str = "cpu", arch: Arch = GOOGLENET
+) -> TrainedModel:
     """Loads the network of a checkpoint.
 
     Args:
         path: The checkpoint.
         weights: "auto" for those that scored better in the last validation before the checkpoint.
         device: Device of the network.
+        arch: The network that the user expects. Its code runs, so a checkpoint alone must not choose it.
 
     Raises:
-        ValueError: The file does not exist, is damaged, or is not a checkpoint.
+        ValueError: The file does not exist, is damaged, is not a checkpoint, or is one of another network.
     """
-    return _build(path, _read(path), weights, device)
+    return _build(path, _read(path), weights, device, arch)
 
 
-def load_both(path: Path, device: torch.device | str = "cpu") -> tuple[TrainedModel, TrainedModel, str]:
+def load_both(path: Path, device: torch.device | str = "cpu", arch: Arch = GOOGLENET) -> tuple[TrainedModel, TrainedModel, str]:
     """Loads the raw and the averaged network of a checkpoint, and says which of them "auto" is; otherwise as `load_model`."""
     state = _read(path)
     weights, why = choose_weights("auto", describe(path, state))
-    return _build(path, state, "raw", device), _build(path, state, "ema", device), f"{weights} ({why})"
+    raw, ema = (_build(path, state, one, device, arch) for one in ("raw", "ema"))
+    return raw, ema, f"{weights} ({why})"
 
 
 def choose_weights(choice: WeightsChoice, described: Description) -> tuple[Weights, str]:
@@ -142,11 +150,15 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
     classes = take("classes", lambda value: value is None or _is_names(value, count), f"a list of up to {count} names")
     size = take("preprocessing.image_size", _whole(32, MAX_IMAGE_SIZE), f"a whole number from 32 to {MAX_IMAGE_SIZE}")
     better, why_better = _better(state.get("scores"))
+    is_other = isinstance(state["architecture"], dict) and "factory" in state["architecture"]
+    factory = take("architecture.factory", _is_text, "a name") if is_other else ""
+    options = take("architecture.options", _is_texts, "a list of arguments") if is_other else ()
     sides = f"a whole number from {size}, the image size, to {2 * MAX_IMAGE_SIZE}"
     return Description(
         num_classes=count,
-        aux_logits=take("architecture.aux_logits", _is_bool, "True or False"),
-        transform_input=take("architecture.transform_input", _is_bool, "True or False"),
+        arch=Arch(factory, tuple(options)),
+        aux_logits=not is_other and take("architecture.aux_logits", _is_bool, "True or False"),
+        transform_input=not is_other and take("architecture.transform_input", _is_bool, "True or False"),
         classes=None if classes is None else tuple(classes),
         preprocessing=Preprocessing(
             size,
@@ -180,8 +192,25 @@ def weights_of(path: Path, state: dict[str, Any], described: Description, weight
     return tensors
 
 
-def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: torch.device | str) -> TrainedModel:
+def require_arch(path: Path, described: Description, arch: Arch, flag: str = "--arch") -> None:
+    """Compares the network of a checkpoint with the one that the user names. `flag` names it on the command line.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if described.arch == GOOGLENET and arch != GOOGLENET:
+        raise ValueError(f"{path}: its network is GoogLeNet, and {flag} names {arch}; leave out {flag}")
+    if described.arch != arch:
+        names = "" if arch == GOOGLENET else f", and {flag} names {arch}"
+        raise ValueError(
+            f"{path}: its network is {described.arch}{names}. Its code is imported only if you name it: "
+            f"{described.arch.flags(flag)}"
+        )
+
+
+def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: torch.device | str, arch: Arch) -> TrainedModel:
     described = describe(path, state)
+    require_arch(path, described, arch)
     weights, why = choose_weights(choice, described)
     model = _empty(described)
     model.load_state_dict(weights_of(path, state, described, weights), assign=True)
@@ -189,8 +218,11 @@ def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: tor
     return TrainedModel(**vars(described), path=path, weights=weights, why=why, model=model)
 
 
-def _empty(described: Description) -> GoogLeNet:
-    """Builds the network on "meta". Its parameters have no values, so drawing them takes no time and no random numbers."""
+def _empty(described: Description) -> nn.Module:
+    """Builds the network. GoogLeNet's parameters have no values, so drawing them takes no time and no random numbers."""
+    if described.arch != GOOGLENET:  # others may have buffers that no state dict contains
+        with torch.random.fork_rng():
+            return build_other(described.arch, described.num_classes)
     with torch.device("meta"):
         return GoogLeNet(described.num_classes, aux_logits=described.aux_logits, transform_input=described.transform_input)
 
@@ -217,6 +249,14 @@ def _is_number(value: Any) -> bool:
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
 
 
 def _is_names(value: Any, count: int) -> bool:

@@ -6,7 +6,7 @@ from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.shards.order import choose_order
 from pipelines.shards.shard_set import ShardSet
-from pipelines.spec import LoaderSpec
+from pipelines.spec import LoaderSpec, with_index
 
 __all__ = ["LoaderSpec", "build_loader"]
 
@@ -23,7 +23,7 @@ def build_loader(config: DataConfig, spec: LoaderSpec, *, shards: ShardSet | Non
         ValueError: The shards do not exist, or they hold too few samples for a batch.
     """
     shards = shards or config.open_shards(spec.split)
-    spec = dataclasses.replace(spec, num_classes=spec.num_classes or shards.num_classes())
+    spec = dataclasses.replace(spec, num_classes=spec.num_classes or shards.num_classes(), device=with_index(spec.device))
     # Each backend imports heavy libraries that the others do not need.
     if config.backend == "synthetic":
         from pipelines.synthetic import SyntheticLoader

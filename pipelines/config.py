@@ -60,7 +60,7 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image, as its header states it. A larger image is a bad sample. Default: as in Pillow."""
     timeout: float = TIMEOUT_SECONDS
-    """The run ends after this many seconds without a batch, or if another process's copy of a shard stands still as long."""
+    """Seconds that reading or decoding a batch, or another process's copy of a shard, may stand still before the run ends."""
     quarantine: tuple[str, ...] = ()
     """Run folders or quarantine.jsonl files of earlier runs. The bad samples that they list are left out from the start."""
 

@@ -58,6 +58,8 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         try:
             image = self._decoded(encoded)
         except Exception as error:  # Pillow's plugins raise a dozen types of errors
+            if isinstance(error, MemoryError):
+                raise
             reason = "no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
             raise ValueError(f"{tar}:{offset}: {reason}") from error
         if self._spec.is_train:

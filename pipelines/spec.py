@@ -20,8 +20,8 @@ class LoaderSpec:
     Attributes:
         split: "train" shuffles, crops at random, augments, and gives whole batches only. "valid" gives each sample once.
         batch_size: Samples per batch on this rank.
+        device: Device of the batches. For a CUDA device without an index, `build_loader` takes torch's current one.
         image_size: Image side, in pixels.
-        device: Device of the batches. A CUDA device needs its index.
         dtype: Image dtype: float32, or float16 on a GPU.
         num_threads: CPU threads, or worker processes of the Pillow backend. `None` takes `DataConfig.threads`, or 4.
         num_classes: Labels must be below this number. `None` takes the number that the shards state.
@@ -33,8 +33,8 @@ class LoaderSpec:
 
     split: Literal["train", "valid"]
     batch_size: int
-    image_size: int
     device: torch.device
+    image_size: int = 224
     dtype: torch.dtype = torch.float32
     num_threads: int | None = None
     num_classes: int | None = None
@@ -64,3 +64,8 @@ class LoaderSpec:
             "rank": self.rank,
             "image size": self.image_size,
         }
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Returns the device; if it is a CUDA device without an index, torch's current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

@@ -27,6 +27,13 @@ def test_example(example: Example, request: pytest.FixtureRequest, tmp_path: Pat
         source = request.getfixturevalue(fixture)
         shutil.copytree(source[0] if fixture == "finished" else source, path)
 
+    linked: list[tuple[Path, tuple[int, int]]] = []
+
+    def link(fixture: str, path: Path) -> None:  # a copy for each block would fill gigabytes
+        source = request.getfixturevalue(fixture)
+        linked.append((source, _state(source)))
+        os.link(source, path)
+
     def upload(url: str) -> None:
         filesystem(url).put(f"{request.getfixturevalue('shards')}/", url, recursive=True)
 
@@ -34,12 +41,18 @@ def test_example(example: Example, request: pytest.FixtureRequest, tmp_path: Pat
         "photos": lambda path: copy("image_folder", path),
         "shards": lambda path: copy("shards", path),
         "run": lambda path: copy("finished", path),
-        "best.pt": lambda path: os.link(request.getfixturevalue("best"), path),
+        "best.pt": lambda path: link("best", path),
         "s3://shards": lambda path: upload(f"{request.getfixturevalue('s3_bucket')}/data"),
     }
     folder = tmp_path / "here"
     folder.mkdir()
     run_example(example, folder, world)
+    changed = [source.name for source, state in linked if _state(source) != state]
+    assert changed == [], "the block changes a file that other blocks share; let it write a new one instead"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def test_every_message_is_on_the_page() -> None:

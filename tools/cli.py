@@ -33,11 +33,13 @@ def log_to(stream: TextIO) -> None:
         handler.setFormatter(LogLines("%(message)s"))
 
 
-def _without_number(error: OSError) -> str:
-    """Returns the message of an error of the system without its number, with the file first as in other messages."""
-    if error.strerror is None or error.filename is None or error.filename2 is not None:
-        return str(error)
-    return f"{printable(str(error.filename))}: {error.strerror}"
+def reason_of(error: OSError) -> str:
+    """Returns the message of an error of the system without its number, with its files first as in other messages."""
+    text = str(error)
+    if not text.startswith(f"[Errno {error.errno}] "):  # a message of the project, or of a library
+        return text
+    files = [printable(str(file)) for file in (error.filename, error.filename2) if file is not None]
+    return ": ".join([*([" -> ".join(files)] if files else []), str(error.strerror)])
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:
@@ -65,7 +67,7 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted", *,
         print(printable_text(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(printable_text(f"error: {_without_number(error)}"), file=sys.stderr)
+        print(printable_text(f"error: {reason_of(error)}"), file=sys.stderr)
         sys.exit(1)
     if exits or status:
         sys.exit(status)

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ def parse(read: Callable[[list[str]], Parsed], arguments: Sequence[str] | None) 
         arguments: The words, or None.
 
     Raises:
-        ValueError: An option or a verb is unknown, or a pattern was not quoted.
+        ValueError: An option or a verb is unknown, a pattern was not quoted, or a check of the options refuses a value.
         SystemExit: After `--help`, or after another mistake, which was reported.
     """
     words = command_line(arguments)
@@ -37,12 +38,25 @@ def parse(read: Callable[[list[str]], Parsed], arguments: Sequence[str] | None) 
         with contextlib.redirect_stderr(errors):
             parsed = read(words)
     except SystemExit as end:
+        if refusal := _find_refusal(end):
+            raise refusal from None
         if end.code == 2 and (mistake := _find_mistake(read, words, errors.getvalue())):
             raise ValueError(mistake) from end
         sys.stderr.write(errors.getvalue())
         raise
     sys.stderr.write(errors.getvalue())
     return parsed
+
+
+def _find_refusal(end: SystemExit) -> ValueError | None:
+    """Returns the error of a check of the options, which tyro prints in a frame of its own; None if tyro itself found it."""
+    error = end.__context__
+    while error is not None and type(error) is not ValueError:
+        error = error.__context__
+    if error is None:
+        return None
+    frame, _ = [*traceback.walk_tb(error.__traceback__)][-1]
+    return None if frame.f_globals["__name__"].partition(".")[0] == "tyro" else error
 
 
 def _find_mistake(read: Callable[[list[str]], object], words: Sequence[str], message: str) -> str:
@@ -57,12 +71,12 @@ def _find_mistake(read: Callable[[list[str]], object], words: Sequence[str], mes
         if verb[0].startswith("-"):
             return f"{program} needs a verb before {printable(verb[0])}: {', '.join(verbs)}"
         if verb[0] not in verbs:
-            return f"{program} has no verb {printable(verb[0])}{_hint(verb[0], verbs)}; it has {', '.join(verbs)}"
+            return f"{program} has no verb {printable(verb[0])}{hint(verb[0], verbs)}; it has {', '.join(verbs)}"
         program, _, options = _read_help(read, verb)
     given = [word.partition("=")[0] for word in before_dashes if re.match(r"--?[A-Za-z]", word)]
     unknown = [option for option in given if option.replace("_", "-") not in options]
     if unknown:
-        named = ", ".join(f"{printable(option)}{_hint(option, options)}" for option in dict.fromkeys(unknown))
+        named = ", ".join(f"{printable(option)}{hint(option, options)}" for option in dict.fromkeys(unknown))
         return f"{program} has no option {named}; {program} --help lists its options"
     surplus = [word for word in words[len(verb) :] if not word.startswith("-")]
     return _about_surplus(program, surplus) if "Unrecognized" in message else ""
@@ -80,10 +94,10 @@ def _read_help(read: Callable[[list[str]], object], verb: list[str]) -> tuple[st
     return re.sub(r"usage: | \[.*| \{.*", "", usage).strip(), verbs[1].split(",") if verbs else [], options
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
+def hint(word: str, known: Sequence[str]) -> str:
     """Returns a question for the known word that is most like a word, or nothing."""
     plain = word.lstrip("-").replace("_", "-")
-    names = {name.lstrip("-"): name for name in known}
+    names = {name.lstrip("-").replace("_", "-"): name for name in known}
     ends = [name for name in names if name.rpartition(".")[2] == plain]
     begins = sorted((name for name in names if name.startswith(plain)), key=len)
     found = [*ends, *begins, *difflib.get_close_matches(plain, names, 1)]

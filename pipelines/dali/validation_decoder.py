@@ -1,5 +1,6 @@
 """Decodes images from anywhere with the graph that validation uses."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,42 +13,47 @@ from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.dali.graph import decoding_pipeline, describe
 from pipelines.dali.operators import Color
 from pipelines.dali.to_torch import HandOver
+from pipelines.loader import MEAN, STD, resize_shorter_for
+from pipelines.spec import with_index
 
 
 class ValidationDecoder:
     """Decodes, resizes, center-crops and normalizes batches of images, and names those that it cannot decode.
 
+    The defaults are those of training.
+
     Args:
-        batch_size: Largest number of images per call.
+        device: Device of the images. A CUDA device without an index is torch's current one.
+        batch_size: Images that are decoded at a time.
         image_size: Image side, in pixels.
-        resize_shorter: Length of the shorter side before the crop, in pixels.
+        resize_shorter: Length of the shorter side before the crop, in pixels. By default 256 for 224, in proportion for others.
         mean: Subtracted from red, green and blue in [0, 1].
         std: Divides them.
-        device: Device of the images: "cpu", or a CUDA device with its index.
-        num_threads: CPU threads.
+        num_threads: CPU threads. By default one per CPU, at most 16.
         max_pixels: Images with more pixels are bad.
     """
 
     def __init__(
         self,
         *,
-        batch_size: int,
-        image_size: int,
-        resize_shorter: int,
-        mean: Color,
-        std: Color,
         device: torch.device,
-        num_threads: int,
+        batch_size: int = 64,
+        image_size: int = 224,
+        resize_shorter: int | None = None,
+        mean: Color = MEAN,
+        std: Color = STD,
+        num_threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._max_pixels = max_pixels
+        device = with_index(device)
+        self._max_pixels, self._batch_size = max_pixels, batch_size
         self._make = lambda: decoding_pipeline(
             device="gpu" if device.type == "cuda" else "cpu",
             device_id=device.index if device.type == "cuda" else None,
             batch_size=batch_size,
-            num_threads=num_threads,
+            num_threads=num_threads or min(len(os.sched_getaffinity(0)), 16),
             image_size=image_size,
-            resize_shorter=resize_shorter,
+            resize_shorter=resize_shorter or resize_shorter_for(image_size),
             mean=mean,
             std=std,
             max_pixels=max_pixels,
@@ -86,10 +92,14 @@ class ValidationDecoder:
         return undecodable(images, lambda chosen: self._stops_at([images[i] for i in chosen]), self._max_pixels, "--max-pixels")
 
     def _run(self, images: Sequence[bytes]) -> Tensor:
-        with decoders_silenced():
-            [batch] = self._pipeline.run(encoded=[np.frombuffer(image, np.uint8) for image in images])
+        parts = []
+        for start in range(0, len(images), self._batch_size):  # of a larger batch, DALI would return a part without an error
+            encoded = [np.frombuffer(image, np.uint8) for image in images[start : start + self._batch_size]]
+            with decoders_silenced():
+                [batch] = self._pipeline.run(encoded=encoded)
+            parts.append(self._hand_over(batch.as_tensor()))
         # NHWC seen as NCHW is channels_last.
-        return self._hand_over(batch.as_tensor()).permute(0, 3, 1, 2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 3, 1, 2)
 
     def _stops_at(self, images: Sequence[bytes]) -> bool:
         try:

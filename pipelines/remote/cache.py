@@ -37,7 +37,7 @@ class _Task:
     not_before: float = 0.0
     running: bool = False
     transfer: Transfer | None = None
-    waits_for: tuple[Path, int] | None = None  # a copy that others are writing, and its size
+    waits_for: tuple[Path, tuple[int, int]] | None = None  # a copy that others are writing, and when that showed life
     waited: float = 0.0  # seconds in which it has not grown
     result: "concurrent.futures.Future[Path]" = field(default_factory=concurrent.futures.Future)
 
@@ -220,15 +220,15 @@ class ShardCache:
             return None
 
     def _overdue(self, task: _Task, busy: Busy) -> OSError | None:
-        """Returns an error if the copy of others for which a task waits has not grown for long."""
-        found = busy.copy, busy.size
+        """Returns an error if those who write the copy for which a task waits have shown no life for long."""
+        found = busy.copy, busy.activity
         task.waited = task.waited + BUSY_SECONDS if task.waits_for == found else 0.0
         task.waits_for = found
         if task.waited < self._timeout:
             return None
         return OSError(
-            f"{busy.copy}: {writer_of(busy.copy)} is writing it, but it has not grown for {self._timeout:g} s "
-            "(--data.timeout); end that process"
+            f"{busy.copy}: {writer_of(busy.copy)} is writing it, but it has stood still for {self._timeout:g} s "
+            "(in training --data.timeout); end that process"
         )
 
     def _copy(self, task: _Task) -> Path:

@@ -27,7 +27,8 @@ class Busy(Exception):  # noqa: N818  (not an error)
     """Another process or thread is writing this copy, or has just finished."""
 
     def __init__(self, copy: Path) -> None:
-        self.copy, self.size = copy, copy.stat().st_size
+        stat = copy.stat()
+        self.copy, self.activity = copy, (stat.st_size, stat.st_mtime_ns)
 
 
 class Full(Exception):  # noqa: N818  (not an error)
@@ -267,10 +268,11 @@ class CacheFolder:
 def writer_of(part: Path) -> str:
     """Names the process that writes a partial copy, as far as this machine shows it."""
     with contextlib.suppress(OSError):  # the copy is complete, or there is no /proc
-        inode = part.stat().st_ino
-        locks = re.findall(rf" FLOCK .* (\d+) \S+:{inode} 0 EOF", Path("/proc/locks").read_text())
+        stat = part.stat()
+        file = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+        locks = re.findall(rf" FLOCK .* (\d+) {file} 0 EOF", Path("/proc/locks").read_text())
         if locks:
-            return f"process {locks[0]}"
+            return "another loader of this process" if int(locks[0]) == os.getpid() else f"process {locks[0]}"
     return "another process"
 
 

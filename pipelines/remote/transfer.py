@@ -76,9 +76,10 @@ class Transfer:
         part.seek(0)
         while expected and (chunk := part.read(CHUNK_BYTES)):
             digest.update(chunk)
+            os.utime(part.fileno())  # shows life to those who wait for this copy
         self.num_bytes = part.seek(0, os.SEEK_END)
         while self.num_bytes < file.size:
-            data = self._read(self.num_bytes, min(self.num_bytes + CHUNK_BYTES, file.size))
+            data = self._read(part, self.num_bytes, min(self.num_bytes + CHUNK_BYTES, file.size))
             if expected:  # a digest takes as long as the copy itself
                 digest.update(data)
             rest = memoryview(data)
@@ -87,8 +88,12 @@ class Transfer:
             self.num_bytes += len(data)
         return digest.digest() if expected else b"", expected
 
-    def _read(self, start: int, end: int) -> bytes:
+    def _read(self, part: FileIO, start: int, end: int) -> bytes:
         attempts = 0
+
+        def on_fault(error: BaseException) -> None:
+            os.utime(part.fileno())  # as above
+            self._on_fault(error)
 
         def ask() -> bytes:
             nonlocal attempts
@@ -97,7 +102,7 @@ class Transfer:
                 self._check_unchanged(stat_once(self._file.url, self._stop))
             return read_range(self._file.url, start, end, self._stop)
 
-        return retrying(self._file.url, ask, stop=self._stop, on_fault=self._on_fault)
+        return retrying(self._file.url, ask, stop=self._stop, on_fault=on_fault)
 
     def _check_unchanged(self, now: RemoteFile) -> None:
         if (now.version, now.size) != (self._file.version, self._file.size):

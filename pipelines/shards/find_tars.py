@@ -184,6 +184,8 @@ def _choose_split(folder: str, splits: Mapping[str, Any], split: str, files: Cal
     """
     others = next((words for words in SPLIT_WORDS.values() if split in words), ())
     found = [split] if split in splits else [name for name in others if name in splits]
+    if len(found) > 1:  # where `dev` or `val` is there too, an evaluation is often a test
+        found = [name for name in found if not name.startswith("eval")]
     if len(found) == 1:
         return dict(splits[found[0]])
     candidates = sorted(found or splits)

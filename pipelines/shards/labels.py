@@ -4,7 +4,7 @@ import json
 import re
 import string
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,13 +53,15 @@ class LabelReader:
         extension: Extension of the member with the label, in lower case.
         key: Key of the label in that member, with dots between nested keys; empty if the member is the label.
         classes: Class names by number; `None` if they are unknown, and labels must be numbers.
-        class_file: File of the class names; empty if they come from an `_info.json`.
+        class_file: File of the class names; empty if there is none.
+        source: What has the class names otherwise, for messages; empty if it is an `_info.json`.
     """
 
     extension: str = "cls"
     key: str = ""
     classes: tuple[str, ...] | None = None
     class_file: str = ""
+    source: str = field(default="", repr=False)  # the text of a reader is in the names of cached labels
 
     def parse(self, raw: bytes, place: str) -> int:
         """Returns the class number in the content of a member.
@@ -106,8 +108,10 @@ class LabelReader:
         looks = _looks_like(label)
         if self.classes is None:
             needed = "" if looks else ", or a file of class names with --class-file (in training --data.class-file)"
+            if self.source:  # then there is no such option
+                needed = f"; {self.source} has no class names"
             raise ValueError(f"the label is {_shown(label)}{looks}; a class number in ASCII digits is needed{needed}")
-        source = self.class_file or "_info.json"
+        source = self.class_file or self.source or "_info.json"
         neither = " nor a class number" if self._numbers_allowed else ""
         raise ValueError(
             f"the label is {_shown(label)}{looks}, which is none of the {len(self.classes)} classes of {source}{neither}"

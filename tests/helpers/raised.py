@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 DEPTH = 4  # of functions that call each other to make a text
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Values = dict[str, list[ast.expr]]  # by name
+
 
 class Text(NamedTuple):
     """A constant part of a message, and where the error is raised."""
@@ -16,70 +19,98 @@ class Text(NamedTuple):
 
 
 def raised_texts(paths: list[Path], root: Path) -> Iterator[Text]:
-    """Yields the constant parts of the messages of all `raise` statements, and of what is printed after `error: `.
+    """Yields the constant parts of the messages of all `raise` and `sys.exit`, and of what is printed after `error: `.
 
     A message may be made by functions of the project and by variables: their constants count as well. Parts of one word or of
     fewer than 12 characters are left out.
     """
-    modules = {path: ast.parse(path.read_text()) for path in paths}
-    functions: dict[str, list[ast.FunctionDef]] = {}
-    for module in modules.values():
-        for node in ast.walk(module):
-            if isinstance(node, ast.FunctionDef):
-                functions.setdefault(node.name, []).append(node)
-    own = {".".join(path.relative_to(root).with_suffix("").parts): dict(_assigned(module)) for path, module in modules.items()}
-    for path, module in modules.items():
-        constants = _imported(module, own) | dict(_assigned(module))
-        for statement, inside in _statements(module, None):
-            values = dict(_assigned(inside)) if inside else {}
-            for text in _texts(statement, functions, constants, values, DEPTH):
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in paths}
+    modules = {names[path]: ast.parse(path.read_text()) for path in paths}
+    finder = _Finder(modules)
+    for path, name in names.items():
+        for statement, inside in _statements(modules[name], None):
+            values = _assigned(inside) if inside else {}
+            for text in finder.texts(statement, name, values, DEPTH):
                 if len(text.strip()) >= 12 and " " in text.strip():
                     yield Text(text, f"{path.relative_to(root)}:{statement.lineno}")
 
 
-def _statements(node: ast.AST, inside: ast.FunctionDef | None) -> Iterator[tuple[ast.expr, ast.FunctionDef | None]]:
+def _statements(node: ast.AST, inside: Function | None) -> Iterator[tuple[ast.expr, Function | None]]:
     """Yields the expressions that are raised, or printed as errors, and the function around each."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Raise) and child.exc is not None:
             yield child.exc, inside
-        elif isinstance(child, ast.Call) and ast.unparse(child.func) == "print" and "error: " in ast.unparse(child):
-            yield child, inside
-        yield from _statements(child, child if isinstance(child, ast.FunctionDef) else inside)
+        elif isinstance(child, ast.Call):
+            called = ast.unparse(child.func)
+            if called == "sys.exit" or (called == "print" and "error: " in ast.unparse(child)):
+                yield child, inside
+        yield from _statements(child, child if isinstance(child, Function) else inside)
 
 
-def _imported(module: ast.Module, own: dict[str, dict[str, ast.expr]]) -> dict[str, ast.expr]:
-    """Returns the constants that a module imports. `own` has those of each module."""
-    imports = [node for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
-    names = [(alias.name, own.get(node.module or "", {})) for node in imports for alias in node.names]
-    return {name: there[name] for name, there in names if name in there}
-
-
-def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+def _assigned(node: ast.AST) -> Values:
+    """Returns all values that each name gets in a function, or at the top of a module."""
+    found: Values = {}
     for child in node.body if isinstance(node, ast.Module) else ast.walk(node):
-        if isinstance(child, ast.Assign) and isinstance(child.targets[0], ast.Name):
-            yield child.targets[0].id, child.value
-        elif isinstance(child, ast.NamedExpr):
-            yield child.target.id, child.value
+        targets, value = list[ast.expr](), None
+        if isinstance(child, ast.Assign):
+            targets, value = child.targets, child.value
+        elif isinstance(child, ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+            targets, value = [child.target], child.value
+        elif isinstance(child, ast.For | ast.comprehension):
+            targets, value = [child.target], child.iter
+        for name in (name for target in targets for name in ast.walk(target)):
+            if isinstance(name, ast.Name) and value is not None:
+                found.setdefault(name.id, []).append(value)
+    return found
 
 
-def _texts(
-    node: ast.AST,
-    functions: dict[str, list[ast.FunctionDef]],
-    constants: dict[str, ast.expr],
-    values: dict[str, ast.expr],
-    depth: int,
-) -> Iterator[str]:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    if depth > 0 and isinstance(node, ast.Name) and (value := values.get(node.id) or constants.get(node.id)):
-        yield from _texts(value, functions, constants, values, depth - 1)
-    if depth > 0 and isinstance(node, ast.Call):
-        name = ast.unparse(node.func).rpartition(".")[2]
-        found = functions.get(name, [])
-        for function in found if len(found) == 1 else []:
-            inner = dict(_assigned(function))
-            for child in ast.walk(function):
-                if isinstance(child, ast.Return) and child.value is not None:
-                    yield from _texts(child.value, functions, constants, inner, depth - 1)
-    for child in ast.iter_child_nodes(node):
-        yield from _texts(child, functions, constants, values, depth)
+def _only_compares(node: ast.AST) -> bool:
+    """Returns whether the constants within an expression are compared with a text, and no part of it."""
+    called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    return isinstance(node, ast.Compare) or called.startswith("re.") or called.endswith((".startswith", ".endswith"))
+
+
+class _Finder:
+    """Finds the constants in expressions, also in the functions and the names that they use.
+
+    Args:
+        modules: The code by the names of its modules.
+    """
+
+    def __init__(self, modules: dict[str, ast.Module]) -> None:
+        self._functions: dict[str, list[tuple[Function, str]]] = {}
+        self._constants = {module: _assigned(tree) for module, tree in modules.items()}
+        self._imports: dict[str, dict[str, str]] = {}
+        self._methods = set[ast.stmt]()
+        for module, tree in modules.items():
+            nodes = [*ast.walk(tree)]
+            self._methods.update(child for node in nodes if isinstance(node, ast.ClassDef) for child in node.body)
+            for function in (node for node in nodes if isinstance(node, Function)):
+                self._functions.setdefault(function.name, []).append((function, module))
+            imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+            self._imports[module] = {alias.name: node.module or "" for node in imports for alias in node.names}
+
+    def texts(self, node: ast.AST, module: str, values: Values, depth: int) -> Iterator[str]:
+        """Yields the constants that an expression of a module uses. `values` has those of the names around it."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        if depth > 0 and isinstance(node, ast.Name):
+            constants = self._constants[module]
+            there = self._constants.get(self._imports[module].get(node.id, ""), {})
+            for value in values.get(node.id) or constants.get(node.id) or there.get(node.id, []):
+                yield from self.texts(value, module, values, depth - 1)
+        if depth > 0 and isinstance(node, ast.Call):
+            for function, home in self._called(node.func, module):
+                inner = _assigned(function)
+                for child in ast.walk(function):
+                    if isinstance(child, ast.Return | ast.Yield) and child.value is not None:
+                        yield from self.texts(child.value, home, inner, depth - 1)
+        for child in [] if _only_compares(node) else ast.iter_child_nodes(node):
+            yield from self.texts(child, module, values, depth)
+
+    def _called(self, called: ast.expr, module: str) -> list[tuple[Function, str]]:
+        """Returns the functions that a call in a module may mean: those in it, the one it imports, or the only one."""
+        name, is_method = ast.unparse(called).rpartition(".")[2], isinstance(called, ast.Attribute)
+        found = [each for each in self._functions.get(name, []) if (each[0] in self._methods) == is_method]
+        near = [each for each in found if each[1] in (module, self._imports[module].get(name))]
+        return near or (found if len(found) == 1 else [])

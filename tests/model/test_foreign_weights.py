@@ -163,7 +163,7 @@ def test_which_input_the_weights_need(tmp_path: Path, caplog: pytest.LogCaptureF
             caplog.clear()
             assert read(path).choose_transform_input(None) == (text == ON)
             assert caplog.messages == [text.strip()]
-            for setting, word in ((True, "on, as --model.transform-input"), (False, "off, as --model.no-transform-input")):
+            for setting, word in ((True, "on, as --model.transform-input"), (False, "off, as --model.transform-input")):
                 caplog.clear()
                 assert read(path).choose_transform_input(setting) == setting
                 assert caplog.messages == [f"transform_input: {word} says"]

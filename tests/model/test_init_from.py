@@ -31,15 +31,15 @@ State = dict[str, Tensor]
 PREPROCESSING = {"image_size": 32, "resize_shorter": 37, "mean": checkpoints.MEAN, "std": checkpoints.STD}
 ON = (
     "transform_input: on, because the statistics of its first layer are those of inputs with a deviation of 0.5; "
-    "--model.no-transform-input overrides it\n"
+    "--model.transform-input False overrides it\n"
 )
 OFF = (
     "transform_input: off, because the statistics of its first layer are those of inputs with ImageNet's deviation; "
-    "--model.transform-input overrides it\n"
+    "--model.transform-input True overrides it\n"
 )
 UNKNOWN = (
     "transform_input: off; the file does not tell whether its weights need it, as torchvision's published ones do; "
-    "--model.transform-input turns it on\n"
+    "--model.transform-input True turns it on\n"
 )
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_gives_its_average_and_how_its_input_is_scaled(
         assert torch.equal(value, average[name])
     weights = "weights: ema (averaged; the checkpoint has no validation scores to choose by)"
     assert said() == {
-        "INFO": "transform_input: on, as in the checkpoint; --model.no-transform-input overrides it\n"
+        "INFO": "transform_input: on, as in the checkpoint; --model.transform-input False overrides it\n"
         f"loaded {len(average) - 1} of {len(average) - 1} tensors from {checkpoint}, {weights}\n"
     }
     assert not make_job(path=checkpoint, transform_input=False).model.transform_input  # the setting overrides the file

@@ -13,7 +13,7 @@ from model.config import OptimConfig
 from model.distributed import choose_device
 from model.ema import EMA
 from model.googlenet import GoogLeNet, GoogLeNetOutputs
-from model.loss import googlenet_loss
+from model.loss import training_loss
 from model.optim import build_optimizer, build_scheduler
 
 
@@ -57,8 +57,8 @@ def test_loss_is_smoothed_cross_entropy_of_three_heads() -> None:
         return -(probabilities * log_softmax(logits, 1)).sum(1).mean()
 
     expected = smoothed(heads.logits) + 0.3 * (smoothed(heads.aux_logits1) + smoothed(heads.aux_logits2))
-    torch.testing.assert_close(googlenet_loss(heads, target, label_smoothing=0.1, aux_weight=0.3).total, expected)
-    alone = googlenet_loss(heads.logits, target, label_smoothing=0.1, aux_weight=0.3).total
+    torch.testing.assert_close(training_loss(heads, target, label_smoothing=0.1, aux_weight=0.3).total, expected)
+    alone = training_loss(heads.logits, target, label_smoothing=0.1, aux_weight=0.3).total
     torch.testing.assert_close(alone, smoothed(heads.logits))
 
 
@@ -69,9 +69,9 @@ def test_loss_takes_probabilities_as_targets(dtype: torch.dtype) -> None:
     target = torch.tensor([0, 4, 2, 2])
     one_hot = torch.eye(5)[target]
     options = {"label_smoothing": 0.1, "aux_weight": 0.3}
-    hard, reversed_ = (googlenet_loss(heads, classes, **options).total for classes in (target, target.flip(0)))
-    torch.testing.assert_close(googlenet_loss(heads, one_hot, **options).total.to(dtype), hard)
-    mixed = googlenet_loss(heads, 0.3 * one_hot + 0.7 * one_hot.flip(0), **options).total
+    hard, reversed_ = (training_loss(heads, classes, **options).total for classes in (target, target.flip(0)))
+    torch.testing.assert_close(training_loss(heads, one_hot, **options).total.to(dtype), hard)
+    mixed = training_loss(heads, 0.3 * one_hot + 0.7 * one_hot.flip(0), **options).total
     torch.testing.assert_close(mixed.to(dtype), 0.3 * hard + 0.7 * reversed_)
 
 

@@ -342,11 +342,12 @@ def test_waiting_for_a_process_that_has_stopped(
         grown = threading.Timer(0.4, os.truncate, [part, 2 * CHUNK])
         grown.start()
         began = time.monotonic()
-        with pytest.raises(OSError, match="has not grown") as error:
+        with pytest.raises(OSError, match="has stood still") as error:
             cache.hold(shards).__enter__()
         assert time.monotonic() - began > 0.9
         assert str(error.value) == (
-            f"{part}: process {process.pid} is writing it, but it has not grown for 0.6 s (--data.timeout); end that process"
+            f"{part}: process {process.pid} is writing it, but it has stood still for 0.6 s (in training --data.timeout); "
+            "end that process"
         )
         process.kill()
         process.communicate()
@@ -361,7 +362,7 @@ def test_waiting_for_the_room_of_a_copy_that_does_not_grow(tmp_path: Path, s3_bu
     part = open_locked(path)
     assert part
     with opened(tmp_path, shards=1.5, timeout=0.6) as cache:
-        with pytest.raises(OSError, match=rf"^{path}: process {os.getpid()} is writing it"):
+        with pytest.raises(OSError, match=rf"^{path}: another loader of this process is writing it"):
             cache.hold(shards).__enter__()
         close_locked(part)
         with cache.hold(shards) as copies:

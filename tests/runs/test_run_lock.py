@@ -58,6 +58,22 @@ def test_the_lock_falls_with_its_process(tmp_path: Path) -> None:
     assert not run.exists() or [*run.iterdir()] == []
 
 
+def test_a_holder_that_has_just_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "open_locked", lambda path: None)  # and the file is removed before it can be read
+    refused = pytest.raises(ValueError, match=r"another run \(it has just ended\) writes there; wait for it")
+    with refused, sole_run(tmp_path, WORLD, waits=False):
+        pass
+
+
+@pytest.mark.parametrize("folder", ["x", "x/" * 3, "y" * 300])
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(folder: str) -> None:
+    refused = pytest.raises(
+        ValueError, match=rf"^--run-dir /proc/{folder.rstrip('/')}: cannot be made \(.*\); name another one$"
+    )
+    with refused, sole_run(Path("/proc", folder), WORLD, waits=False):
+        pass
+
+
 def test_an_empty_folder_is_not_left(tmp_path: Path) -> None:
     with sole_run(tmp_path / "runs" / "a", WORLD, waits=False):
         assert (tmp_path / "runs" / "a" / FILE_NAME).exists()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,26 @@ def test_a_wrong_entry_is_named(job: Job, loader: Loader, key: str, values: tupl
         assert key.split(".")[-1] in text or key.rpartition(".")[0] in text, (value, text)
 
 
-def test_another_precision_is_named_as_the_flag_has_it(job: Job, loader: Loader) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype", "way_out"),
+    [
+        ("bf16", "torch.bfloat16", "set --precision bf16"),
+        ("fp16", "torch.float16", "continue it on a GPU, or start in another --run-dir with --init-from step.pt"),
+        ("tf32", "None", "continue it on a GPU, or start in another --run-dir with --init-from step.pt"),
+    ],
+)
+def test_another_precision_is_named_as_the_flag_has_it(
+    precision: str, dtype: str, way_out: str, job: Job, loader: Loader
+) -> None:
     """So it is if a run goes on without the GPU that it began on. --precision may change, see `FREE_SETTINGS`."""
-    wrong = state_of(job, loader) | {"autocast_dtype": "torch.bfloat16"}
-    text = "--resume auto: the run was started in bf16, and on this device it would be in fp32; set --precision bf16"
-    with pytest.raises(ValueError, match=f"^{text}$"):
+    wrong = state_of(job, loader) | {"autocast_dtype": dtype, "config": {"precision": precision}}
+    text = f"--resume auto: the run was started in {precision}, and on this device it would be in fp32; {way_out}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         resume(wrong, job, loader)
+
+
+def test_settings_with_the_same_arithmetic_are_the_same_precision(job: Job, loader: Loader) -> None:
+    resume(state_of(job, loader) | {"config": {"precision": "fp32"}}, job, loader)  # on a CPU, auto is fp32
 
 
 def test_a_right_one_is_restored(job: Job, loader: Loader) -> None:

@@ -26,6 +26,7 @@ from tools.evaluate import cli as evaluate
 from tools.export import cli as export
 from tools.predict import cli as predict
 from tools.report import cli as report
+from tools.run.config import Config
 from tools.run.log import next_commands
 from tools.run.recipes import RECIPES
 
@@ -97,14 +98,14 @@ def test_next_commands_have_the_options_of_the_data_and_come_after_the_demo(shar
     valid = open_shards(str(shards), "valid")
     data = DataConfig(train="a", valid="my shards/*.tar", label_key="a.b", class_file="names.txt", image_key="input.jpg")
     board, run = "tensorboard --logdir 'my runs'", Path("my runs/one")
-    assert next_commands(data, valid, run) == [
+    assert next_commands(Config(data=data), valid, run) == [
         "evaluate 'my runs/one/best.pt' 'my shards/*.tar' --image-key input.jpg --label-key a.b --class-file names.txt",
         f"predict 'my runs/one/best.pt' {valid.tars[0]} --image-key input.jpg --label-key a.b",
         "export-model 'my runs/one/best.pt' -o 'my runs/one/model.pt2'",
         "report 'my runs/one'",
         board,
     ]
-    assert next_commands(RECIPES["demo"].data, valid, run)[:2] == [
+    assert next_commands(RECIPES["demo"], valid, run)[:2] == [
         board,
         "shards convert FOLDER_OF_CLASS_FOLDERS shards/mine --name train",
     ]

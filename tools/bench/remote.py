@@ -8,13 +8,16 @@ from typing import Any
 import torch
 import tyro
 
+from model.config import MAX_IMAGE_SIZE, at_most
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.dali.operators import validation_images
+from pipelines.remote.object_store import is_url
 from pipelines.shards.members import IMAGE_EXTENSIONS
 from pipelines.shards.shard_set import ShardSet, open_shards
 from tools.bench.bucket import serve
 from tools.bench.command import check_json, check_latency, run_measurement
+from tools.run.config import MOST_THREADS
 from tools.shards.parallel import require_positive
 from tools.shards.sources.folders import require_folder
 from tools.throughput.hardware import versions
@@ -28,7 +31,7 @@ COLUMNS = (RATE, RATIO, Column("first_seconds", "first batch s", ",.1f"))
 
 
 def remote(
-    shards: tyro.conf.Positional[Path],
+    shards: tyro.conf.Positional[str],
     /,
     *,
     latency: float = 30.0,
@@ -55,12 +58,12 @@ def remote(
     """
     settings = {**locals(), "latency_seconds": latency / 1000}
     _check(settings)
-    opened = open_shards(str(shards), "train")
+    opened = open_shards(shards, "train")
     tars = [Path(tar).name for tar in opened.tars]
     names = f"{{{','.join(tars)}}}" if len(tars) > 1 else tars[0]
     device = torch.device("cpu")
     spec = LoaderSpec(split="train", batch_size=batch_size, image_size=image_size, device=device, num_threads=threads)
-    with serve(shards, latency / 1000) as bucket:
+    with serve(Path(shards), latency / 1000) as bucket:
 
         def epoch(location: str) -> Turn:
             config = DataConfig(train=location, order="blocks", block_shards=block_shards)
@@ -73,7 +76,7 @@ def remote(
             return {"first_seconds": first - started, "images_per_second": images / seconds}
 
         competitors: dict[str, Callable[[], Turn]] = {
-            LOCAL: lambda: epoch(str(shards)),
+            LOCAL: lambda: epoch(shards),
             COPIED: lambda: epoch(f"{bucket}/{names}"),
             DIRECT: lambda: _dali_reader(opened, bucket, image_size, threads),
         }
@@ -92,9 +95,13 @@ def remote(
 def _check(settings: dict[str, Any]) -> None:
     for option in ("block_shards", "batch_size", "image_size", "threads", "rounds"):
         require_positive(option.replace("_", "-"), settings[option])
+    at_most("--threads", settings["threads"], MOST_THREADS)
+    at_most("--image-size", settings["image_size"], MAX_IMAGE_SIZE)
     check_latency(settings["latency"])
     check_json(settings["json"])
-    require_folder(settings["shards"])
+    if is_url(settings["shards"]):
+        raise ValueError(f"{settings['shards']}: a local folder is needed; this machine serves it as a bucket")
+    require_folder(Path(settings["shards"]))
 
 
 def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -> Turn:

@@ -15,12 +15,13 @@ from typing import Any, Literal, get_args
 
 import tyro
 
-from model.config import at_least
+from model.config import MAX_IMAGE_SIZE, at_least, at_most
 from pipelines.shards.shard_set import open_shards
 from tools.bench.command import check_json, check_latency
 from tools.bench.linked import LinkedShards, photograph, small
 from tools.cli import run_command
 from tools.parse import parse
+from tools.run.config import MOST_THREADS
 from tools.shards.parallel import num_cpus
 from tools.throughput.hardware import versions
 from tools.throughput.process import Run, open_scratch, run_measured
@@ -140,8 +141,9 @@ class Scale:
             ValueError: There would be shards without a sample, a number is too small, or --data names no local shards.
         """
         at_least(self, base_shards=1, base_samples=1, batch_size=1, image_size=1, rounds=1)
+        at_most("--image-size", self.image_size, MAX_IMAGE_SIZE)
         if not 0 < self.seconds < math.inf:
-            raise ValueError(f"--seconds {self.seconds:g}: a number above 0 is needed")
+            raise ValueError(f"--seconds {self.seconds:g}: a finite number above 0 is needed")
         check_latency(self.latency)
         check_json(self.json)
         if not self.axes:
@@ -159,6 +161,8 @@ class Scale:
             if min(values, default=0) < 1:
                 flag = f"--{option.replace('_', '-')}"
                 raise ValueError(f"{' '.join([flag, *map(str, values)])}: numbers from 1 on are needed")
+            most = {"ranks": MOST_THREADS, "threads": MOST_THREADS, "sizes": MAX_IMAGE_SIZE}
+            at_most(f"--{axis}", max(values), most.get(axis, max(values)))
             threads = 1 if axis == "ranks" else cores  # more threads would measure the cores
             base = {"shards": self.base_shards, "samples": self.base_samples, "ranks": 1, "threads": threads}
             base |= {"image_size": self.image_size, "batch_size": self.batch_size}

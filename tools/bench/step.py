@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from model.distributed import World, alone, choose_device
 from model.googlenet import GoogLeNet
-from model.loss import googlenet_loss
+from model.loss import training_loss
 from model.optim import build_scheduler
 from tools.bench.command import check_json, run_measurement
 from tools.run.config import Config
@@ -56,15 +56,15 @@ def step(
         rounds: Turns of each loop.
         json: File for all figures.
     """
-    for option, number in {"steps": steps, "rounds": rounds, "torch-threads": torch_threads}.items():
-        require_positive(option, number)
+    require_positive("steps", steps)
+    require_positive("rounds", rounds)
     check_json(json)
     chosen = choose_device(device)
     steps = steps or (20 if chosen.type == "cuda" else 1)
+    # The epochs only matter for the schedule, which must not end.
+    config = Config(epochs=1000, batch_size=batch_size, image_size=image_size, precision=precision, torch_threads=torch_threads)
     if torch_threads is not None:
         torch.set_num_threads(torch_threads)
-    # The epochs only matter for the schedule, which must not end.
-    config = Config(epochs=1000, batch_size=batch_size, image_size=image_size, precision=precision)
     world = alone(chosen)
     config = with_batch_size(config, world, MANY_SAMPLES)
     autocast_dtype = choose_autocast_dtype(precision, chosen)
@@ -109,7 +109,7 @@ def make_barest(config: Config, world: World, autocast_dtype: torch.dtype | None
         for _ in range(steps):
             with torch.autocast(device_type, autocast_dtype, enabled=autocast_dtype is not None):
                 options = {"label_smoothing": config.model.label_smoothing, "aux_weight": config.model.aux_weight}
-                loss = googlenet_loss(model(image), target, **options).total
+                loss = training_loss(model(image), target, **options).total
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

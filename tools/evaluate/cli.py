@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.config import at_least
+from model.config import at_least, check_arch
 from pipelines.config import DataConfig
 from tools.cli import log_to, run_command
 from tools.parse import parse
@@ -26,6 +26,10 @@ class Evaluate:
     """The best.pt or last.pt of a run."""
     shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
     """Validation shards: a glob, a brace pattern, or a folder, local or at a URL (s3://, gs://)."""
+    arch: str = ""
+    """Factory of the checkpoint's network, as --model.arch of train.py. By default, GoogLeNet."""
+    options: tuple[str, ...] = ()
+    """Other arguments of the factory, as --model.options of train.py."""
     json: bool = False
     """Print the scores as one JSON object."""
     index_dir: str = DataConfig.index_dir
@@ -59,6 +63,7 @@ class Evaluate:
 
     def run(self) -> int:
         at_least(self, batch_size=0, torch_threads=1)
+        check_arch("", self.arch, self.options)
         for name in ("threads", "torch_threads"):
             if (getattr(self, name) or 1) > MOST_THREADS:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at most {MOST_THREADS} is possible")
@@ -71,11 +76,13 @@ class Evaluate:
         except ValueError as error:  # it names the flags of train.py
             raise ValueError(str(error).replace("--data.", "--")) from None
         log_to(sys.stderr)
+        from model.factory import Arch
         from tools.evaluate.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(
             self.checkpoint,
             data,
+            arch=Arch(self.arch, self.options),
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,

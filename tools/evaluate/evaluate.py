@@ -11,6 +11,7 @@ import torch
 
 from model.distributed import join_world
 from model.evaluation import Evaluation, evaluate
+from model.factory import Arch
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
@@ -23,6 +24,7 @@ def evaluate_checkpoint(
     checkpoint: Path,
     data: DataConfig,
     *,
+    arch: Arch,
     batch_size: int,
     device: Literal["auto", "cpu", "cuda"],
     precision: str,
@@ -39,7 +41,7 @@ def evaluate_checkpoint(
     with join_world(device) as world:
         if not world.is_main:
             logging.getLogger("train").setLevel(logging.WARNING)
-        raw, ema, chosen = load_both(checkpoint, world.device)
+        raw, ema, chosen = load_both(checkpoint, world.device, arch)
         torch_threads, loader_threads = share_threads(torch_threads, data.threads, world.device, world.local_size)
         torch.set_num_threads(torch_threads)
         autocast_dtype = choose_autocast_dtype(precision, world.device)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from model.config import check_arch
 from tools.cli import run_command
 from tools.parse import parse
 
@@ -30,18 +31,24 @@ class Export:
     """File to write, .onnx or .pt2. An existing file is replaced."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto: those that scored better in validation. ema: averaged over the training steps. raw: from the last step."""
+    arch: str = ""
+    """Factory of the checkpoint's network, as --model.arch of train.py. By default, GoogLeNet."""
+    options: tuple[str, ...] = ()
+    """Other arguments of the factory, as --model.options of train.py."""
     check: tuple[str, ...] = ()
     """Image files, folders or shards whose first 64 images are used to compare outputs. Default: synthetic images."""
     split: str = "valid"
     """Split to read from a folder of shards that holds several."""
 
     def run(self) -> int:
+        from model.factory import Arch
         from model.load_model import load_model
         from tools.export.export import MismatchError, export
         from tools.export.formats import choose_format
 
+        check_arch("", self.arch, self.options)
         file_format = choose_format(self.output)
-        trained = load_model(self.checkpoint, self.weights)
+        trained = load_model(self.checkpoint, self.weights, arch=Arch(self.arch, self.options))
         try:
             print(export(trained, self.output, file_format, self.check, self.split))
         except MismatchError as error:

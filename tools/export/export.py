@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.googlenet import GoogLeNet
 from model.load_model import Preprocessing, TrainedModel
 from tools.export.formats import INPUT, OUTPUT, Format, Run
 from tools.predict.inputs import open_inputs
@@ -33,7 +34,8 @@ class Classifier(nn.Module):
     def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
         self.network = trained.model
-        self.network.aux1 = self.network.aux2 = None  # nearly half of the weights, used only in training
+        if isinstance(self.network, GoogLeNet):
+            self.network.aux1 = self.network.aux2 = None  # nearly half of the weights, used only in training
         self.register_buffer("mean", torch.tensor(trained.preprocessing.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(trained.preprocessing.std).view(3, 1, 1))
         self.requires_grad_(False).eval()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from model.config import check_arch
 from pipelines.bad_samples.limits import MAX_PIXELS, check_max_pixels
 from pipelines.printable import printable
 from tools.cli import run_command
@@ -37,6 +38,10 @@ class Predict:
     """Number of classes to print per image."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto: those that scored better in validation. ema: averaged over the training steps. raw: from the last step."""
+    arch: str = ""
+    """Factory of the checkpoint's network, as --model.arch of train.py. By default, GoogLeNet."""
+    options: tuple[str, ...] = ()
+    """Other arguments of the factory, as --model.options of train.py."""
     json: bool = False
     """Print one JSON object per line; docs/after-training.md lists its keys."""
     split: str = "valid"
@@ -57,12 +62,13 @@ class Predict:
     def run(self) -> int:
         self._check()
         from model.distributed import choose_device
+        from model.factory import Arch
         from model.load_model import load_model
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict
 
         device = choose_device(self.device)
-        trained = load_model(self.checkpoint, self.weights, device)
+        trained = load_model(self.checkpoint, self.weights, device, Arch(self.arch, self.options))
         images = open_inputs(self.images, self.split, self.label_key, trained.classes, self.image_key)
         print(f"weights: {trained.weights} ({trained.why})", file=sys.stderr)
         count = 0
@@ -88,6 +94,7 @@ class Predict:
     def _check(self) -> None:
         if not self.images:
             raise ValueError("name images, folders or shards after the checkpoint")
+        check_arch("", self.arch, self.options)
         check_max_pixels(self.max_pixels)
         for name in ("top", "batch_size", "threads"):
             value = getattr(self, name)

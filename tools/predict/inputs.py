@@ -92,7 +92,7 @@ def _open_input(
             raise ValueError(f"{location}: no such file or folder")
     shards = open_shards(location, split, label_key=label_key, image_key=image_key)
     if shards.classes is None:
-        shards = replace(shards, label_reader=replace(shards.label_reader, classes=classes))
+        shards = replace(shards, label_reader=replace(shards.label_reader, classes=classes, source="the checkpoint"))
     return _read_shards(shards)
 
 
@@ -144,8 +144,7 @@ def _read_sample(file: BinaryIO, sample: Sample, tar: str, shards: ShardSet) -> 
             number = read_label(file, sample, tar, reader)
             label = (number, reader.classes[number] if reader.classes and number < len(reader.classes) else None)
         except ValueError as error:
-            source = "_info.json" if shards.classes else "the checkpoint"
-            warning = f"predicted without its label; {str(error).replace('_info.json', source)}"
+            warning = f"predicted without its label; {error}"
     file.seek(image.offset)
     content = file.read(image.size)
     if len(content) < image.size:

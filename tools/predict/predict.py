@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -116,8 +115,7 @@ def validation_decoder(
     settings = asdict(trained.preprocessing)
     if not normalized:
         settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    threads = num_threads or min(len(os.sched_getaffinity(0)), 16)
-    return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=threads, max_pixels=max_pixels)
+    return ValidationDecoder(**settings, batch_size=batch_size, device=device, num_threads=num_threads, max_pixels=max_pixels)
 
 
 def _named(images: Sequence[EncodedImage]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint, write_checkpoint
+from tools.cli import reason_of
 
 log = logging.getLogger("train")
 
@@ -106,7 +107,7 @@ class Checkpoints:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise OSError(f"{path}: the checkpoint could not be saved ({_reason(error)}); earlier ones are intact") from error
+            raise OSError(f"{path}: the checkpoint could not be saved ({reason_of(error)}); earlier ones are intact") from error
         self.tidy()
 
     def tidy(self) -> None:
@@ -124,12 +125,7 @@ class Checkpoints:
             for old in found[: -self._keep]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{found[-1]} is saved, but the run cannot go on ({_reason(error)})") from error
-
-
-def _reason(error: OSError) -> str:
-    """Returns what has failed, and the file, without Python's notation."""
-    return ": ".join(str(part) for part in (error.strerror, error.filename2 or error.filename) if part) or str(error)
+            raise OSError(f"{found[-1]} is saved, but the run cannot go on ({reason_of(error)})") from error
 
 
 def take_snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:

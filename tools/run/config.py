@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.config import StepConfig, at_least
+from model.config import MAX_IMAGE_SIZE, StepConfig, at_least, at_most
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 
@@ -37,7 +37,7 @@ class CheckpointConfig:
 class Config(StepConfig):
     """Train GoogLeNet on WebDataset shards. Without --data.train, train.py runs the embedded demo on images that it draws."""
 
-    recipe: Literal["demo", "paper", "imagenet", "finetune"] | None = None
+    recipe: Literal["demo", "paper", "imagenet", "resnet50", "finetune"] | None = None
     """Start from a complete set of settings; see docs/recipes.md. Other flags override it."""
     data: DataConfig = field(default_factory=DataConfig)
     mix: MixConfig = field(default_factory=MixConfig)
@@ -68,13 +68,11 @@ class Config(StepConfig):
         at_least(self, max_nonfinite_steps=1, log_every=1, torch_threads=1, profile=1)
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("--resume auto needs --run-dir, the folder of the run to continue")
-        for number, name, most in (
-            (self.torch_threads, "torch-threads", MOST_THREADS),
-            (self.data.threads, "data.threads", MOST_THREADS),
-            (self.seed, "seed", LARGEST_SEED),
-        ):
-            if number is not None and number > most:
-                raise ValueError(f"--{name} {number}: at most {most} is possible")
+        at_most("--torch-threads", self.torch_threads, MOST_THREADS)
+        at_most("--data.threads", self.data.threads, MOST_THREADS)
+        at_most("--seed", self.seed, LARGEST_SEED)
+        for entry in self.data.size_schedule:
+            at_most(f"--data.size-schedule {entry}: size", int(entry.partition(":")[2]), MAX_IMAGE_SIZE)
         for name, is_given in (("partial", self.init_from_partial), ("weights", self.init_from_weights != "auto")):
             if is_given and self.init_from is None:
                 raise ValueError(f"--init-from-{name} needs --init-from")

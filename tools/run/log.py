@@ -12,9 +12,9 @@ import torch
 
 from model.distributed import World
 from model.evaluation import Evaluation
+from model.factory import Arch
 from model.job import HEADS, Job
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
-from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
 from pipelines.printable import counted
@@ -111,7 +111,7 @@ class TrainingLog:
         job.sums.zero_()
         skipped, in_a_row = job.skipped.tolist()
         total = Rates(int(images), rates.seconds, wait_seconds / job.world.size, int(launch_bound_images))
-        heads = HEADS if job.config.model.aux_logits else HEADS[:2]
+        heads = HEADS if job.config.model.aux_logits and not job.config.model.arch else HEADS[:2]
         metrics = {
             "split": "train",
             "epoch": job.epoch,
@@ -192,9 +192,9 @@ def log_end(job: Job, num_bad: int, meter: Meter, path: Path, commands: Sequence
         print(report(job.scores, rates, path, job.seconds, commands))
 
 
-def next_commands(data: DataConfig, valid: ShardSet, path: Path) -> list[str]:
+def next_commands(config: Config, valid: ShardSet, path: Path) -> list[str]:
     """Returns the commands that may come after a run: those for its result, or after the demo those for one's own images."""
-    board = f"tensorboard --logdir {shlex.quote(str(path.parent))}"
+    data, board = config.data, f"tensorboard --logdir {shlex.quote(str(path.parent))}"
     if data.train == str(DEMO_DATA):
         return [
             board,
@@ -205,11 +205,12 @@ def next_commands(data: DataConfig, valid: ShardSet, path: Path) -> list[str]:
     given = {name: getattr(data, name) for name in ("image_key", "label_key", "class_file", "index_dir", "cache_dir")}
     options = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
     best = str(path / "best.pt")
+    arch = f" {Arch(config.model.arch, config.model.options).flags('--arch')}" if config.model.arch else ""
     keys = [word for name in ("image_key", "label_key") if given[name] for word in (f"--{name.replace('_', '-')}", given[name])]
     return [
-        shlex.join(["evaluate", best, data.valid, *options]),
-        shlex.join(["predict", best, valid.tars[0], *keys]),
-        shlex.join(["export-model", best, "-o", str(path / "model.pt2")]),
+        shlex.join(["evaluate", best, data.valid, *options]) + arch,
+        shlex.join(["predict", best, valid.tars[0], *keys]) + arch,
+        shlex.join(["export-model", best, "-o", str(path / "model.pt2")]) + arch,
         shlex.join(["report", str(path)]),
         board,
     ]

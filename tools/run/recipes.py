@@ -35,6 +35,13 @@ RECIPES = {
         epochs=90,
         batch_size=128,  # on eight GPUs: 1,024 images per step
     ),
+    "resnet50": Config(
+        recipe="resnet50",
+        model=ModelConfig(arch="torchvision.models:resnet50", ema_decay=0.9998),
+        optim=OptimConfig(lr=0.1, reference_batch_size=256, weight_decay=1e-4, warmup_epochs=5),
+        epochs=90,
+        batch_size=128,  # on eight GPUs: 1,024 images per step
+    ),
     "finetune": Config(
         recipe="finetune",
         data=DataConfig(crop=RandomResizedCrop(scale=(0.35, 1.0))),

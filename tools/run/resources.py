@@ -7,6 +7,7 @@ import os
 import torch
 
 from model.distributed import World
+from model.job import NEED_GPU
 from tools.run.config import Config
 
 log = logging.getLogger("train")
@@ -23,7 +24,7 @@ LARGEST_STEP = 1024  # images on all devices: above it, the scaled default learn
 
 def choose_autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Returns the dtype of automatic mixed precision, or `None` for float32; sets TF32 for the float32 of a GPU."""
-    if precision in ("fp16", "tf32") and device.type == "cpu":
+    if precision in NEED_GPU and device.type == "cpu":
         raise ValueError(f"--precision {precision} needs a GPU; on a CPU use bf16 or fp32")
     # torch has two interfaces for this and refuses to mix them. Inductor reads the older one.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"

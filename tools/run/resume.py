@@ -18,11 +18,12 @@ from tools.run.saved_state import require_ranks, require_resumable
 
 log = logging.getLogger("train")
 
-# These settings may change on resuming. They do not change the global batches, nor the arithmetic beyond rounding.
+# These settings may change on resuming. They do not change the global batches, except by the samples left out, nor the
+# arithmetic beyond rounding.
 FREE_SETTINGS = (
     *("run_dir", "resume", "recipe", "checkpoint", "log_every", "device", "torch_threads", "profile", "max_nonfinite_steps"),
     *("data.train", "data.valid"),  # the shards may have moved; the loader compares their content
-    "precision",  # a device may have another default; the job compares the type that it leads to
+    "precision",  # a device may have another default; the job compares the arithmetic that it leads to
     *("batch_size", "accumulate_steps"),  # another world size may make the same steps: the images per step are compared
     *("init_from", "init_from_partial", "init_from_weights"),  # the state contains their effect
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load")),

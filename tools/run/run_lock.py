@@ -36,7 +36,7 @@ def sole_run(path: Path, world: World, *, waits: bool) -> Iterator[None]:
     Raises:
         ValueError: Another run is at work in the folder. Only rank 0 raises it; the other ranks exit with the same status.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()] if world.is_main else []
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)] if world.is_main else []
     lock, holder = _lock(path, waits) if world.is_main else (None, "")
     if world.from_main(holder):
         if not world.is_main:
@@ -57,9 +57,10 @@ def _lock(path: Path, waits: bool) -> tuple[FileIO | None, str]:
     """Locks a run folder. Returns the lock, and a description of the process that has it instead, or ""."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         taken = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        raise ValueError(f"--run-dir {path}: {taken} is not a folder; name another one") from error
+        problem = f"cannot be made ({error.strerror})" if taken.is_dir() else f"{taken} is not a folder"
+        raise ValueError(f"--run-dir {path}: {problem}; name another one") from error
     deadline: float | None = None
     while True:
         try:

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
 from model.distributed import alone, choose_device
-from model.googlenet import GoogLeNet
-from model.loss import googlenet_loss
+from model.factory import build_network
+from model.loss import training_loss
 from tools.run.config import Config
 from tools.run.resources import choose_autocast_dtype
 from tools.throughput.hardware import versions
@@ -37,7 +37,9 @@ def benchmark(options: Model) -> Report:
     device = choose_device(options.device)
     is_cuda, steps, name = device.type == "cuda", options.steps_on(device.type), device_name(device)
     settings = {name: getattr(options, name) for name in ("image_size", "compile", "torch_threads")}
-    config = Config(epochs=1000, model=ModelConfig(aux_logits=options.aux_logits), **settings)
+    config = Config(
+        epochs=1000, model=ModelConfig(arch=options.arch, options=options.options, aux_logits=options.aux_logits), **settings
+    )
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
     flops, threads = count_flops(config), torch.get_num_threads()
@@ -97,16 +99,16 @@ def _row(config: Config, outcome: Outcome | None, memory: Figure, flops_per_imag
 def count_flops(config: Config) -> int:
     """Counts the operations of convolutions and matrix products for an image, forward and backward, with the loss.
 
-    A multiplication and an addition are two operations. They follow from the shapes, so nothing is computed.
+    A multiplication and an addition are two operations. They follow from the shapes, so GoogLeNet computes nothing.
     """
     settings = config.model
-    with torch.device("meta"):
-        model = GoogLeNet(NUM_CLASSES, settings.aux_logits, dropout=settings.dropout).train()
+    with torch.device("cpu" if settings.arch else "meta"):  # others may compute values when they are built
+        model = build_network(settings, NUM_CLASSES, transform_input=False).train()
         image = torch.empty(FLOPS_BATCH_SIZE, 3, config.image_size, config.image_size)
-        target = torch.empty(FLOPS_BATCH_SIZE, dtype=torch.int64)
+        target = torch.zeros(FLOPS_BATCH_SIZE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         options = {"label_smoothing": settings.label_smoothing, "aux_weight": settings.aux_weight}
-        googlenet_loss(model(image), target, **options).total.backward()
+        training_loss(model(image), target, **options).total.backward()
     return int(counter.get_total_flops()) // FLOPS_BATCH_SIZE
 
 

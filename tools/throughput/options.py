@@ -9,10 +9,11 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from model.config import at_least
+from model.config import MAX_IMAGE_SIZE, at_least, at_most
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.remote.object_store import is_url
+from tools.run.config import MOST_THREADS
 
 Split = Literal["train", "valid"]
 Stage = Literal["read", "headers", "decode", "resize", "normalize", "hand-over"]
@@ -90,6 +91,8 @@ class Compare(Options):
             raise ValueError("--splits: at least 1 of train and valid is needed")
         refuse_remote(self.shards)
         at_least(self, rounds=1, images=1, batch_size=1, image_size=1, threads=1)
+        at_most("--threads", self.threads, MOST_THREADS)
+        at_most("--image-size", self.image_size, MAX_IMAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,11 @@ class Training(Options):
     """Options of the commands that train."""
 
     aux_logits: Annotated[bool, tyro.conf.arg(name="model.aux-logits")] = True
-    """Train with the two auxiliary heads."""
+    """Train GoogLeNet with its two auxiliary heads."""
+    arch: Annotated[str, tyro.conf.arg(name="model.arch")] = ""
+    """As --model.arch of train.py."""
+    options: Annotated[tuple[str, ...], tyro.conf.arg(name="model.options")] = ()
+    """As --model.options of train.py."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """As --compile of train.py."""
     torch_threads: int | None = None

@@ -112,7 +112,8 @@ def probe(python: str, modules: Sequence[str], distributions: Sequence[str]) -> 
         done = subprocess.run(
             command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, errors="replace", check=False
         )
-        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        status = f"exit status {done.returncode}" if done.returncode else "its output is not that of Python"
+        said = (done.stderr.strip() or status).splitlines()[-1]
         present, found = json.loads(done.stdout)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else said

@@ -54,7 +54,9 @@ def benchmark(options: Train) -> Report:
     names = ("data", "mix", "batch_size", "image_size", "precision", "accumulate_steps", "compile", "grad_clip", "seed")
     settings = {name: getattr(options, name) for name in (*names, "torch_threads")}
     # The epochs only matter for the schedule, which must not end.
-    config = Config(epochs=1000, model=ModelConfig(aux_logits=options.aux_logits), **settings)
+    config = Config(
+        epochs=1000, model=ModelConfig(arch=options.arch, options=options.options, aux_logits=options.aux_logits), **settings
+    )
     shards = config.data.open_shards("train")
     config = with_batch_size(config, alone(device), shards.num_samples)
     least = (WARM_UP_BATCHES + 1) * config.batch_size

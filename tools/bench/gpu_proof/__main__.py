@@ -41,7 +41,7 @@ class Options:
             if name not in known:
                 raise ValueError(f"--steps {name}: {self.plan} has no such step; it has {', '.join(known)}")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ValueError(f"--seconds {self.seconds:g}: a number above 0 is needed")
+            raise ValueError(f"--seconds {self.seconds:g}: a finite number above 0 is needed")
         _make_folder(self.out)
         with tempfile.TemporaryDirectory(prefix="gpu-proof-") as temporary:
             work = self.work or Path(temporary)
