@@ -155,9 +155,28 @@ def test_outputs_match_the_network(checkpoint: Path, exported: Exported) -> None
         assert not torch.allclose(other.model((images - mean) / std).softmax(1), expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_input_of_bytes(checkpoint: Path, tmp_path: Path, shards: Path, name: str) -> None:
+    """As servers have images, run without our code."""
+    output = write(tmp_path / name, checkpoint, "--input", "uint8", "--check", shards)
+    assert f"input:  images, uint8 (N, 3, {SIZE}, {SIZE}), RGB from 0 to 255" in output
+    images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if name.endswith(".onnx"):
+        session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        assert json.loads(session.get_modelmeta().custom_metadata_map["input"]) == "uint8"
+        [probabilities] = session.run(["probabilities"], {"images": images.numpy()})
+    else:
+        probabilities = torch.export.load(tmp_path / name).module()(images).numpy()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoints.MEAN, checkpoints.STD))
+    with torch.inference_mode():
+        expected = load_model(checkpoint).model((images / 255 - mean) / std).softmax(1)
+    assert torch.allclose(torch.from_numpy(probabilities), expected, atol=1e-5)
+
+
 def test_metadata(exported: Exported) -> None:
     assert exported.metadata == {
         "classes": ["ant", "bee", "cat"],
+        "input": "float32",
         "image_size": SIZE,
         "resize_shorter": 37,
         "interpolation": "bilinear, antialiased",

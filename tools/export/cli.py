@@ -17,9 +17,9 @@ from tools.parse import parse
 class Export:
     """Write a trained network to an ONNX or torch.export file, which runs without this project.
 
-    The input `images` is float32 (N, 3, SIZE, SIZE), RGB from 0 to 1; the file includes the normalization. N is free, and SIZE
-    comes from the checkpoint. The output `probabilities` is float32 (N, classes). The file also stores the class names and how
-    images are resized. It is written only if its outputs agree with those of the network.
+    The input `images` is (N, 3, SIZE, SIZE), RGB; the file includes the normalization. N is free, and SIZE comes from the
+    checkpoint. The output `probabilities` is float32 (N, classes). The file also stores the class names and how images are
+    resized. It is written only if its outputs agree with those of the network.
 
     Exit status: 0 if the file was written; 1 if an error occurred or the outputs differ; 2 for a mistake in the command or its
     input; 130 if interrupted.
@@ -31,6 +31,8 @@ class Export:
     """File to write, .onnx or .pt2. An existing file is replaced."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto: those that scored better in validation. ema: averaged over the training steps. raw: from the last step."""
+    input: Literal["float32", "uint8"] = "float32"
+    """Type of the input: float32 from 0 to 1, or uint8 from 0 to 255, as servers have it."""
     arch: str = ""
     """Factory of the checkpoint's network, as --model.arch of train.py. By default, GoogLeNet."""
     options: tuple[str, ...] = ()
@@ -50,7 +52,7 @@ class Export:
         file_format = choose_format(self.output)
         trained = load_model(self.checkpoint, self.weights, arch=Arch(self.arch, self.options))
         try:
-            print(export(trained, self.output, file_format, self.check, self.split))
+            print(export(trained, self.output, file_format, self.check, self.split, self.input))
         except MismatchError as error:
             print(f"error: {self.output} was not written: {error}", file=sys.stderr)
             return 1

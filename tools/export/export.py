@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tools.export.formats import INPUT, OUTPUT, Format, Run
 from tools.predict.inputs import open_inputs
 from tools.predict.predict import validation_decoder
 
+InputType = Literal["float32", "uint8"]
 MAX_CHECKED, CHECK_BATCH = 64, 16  # images
 # Other kernels and another order of summation may change a probability by this much.
 ABSOLUTE, RELATIVE = 1e-5, 1e-3
@@ -26,7 +27,7 @@ class MismatchError(Exception):
 
 
 class Classifier(nn.Module):
-    """Maps images `(N, 3, H, W)` with values in [0, 1] to class probabilities `(N, num_classes)`, float32."""
+    """Maps images `(N, 3, H, W)`, float32 in [0, 1] or uint8, to class probabilities `(N, num_classes)`, float32."""
 
     mean: Tensor
     std: Tensor
@@ -43,10 +44,19 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
         return self.network((images - self.mean) / self.std).softmax(1)
 
 
-def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequence[str] = (), split: str = "valid") -> str:
+def export(
+    trained: TrainedModel,
+    output: Path,
+    file_format: Format,
+    check: Sequence[str] = (),
+    split: str = "valid",
+    dtype: InputType = "float32",
+) -> str:
     """Writes the file if its outputs agree with the network's, and returns a summary.
 
     Args:
@@ -55,6 +65,7 @@ def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequ
         file_format: Format of the file.
         check: Images for the comparison, as for `open_inputs`; synthetic images if empty.
         split: Split of `check`, see `open_inputs`.
+        dtype: Type of the file's input: "float32" from 0 to 1, or "uint8" from 0 to 255.
 
     Raises:
         ValueError: `check` has no usable images, or the network's outputs are not numbers.
@@ -62,14 +73,17 @@ def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequ
     """
     size = trained.preprocessing.image_size
     pixels, normalized = _stored_images(trained, check, split) if check else _synthetic_images(trained.preprocessing)
+    example = torch.rand(2, 3, size, size)  # of two images, because torch.export treats a batch size of one as fixed
+    if dtype == "uint8":
+        pixels, example = _as_uint8(pixels), _as_uint8(example)
+        normalized = _normalized(pixels / 255, trained.preprocessing)
     with torch.inference_mode():
         expected = trained.model(normalized).softmax(1)
     if not expected.isfinite().all():
         raise ValueError(f"{trained.path}: the network's results are not numbers; name a checkpoint of an earlier step")
     temporary = _temporary_for(output)
     try:
-        # The example has two images, because torch.export treats a batch size of one as fixed.
-        file_format.write(Classifier(trained), torch.rand(2, 3, size, size), metadata(trained), temporary)
+        file_format.write(Classifier(trained), example, metadata(trained, dtype), temporary)
         difference = largest_difference(file_format.load(temporary), pixels, expected)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -82,7 +96,7 @@ def export(trained: TrainedModel, output: Path, file_format: Format, check: Sequ
     return (
         f"{output}: {file_format.title}, {megabytes:.1f} MB, {trained.weights} weights of step {trained.step:,}\n"
         f"weights: {trained.why}\n"
-        f"input:  {INPUT}, float32 (N, 3, {size}, {size}), RGB from 0 to 1\n"
+        f"input:  {INPUT}, {dtype} (N, 3, {size}, {size}), RGB from 0 to {255 if dtype == 'uint8' else 1}\n"
         f"output: {OUTPUT}, float32 (N, {trained.num_classes})\n"
         f"check:  at most {difference:.1e} from the network's on {len(pixels)} {'' if check else 'synthetic '}images"
     )
@@ -102,10 +116,11 @@ def _temporary_for(output: Path) -> Path:
     return temporary
 
 
-def metadata(trained: TrainedModel) -> dict[str, Any]:
+def metadata(trained: TrainedModel, dtype: InputType) -> dict[str, Any]:
     """Returns the metadata to store beside the network."""
     return {
         "classes": trained.classes,
+        "input": dtype,
         **asdict(trained.preprocessing),
         "interpolation": "bilinear, antialiased",
         "normalization": "inside",
@@ -120,7 +135,7 @@ def largest_difference(run: Run, pixels: Tensor, expected: Tensor) -> float:
 
     Args:
         run: Runs the file.
-        pixels: Input of the file, `(N, 3, H, W)`, values in [0, 1].
+        pixels: Input of the file, `(N, 3, H, W)`.
         expected: The network's probabilities, `(N, num_classes)`.
 
     Raises:
@@ -164,5 +179,13 @@ def _synthetic_images(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
     patterns = torch.stack([gradient, gradient.mT, stripes, stripes.mT * gradient])
     plain = torch.stack([torch.zeros(3), torch.ones(3), torch.tensor([1.0, 0.5, 0.0])])[:, :, None, None]
     pixels = torch.cat([noise, patterns, plain.expand(-1, -1, size, size)])
+    return pixels, _normalized(pixels, preprocessing)
+
+
+def _normalized(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    return pixels, (pixels - mean) / std
+    return (pixels - mean) / std
+
+
+def _as_uint8(pixels: Tensor) -> Tensor:
+    return (255 * pixels).round().to(torch.uint8)
