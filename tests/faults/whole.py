@@ -22,7 +22,8 @@ def make_subject(name: str, request: pytest.FixtureRequest) -> Subject:
     if name == "convert":
         return subjects.conversion(request.getfixturevalue("images"), "--workers", 1)
     if name == "export":
-        return subjects.exporting(checkpoints.write(request.getfixturevalue("tmp_path") / "best.pt"))
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("export")  # other tests use the subject, too
+        return subjects.exporting(checkpoints.write(folder / "best.pt"))
     shards: Path = request.getfixturevalue("shards")
     tars = sorted(shards.glob("train-*.tar"))
     if name == "index":

@@ -103,7 +103,10 @@ def workers(torchrun: "subprocess.Popen[str]") -> dict[int, int]:
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
-        environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+        try:
+            environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
         ranks |= {int(entry.removeprefix("RANK=")): child for entry in environment if entry.startswith("RANK=")}
     return ranks
 
