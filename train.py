@@ -26,7 +26,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.distributed import join_world
 from model.evaluation import evaluate
-from model.factory import Arch
 from model.init_from import InitialWeights, read_initial_weights
 from model.job import Job, build_job
 from model.loss import training_loss
@@ -114,8 +113,8 @@ def run(config: Config) -> int:
 
 def initial_weights(config: Config) -> InitialWeights | None:
     """Reads the weights that a new run starts from, if they are not random."""
-    arch, weights = Arch(config.model.arch, config.model.options), config.init_from_weights
-    return read_initial_weights(config.init_from, is_partial=config.init_from_partial, weights=weights, arch=arch)
+    partial, weights = config.init_from_partial, config.init_from_weights
+    return read_initial_weights(config.init_from, is_partial=partial, weights=weights, arch=config.model.named)
 
 
 @dataclass(frozen=True)

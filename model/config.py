@@ -1,6 +1,7 @@
 """The settings of the network and its training step. This module imports no torch, so `--help` answers at once."""
 
 import math
+import shlex
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,27 @@ if TYPE_CHECKING:
 LR, WARMUP_EPOCHS, NORM_MOMENTUM = 0.05, 1.0, 0.1
 MOST_EPOCHS, MAX_IMAGE_SIZE = 1_000_000, 4096  # a judgment; more is a slip, and would take hours or all memory to find out
 SHORT_EPOCH = 100  # steps; in shorter epochs, a network changes much between two validations
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The name of a network, as --model.arch and --model.options give it and a checkpoint keeps it.
+
+    Attributes:
+        factory: PACKAGE.MODULE:FACTORY or FILE.py:FACTORY; "" for GoogLeNet.
+        options: Its arguments besides `num_classes`, each as NAME=VALUE.
+    """
+
+    factory: str = ""
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.factory or "GoogLeNet", *self.options)))
+
+    def flags(self, flag: str) -> str:
+        """Returns the flags that name this network, given the name of the first: --arch or --model.arch."""
+        options = f" {flag.replace('arch', 'options')} {shlex.join(self.options)}" if self.options else ""
+        return f"{flag} {shlex.quote(self.factory)}{options}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,11 @@ class ModelConfig:
             raise ValueError(f"--model.aux-weight {self.aux_weight}: a number of at least 0 is needed")
         if self.norm_momentum is not None and not 0 < self.norm_momentum <= 1:
             raise ValueError(f"--model.norm-momentum {self.norm_momentum}: a number above 0, at most 1, is needed")
+
+    @property
+    def named(self) -> Arch:
+        """The name of the network."""
+        return Arch(self.arch, self.options)
 
     def choose(self, steps_per_epoch: int) -> "ModelConfig":
         """Returns the settings with a momentum of the running statistics, which cover about 1 / momentum steps.
@@ -160,8 +187,8 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         at_least(self, epochs=1, accumulate_steps=1, image_size=32, seed=0)
-        for name, most in (("epochs", MOST_EPOCHS), ("image_size", MAX_IMAGE_SIZE)):
-            at_most(f"--{name.replace('_', '-')}", getattr(self, name), most)
+        at_most("--epochs", self.epochs, MOST_EPOCHS)
+        at_most("--image-size", self.image_size, MAX_IMAGE_SIZE)
         # Batch normalization needs two values per channel, and an image of 32 pixels has one in the last feature map.
         if self.batch_size != 0 and self.batch_size < 2:
             raise ValueError(f"--batch-size {self.batch_size}: at least 2 is needed, or 0 to have it chosen")

@@ -7,10 +7,8 @@ import ast
 import difflib
 import importlib
 import importlib.util
-import shlex
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.config import NORM_MOMENTUM, ModelConfig
+from model.config import NORM_MOMENTUM, Arch, ModelConfig
 from model.googlenet import GoogLeNet
 
 LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")  # of GoogLeNet
-
-
-@dataclass(frozen=True)
-class Arch:
-    """The name of a network, as --model.arch and --model.options give it and a checkpoint keeps it.
-
-    Attributes:
-        factory: PACKAGE.MODULE:FACTORY or FILE.py:FACTORY; "" for GoogLeNet.
-        options: Its arguments besides `num_classes`, each as NAME=VALUE.
-    """
-
-    factory: str = ""
-    options: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.factory or "GoogLeNet", *self.options)))
-
-    def flags(self, flag: str) -> str:
-        """Returns the flags that name this network, given the name of the first: --arch or --model.arch."""
-        options = f" {flag.replace('arch', 'options')} {shlex.join(self.options)}" if self.options else ""
-        return f"{flag} {shlex.quote(self.factory)}{options}"
 
 
 def build_network(config: ModelConfig, num_classes: int, transform_input: bool) -> nn.Module:
@@ -58,7 +35,7 @@ def build_network(config: ModelConfig, num_classes: int, transform_input: bool) 
     """
     network: nn.Module
     if config.arch:
-        network = build_other(Arch(config.arch, config.options), num_classes)
+        network = build_other(config.named, num_classes)
     else:
         network = GoogLeNet(num_classes, config.aux_logits, transform_input, config.dropout)
     for module in network.modules():

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from model.checkpoint import ForeignObjectsError, load_weights_file
-from model.factory import Arch, tensor_names
+from model.config import Arch
+from model.factory import tensor_names
 from model.fit import is_dense, listed, misfit, misfits
 from model.foreign import find_weights
 from model.input_scale import needs_transform_input
-from model.load_model import GOOGLENET, WeightsChoice, choose_weights, describe, require_arch, weights_of
+from model.load_model import GOOGLENET, WeightsChoice, choose_weights, describe, empty_network, require_arch, weights_of
 
 log = logging.getLogger("train")
 
@@ -169,7 +170,7 @@ def read_initial_weights(
         chosen, why = choose_weights(weights, described)
         return InitialWeights(
             path,
-            weights_of(path, content, described, chosen),
+            weights_of(path, content, empty_network(described), chosen),
             described.classes,
             described.transform_input,
             "as in the checkpoint",

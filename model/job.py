@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.config import StepConfig
 from model.distributed import World
 from model.ema import EMA
-from model.factory import Arch, build_network, check_network, last_layers
+from model.factory import build_network, check_network, last_layers
 from model.fit import difference
 from model.googlenet import GoogLeNet
 from model.init_from import InitialWeights
@@ -235,7 +235,7 @@ def build_job(
         initial(network, classes, last_layers(network, num_classes))
     model = _place(network, config, device)
     if config.model.arch:
-        check_network(model, Arch(config.model.arch, config.model.options), num_classes, config.image_size)
+        check_network(model, config.model.named, num_classes, config.image_size)
     optimizer = build_optimizer(model, config.optim, config.global_batch_size(world.size))
     job = Job(
         config=config,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint
-from model.config import MAX_IMAGE_SIZE
+from model.config import MAX_IMAGE_SIZE, Arch
 from model.ema import averaged_weights
-from model.factory import Arch, build_other
+from model.factory import build_other
 from model.fit import listed, misfits
 from model.googlenet import GoogLeNet
 
@@ -173,8 +173,8 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
     )
 
 
-def weights_of(path: Path, state: dict[str, Any], described: Description, weights: Weights) -> dict[str, Tensor]:
-    """Returns the raw or the averaged weights of a checkpoint as a state dict of the network.
+def weights_of(path: Path, state: dict[str, Any], network: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """Returns the raw or the averaged weights of a checkpoint as a state dict of its network, see `empty_network`.
 
     Raises:
         ValueError: They are not the weights of the network that the checkpoint describes.
@@ -185,7 +185,7 @@ def weights_of(path: Path, state: dict[str, Any], described: Description, weight
         raise ValueError(f"{path}: {place} is not a state dict; {WAY_OUT}")
     if weights == "ema":
         tensors = averaged_weights(tensors)
-    if problems := misfits(tensors, _empty(described).state_dict()):
+    if problems := misfits(tensors, network.state_dict()):
         raise ValueError(
             f"{path}: its weights are not those of the network that it describes ({place}: {listed(problems)}); {WAY_OUT}"
         )
@@ -212,16 +212,16 @@ def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: tor
     described = describe(path, state)
     require_arch(path, described, arch)
     weights, why = choose_weights(choice, described)
-    model = _empty(described)
-    model.load_state_dict(weights_of(path, state, described, weights), assign=True)
+    model = empty_network(described)
+    model.load_state_dict(weights_of(path, state, model, weights), assign=True)
     model = model.to(device).float().eval()
     return TrainedModel(**vars(described), path=path, weights=weights, why=why, model=model)
 
 
-def _empty(described: Description) -> nn.Module:
+def empty_network(described: Description) -> nn.Module:
     """Builds the network. GoogLeNet's parameters have no values, so drawing them takes no time and no random numbers."""
     if described.arch != GOOGLENET:  # others may have buffers that no state dict contains
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # it is built on the CPU
             return build_other(described.arch, described.num_classes)
     with torch.device("meta"):
         return GoogLeNet(described.num_classes, aux_logits=described.aux_logits, transform_input=described.transform_input)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -37,6 +38,20 @@ def replace_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_writable(folder: Path, way_out: str) -> None:
+    """Creates a folder, if needed.
+
+    Raises:
+        ValueError: It is not writable. The message ends with `way_out`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror}); {way_out}") from error
 
 
 def user_cache(kind: str, name: str) -> Path:

@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from pipelines.location import expand_arguments
@@ -31,6 +32,18 @@ def log_to(stream: TextIO) -> None:
     logging.basicConfig(level=logging.INFO, stream=stream, force=True)
     for handler in logging.root.handlers:
         handler.setFormatter(LogLines("%(message)s"))
+
+
+def check_output(option: str, path: Path) -> None:
+    """Checks the file that an option names for output, before long work.
+
+    Raises:
+        ValueError: Its folder does not exist, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: a folder; name a file in it")
 
 
 def reason_of(error: OSError) -> str:

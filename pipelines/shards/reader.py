@@ -129,8 +129,9 @@ class Reader:
                     self._tars.check_size(shard)
                     raise self._tars.written_to(shard)
             before, now = now, {shard: tar.identity() for shard, tar in tars.items()}
-        for slot in slots:
-            if shards[slot] in tars:  # not if the tar has no bytes of the sample
+        changed = {shard for shard in tars if self._tars.has_changed(shard, now[shard])}
+        for slot in slots if changed else ():
+            if shards[slot] in changed:
                 self._tars.check_members(shards[slot], tars[shards[slot]], layout.members(slot))
 
     def _labels(self, rows: list[RowId], layout: "_Layout", buffer: Bytes) -> tuple[NDArray[np.int64], dict[int, str]]:

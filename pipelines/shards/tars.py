@@ -111,17 +111,19 @@ class Tars:
             what = "cut short" if now < size else "replaced"
             raise ValueError(f"{path}: {what} while the run was in progress: {now:,} bytes, {size:,} when it began. {WAY_OUT}")
 
+    def has_changed(self, shard: int, identity: tuple[int, int]) -> bool:
+        """Tells whether a tar with this identity is not as when the run began. Copies of remote shards do not change."""
+        return self._known.get(shard, identity) != identity
+
     def check_members(self, shard: int, tar: OpenTar, members: Iterable[tuple[int, int]]) -> None:
-        """Looks for the members of a shard, offset and size of each, in a tar that is not as when the run began.
+        """Looks for members of a shard, offset and size of each, in a tar that has changed.
 
         Bytes from between two members might pass for a label. A tar that was only touched, or written anew with the same
-        members, is accepted. Copies of remote shards do not change.
+        members, is accepted.
 
         Raises:
             ValueError: One of them is not there.
         """
-        if shard not in self._known or self._known[shard] == tar.identity():
-            return
         for offset, size in members:
             if member_size(os.pread(tar.descriptor, tarfile.BLOCKSIZE, max(0, offset - tarfile.BLOCKSIZE))) != size:
                 raise self.written_to(shard)
@@ -139,7 +141,7 @@ class Tars:
         for shard, is_bad in samples:
             verdicts[shard].append(is_bad)
         for shard, bad in verdicts.items():
-            if shard in self._known and all(bad) and self._known[shard] != _identity(os.stat(self.path(shard))):
+            if shard in self._known and all(bad) and self.has_changed(shard, _identity(os.stat(self.path(shard)))):
                 raise ValueError(
                     f"{self.path(shard)}: written to while the run was in progress; its samples are no longer images. {WAY_OUT}"
                 )

@@ -12,7 +12,7 @@ import torch
 
 import train
 from model.checkpoint import load_checkpoint
-from model.factory import Arch
+from model.config import Arch
 from model.load_model import load_model
 from tests.helpers.command import Done, run_main
 from tests.helpers.runs import arguments, assert_same

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from tools.cli import run_command
+from tools.cli import check_output, run_command
 from tools.parse import parse
 
 
@@ -29,7 +29,5 @@ def check_latency(milliseconds: float) -> None:
 
 def check_json(path: Path | None) -> None:
     """Raises a `ValueError` if --json names no file that can be written, because the measurement takes long."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}; make it first")
-    if path is not None and path.is_dir():
-        raise ValueError(f"--json {path}: a folder; name a file in it")
+    if path is not None:
+        check_output("--json", path)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.config import at_least, check_arch
+from model.config import Arch, at_least, at_most, check_arch
 from pipelines.config import DataConfig
 from tools.cli import log_to, run_command
 from tools.parse import parse
@@ -64,9 +64,8 @@ class Evaluate:
     def run(self) -> int:
         at_least(self, batch_size=0, torch_threads=1)
         check_arch("", self.arch, self.options)
-        for name in ("threads", "torch_threads"):
-            if (getattr(self, name) or 1) > MOST_THREADS:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at most {MOST_THREADS} is possible")
+        at_most("--threads", self.threads, MOST_THREADS)
+        at_most("--torch-threads", self.torch_threads, MOST_THREADS)
         names = (
             *("index_dir", "image_key", "label_key", "class_file", "cache_dir", "cache_gigabytes"),
             *("on_error", "max_bad_fraction", "quarantine", "threads"),
@@ -76,7 +75,6 @@ class Evaluate:
         except ValueError as error:  # it names the flags of train.py
             raise ValueError(str(error).replace("--data.", "--")) from None
         log_to(sys.stderr)
-        from model.factory import Arch
         from tools.evaluate.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(

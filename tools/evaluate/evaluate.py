@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from model.config import Arch
 from model.distributed import join_world
 from model.evaluation import Evaluation, evaluate
-from model.factory import Arch
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.config import check_arch
+from model.config import Arch, check_arch
 from tools.cli import run_command
 from tools.parse import parse
 
@@ -43,7 +43,6 @@ class Export:
     """Split to read from a folder of shards that holds several."""
 
     def run(self) -> int:
-        from model.factory import Arch
         from model.load_model import load_model
         from tools.export.export import MismatchError, export
         from tools.export.formats import choose_format

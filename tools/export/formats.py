@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tools.cli import check_output
+
 INPUT, OUTPUT = "images", "probabilities"
 METADATA_FILE = "metadata.json"  # within a .pt2
 
@@ -81,10 +83,7 @@ def choose_format(output: Path) -> Format:
     Raises:
         ValueError: The extension is unknown, a library is not installed, or the folder does not exist.
     """
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
-    if output.is_dir():
-        raise ValueError(f"--output {output}: a folder; name a file in it")
+    check_output("--output", output)
     if output.exists() and not output.is_file():
         raise ValueError(f"--output {output}: exists, and is not a file; name another")
     if output.suffix == ".pt2":

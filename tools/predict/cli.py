@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.config import check_arch
+from model.config import Arch, check_arch
 from pipelines.bad_samples.limits import MAX_PIXELS, check_max_pixels
 from pipelines.printable import printable
 from tools.cli import run_command
@@ -62,7 +62,6 @@ class Predict:
     def run(self) -> int:
         self._check()
         from model.distributed import choose_device
-        from model.factory import Arch
         from model.load_model import load_model
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict

@@ -10,7 +10,7 @@ import tyro
 
 from pipelines.files import replace_bytes
 from pipelines.printable import counted, printable
-from tools.cli import run_command
+from tools.cli import check_output, run_command
 from tools.parse import parse
 
 
@@ -51,10 +51,7 @@ class Report:
         if output is not None:
             if output.suffix.lower() not in (".html", ".png"):
                 raise ValueError(f"--output {output}: the name has to end in .html or .png")
-            if not output.parent.is_dir():
-                raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
-            if output.is_dir():
-                raise ValueError(f"--output {output}: a folder; name a file in it")
+            check_output("--output", output)
             if output.exists() and not output.is_file():
                 raise ValueError(f"--output {output}: exists, and is not a file; name another")
         if importlib.util.find_spec("matplotlib") is None:

@@ -12,7 +12,6 @@ import torch
 
 from model.distributed import World
 from model.evaluation import Evaluation
-from model.factory import Arch
 from model.job import HEADS, Job
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
 from pipelines.loader import Loader
@@ -205,7 +204,7 @@ def next_commands(config: Config, valid: ShardSet, path: Path) -> list[str]:
     given = {name: getattr(data, name) for name in ("image_key", "label_key", "class_file", "index_dir", "cache_dir")}
     options = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
     best = str(path / "best.pt")
-    arch = f" {Arch(config.model.arch, config.model.options).flags('--arch')}" if config.model.arch else ""
+    arch = f" {config.model.named.flags('--arch')}" if config.model.arch else ""
     keys = [word for name in ("image_key", "label_key") if given[name] for word in (f"--{name.replace('_', '-')}", given[name])]
     return [
         shlex.join(["evaluate", best, data.valid, *options]) + arch,

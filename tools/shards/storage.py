@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from pipelines.files import make_writable
 from pipelines.remote.object_store import filesystem, is_url
 from pipelines.remote.retrying import retrying
 
@@ -178,12 +179,7 @@ def open_storage(location: str) -> Storage:
             raise ValueError(f"{location}: cannot be written to ({str(error).removeprefix(f'{location}: ')})") from error
         return remote
     path = Path(location)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written to ({error.strerror}); name another folder") from error
+    make_writable(path, "name another folder")
     return LocalStorage(path)
 
 

@@ -13,6 +13,7 @@ from model.config import MAX_IMAGE_SIZE, at_least, at_most
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
 from pipelines.remote.object_store import is_url
+from tools.cli import check_output
 from tools.run.config import MOST_THREADS
 
 Split = Literal["train", "valid"]
@@ -36,10 +37,8 @@ class Options:
     def run(self) -> int:
         """Measures, and publishes the report; returns the exit status. A ValueError says which option cannot be used."""
         for option, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it first")
-            if path is not None and path.is_dir():
-                raise ValueError(f"{option} {path}: a folder; name a file in it")
+            if path is not None:
+                check_output(option, path)
         if self.plot is not None and self.plot.suffix != ".png":
             raise ValueError(f"--plot {self.plot}: the name has to end in .png")
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:

@@ -2,23 +2,15 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pipelines.files import make_writable
+
 
 def open_scratch(folder: Path) -> None:
-    """Creates the folder, if needed.
-
-    Raises:
-        ValueError: It is not writable.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to ({error.strerror}); name another folder with --scratch") from error
+    """Creates the folder, if needed; raises ValueError if it is not writable."""
+    make_writable(folder, "name another folder with --scratch")
 
 
 def unpacked_path(scratch: Path, file: Path, *options: object) -> Path:
