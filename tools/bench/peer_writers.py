@@ -91,7 +91,7 @@ def _write_webdataset(part: int, entries: Iterable[Entry], destination: str, wor
 
 
 def mds(entries: list[Entry], destination: str, workers: int, work: Work) -> None:
-    from streaming.base.util import merge_index  # type: ignore[import-not-found]
+    from streaming.base.util import merge_index
 
     _spread(_write_mds, entries, destination, workers, work)
     merge_index(destination, keep_local=True)

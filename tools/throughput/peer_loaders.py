@@ -38,7 +38,7 @@ def transforms(task: Task, library: Any) -> Callable[[Any], Any]:
 def pillow_transforms(task: Task) -> Callable[[bytes], Any]:
     """Returns a function from the bytes of a file to a normalized tensor, with Pillow and torchvision."""
     from PIL import Image
-    from torchvision import transforms as v1  # type: ignore[import-not-found]
+    from torchvision import transforms as v1
 
     transform = v1.Compose([transforms(task, v1), v1.ToTensor(), v1.Normalize(task.mean, task.std)])
     return lambda encoded: transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
@@ -89,8 +89,8 @@ def torchvision_gpu(task: Task) -> Batches:
     """`DataLoader` reads the files. On the GPU, torchvision decodes batches of JPEGs with nvJPEG and transforms each image."""
     import torch
     from torch.utils.data import DataLoader
-    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found]
-    from torchvision.transforms import v2  # type: ignore[import-not-found]
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import v2
 
     transform, normalize = transforms(task, v2), v2.Normalize(task.mean, task.std)
     for samples in load_with(DataLoader, task, Files(task), shuffle=task.split == "train", collate_fn=list):
@@ -102,7 +102,7 @@ def torchvision_gpu(task: Task) -> Batches:
 
 def write_mds(entries: Iterable[Entry], folder: str, work: Work = read_bytes) -> None:
     """Writes Mosaic's shards, of files that `work` reads and changes."""
-    from streaming import MDSWriter  # type: ignore[import-not-found]
+    from streaming import MDSWriter
 
     with MDSWriter(columns={"image": "bytes", "label": "int"}, out=folder, size_limit=CHUNK_BYTES) as writer:
         for entry in entries:
@@ -120,7 +120,7 @@ def mds(task: Task) -> Batches:
 
 def write_litdata(entries: list[Entry], folder: str, num_workers: int, work: Work = read_bytes) -> None:
     """Writes LitData's chunks, of files that `work` reads and changes."""
-    import litdata  # type: ignore[import-not-found]
+    import litdata
 
     options = {"output_dir": folder, "chunk_bytes": CHUNK_BYTES, "num_workers": num_workers}
     litdata.optimize(fn=functools.partial(read_sample, work=work), inputs=entries, **options)
@@ -140,9 +140,9 @@ def litdata(task: Task) -> Batches:
 
 def spdl(task: Task) -> Batches:
     """SPDL: FFmpeg decodes, crops, resizes, and flips in threads; torch normalizes the batch."""
-    import spdl.io  # type: ignore[import-not-found]
+    import spdl.io
     import torch
-    from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found]
+    from spdl.pipeline import PipelineBuilder
 
     mean, std = (torch.tensor(values) * 255 for values in (task.mean, task.std))
     entries = read_list(task.list)
