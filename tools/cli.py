@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,16 @@ def reason_of(error: OSError) -> str:
     return ": ".join([*([" -> ".join(files)] if files else []), str(error.strerror)])
 
 
+def _let_threads_sleep() -> None:
+    """Lets the threads of OpenMP, which torch uses on a CPU, sleep while they wait for each other.
+
+    By default they spin: a core works for nothing while another thread of the same step waits for a core that some other
+    program has. OpenMP reads this setting when torch is imported. Settings of the user come first.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:
     """Runs a command and ends the process. An error becomes one line on stderr.
 
@@ -66,6 +77,7 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted", *,
         interrupted: Message after Ctrl-C.
         exits: Whether to end the process also on success.
     """
+    _let_threads_sleep()
     for stream in (sys.stdout, sys.stderr):  # file names may contain bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,23 +1,18 @@
 """Resizes on the CPU with torch: the same antialiased bilinear filter as Pillow's, several times faster than DALI's.
 
-torch's `interpolate` is vectorized for 8-bit pixels but runs in one thread. A graph calls this module with a batch of images
-as DLPack capsules, and torch releases the GIL while it computes.
+torch's `interpolate` is vectorized for 8-bit pixels and runs in the thread that calls it. A graph calls this module with the
+images of its part of a batch as DLPack capsules, and torch releases the GIL while it computes.
 """
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
-
-# DALI runs the CPU operators of a graph one after the other. While the workers resize, the decoding threads are idle, so there
-# may be as many workers as decoding threads. Resizing holds the GIL for an eighth of the time, so a ninth worker would wait.
-MOST_WORKERS = 8
 
 # Resizing a part of an image gives the same pixels as resizing all of it if the part begins at a pixel boundary of both the
 # original and the resized image. A distance of WHOLE from a boundary, in pixels of the original, is near enough. The search for
@@ -26,45 +21,36 @@ WHOLE, FURTHEST = 0.002, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchResize(ABC):
-    """Resizes uint8 images `(H, W, 3)` of any size to `size` x `size`. Takes and returns DLPack capsules.
+class Resize(ABC):
+    """Resizes uint8 images `(H, W, 3)` of any size to `size` x `size`.
 
     Attributes:
         size: Side of the resized images, in pixels.
-        num_threads: Threads of the pipeline.
     """
 
     size: int
-    num_threads: int
 
     def __call__(self, *inputs: Sequence[Any]) -> list[Any]:
-        """Resizes a batch. `inputs` has one sequence for each argument of `resized`."""
-        samples = [*zip(*inputs, strict=True)]
-        num_workers = min(self.num_threads, MOST_WORKERS)
-        if num_workers == 1:
-            return self._all(samples)
-        parts = [samples[i::num_workers] for i in range(num_workers)]
-        done = [iter(part) for part in _pool(num_workers).map(self._all, parts)]
-        return [next(done[i % num_workers]) for i in range(len(samples))]
-
-    def _all(self, samples: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return [to_dlpack(self.resized(*map(from_dlpack, sample))) for sample in samples]
+        """Resizes a batch, as a node of a graph. Takes one sequence of DLPack capsules for each argument of `resized`."""
+        return [to_dlpack(self.resized(*map(from_dlpack, sample)).contiguous()) for sample in zip(*inputs, strict=True)]
 
     @abstractmethod
-    def resized(self, *inputs: Tensor) -> Tensor:
-        """Resizes one image."""
+    def resized(self, image: Tensor, other: Tensor) -> Tensor:
+        """Resizes one image, given another property of it."""
 
 
-class WholeResize(BatchResize):
+class WholeResize(Resize):
     """Resizes the whole image, whatever its proportions."""
 
-    def resized(self, *inputs: Tensor) -> Tensor:
-        [image] = inputs
-        return _resized(image, (self.size, self.size), None)
+    def resized(self, image: Tensor, mirror: Tensor | None = None) -> Tensor:
+        """Resizes one image, and mirrors left and right if `mirror` is 1."""
+        if image.shape[:2] != (self.size, self.size):  # an augmentation before this has resized it
+            image = _resized(image, (self.size, self.size), None)
+        return image.flip(1) if mirror is not None and mirror.item() else image
 
 
 @dataclass(frozen=True, kw_only=True)
-class CenterCropResize(BatchResize):
+class CenterCropResize(Resize):
     """Resizes and crops like torchvision's `Resize(resize_shorter)` and `CenterCrop(size)`, with the same rounding.
 
     Only the part of an image that the crop needs is decoded and resized.
@@ -80,12 +66,11 @@ class CenterCropResize(BatchResize):
         sides = [self._sides(from_dlpack(shape)) for shape in shapes]
         return [to_dlpack(torch.tensor([y.start, x.start, y.stop, x.stop], dtype=torch.int32)) for y, x in sides]
 
-    def resized(self, *inputs: Tensor) -> Tensor:
-        """Resizes the part that `regions` returned, given the shape of the whole image."""
-        region, shape = inputs
+    def resized(self, image: Tensor, shape: Tensor) -> Tensor:
+        """Resizes the part of an image that `regions` returned, given the shape `(H, W, C)` of the whole image."""
         y, x = self._sides(shape)
-        resized = _resized(region, (y.margin + self.size, x.margin + self.size), (1 / y.scale, 1 / x.scale))
-        return resized[y.margin :, x.margin :].contiguous()
+        resized = _resized(image, (y.margin + self.size, x.margin + self.size), (1 / y.scale, 1 / x.scale))
+        return resized[y.margin :, x.margin :]
 
     def _sides(self, shape: Tensor) -> "tuple[_Side, _Side]":
         height, width, _ = shape.tolist()
@@ -128,11 +113,6 @@ def _side(length: int, shorter: int, size: int, resize_shorter: int) -> _Side:
         begin = min(positions, key=distance)
     stop = min(length, int((corner + size - 0.5) * scale + support) + 1)
     return _Side(round(begin * scale), stop, scale, corner - begin)
-
-
-@functools.cache
-def _pool(num_workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_workers, "resize")
 
 
 def _resized(image: Tensor, height_width: tuple[int, int], factors: tuple[float, float] | None) -> Tensor:

@@ -15,7 +15,8 @@ from torch.profiler import record_function
 from pipelines.bad_samples.decoder_check import decoders_silenced
 from pipelines.bad_samples.quarantine import Quarantine
 from pipelines.bad_samples.recovery import Recovery, UsableBatch
-from pipelines.dali.graph import DALI_VERSION, ImagePipeline, describe
+from pipelines.dali.graph import DALI_VERSION
+from pipelines.dali.image_pipeline import ImagePipeline, describe
 from pipelines.dali.read_ahead import ReadAhead
 from pipelines.dali.to_torch import HandOver
 from pipelines.loader import Batch, Loader
@@ -137,7 +138,7 @@ class DALILoader(Loader):
                 self._recover(error)
         batch = self._decoding.popleft()
         self._recovery.record_unreadable(batch.fetched)
-        owned = self._hand_over(images.as_tensor(), lambda: self._source.reader.release(batch.fetched))
+        owned = self._hand_over(images, lambda: self._source.reader.release(batch.fetched))
         if self._decoding:
             self._keep_busy()  # DALI must have work while the caller uses the batch
         if not batch.kept:

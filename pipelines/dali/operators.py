@@ -1,55 +1,83 @@
 """The pieces of the DALI graph that are not an augmentation: decoding, resizing and normalization.
 
-CPU and GPU differ only in how they resize. Both filter bilinearly with antialiasing, as Pillow's bilinear filter does; on a CPU
-torch resizes (pipelines/dali/cpu_resize.py).
+CPU and GPU differ in how they resize and normalize. On a CPU, torch does both (cpu_resize.py, cpu_finish.py). Both filter
+bilinearly with antialiasing, as Pillow's bilinear filter does.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
 from pipelines.augment import HorizontalFlip
-from pipelines.dali.cpu_resize import BatchResize, CenterCropResize, WholeResize
+from pipelines.dali.cpu_finish import Finish
+from pipelines.dali.cpu_resize import CenterCropResize
 from pipelines.loader import MEAN, STD, resize_shorter_for
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
 
-Device = Literal["cpu", "gpu"]
 Stage = Literal["decode", "resize", "normalize"]
 Color = tuple[float, float, float]  # red, green and blue, in [0, 1]
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are resized for validation, and normalized. The defaults are those of the loader.
+
+    Attributes:
+        resize_shorter: Length of the shorter side before the center crop, in pixels. By default `resize_shorter_for(size)`.
+        mean: Subtracted from the channels.
+        std: Divides the channels.
+    """
+
+    resize_shorter: int | None = None
+    mean: Color = MEAN
+    std: Color = STD
+
+    def shorter(self, size: int) -> int:
+        """Returns the length of the shorter side before a center crop of `size`."""
+        return self.resize_shorter or resize_shorter_for(size)
+
+
 def training_images(
-    encoded: DataNode, config: "DataConfig", *, size: int, device: Device, dtype: DALIDataType, until: Stage = "normalize"
+    encoded: DataNode,
+    config: "DataConfig",
+    preprocessing: Preprocessing,
+    *,
+    size: int,
+    dtype: DALIDataType,
+    finish: Finish | None,
+    until: Stage = "normalize",
 ) -> DataNode:
     """Decodes, crops, augments and normalizes images.
 
     Args:
         encoded: Encoded images, 1-D uint8 on the CPU.
         config: Names the crop and the augmentations.
+        preprocessing: Normalizes.
         size: Image side, in pixels.
-        device: Device of the result.
-        dtype: Dtype of the normalized images.
+        dtype: Dtype of the normalized images, on a GPU.
+        finish: The last node on a CPU. Without it, the images are made on a GPU.
         until: Last stage, for measurements. "decode" gives uint8 images of any size, "resize" uint8 images of `size`.
 
     Returns:
-        Images HWC.
+        Images HWC. On a CPU, `finish` has the normalized ones.
     """
-    options = _decoder_options(device, config.hw_decoder_load, is_whole=False)
+    options = _decoder_options(finish, config.hw_decoder_load, is_whole=False)
     # Decodes only the part of a JPEG that the crop needs.
     images = fn.decoders.image_random_crop(
         encoded, random_area=config.crop.scale, random_aspect_ratio=config.crop.ratio, **options
     )
     if until == "decode":
         return images
-    if device == "gpu":
+    if finish is None:
         images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-    else:
-        images = _resize_on_cpu(WholeResize(size=size, num_threads=_num_threads()), images)
+    elif until == "resize" or not are_only_flipped(config):
+        images = _by_torch(finish.resize, images, layout="HWC")  # otherwise `finish` resizes them
     if until == "resize":
         return images
     mirror: DataNode | None = None
@@ -58,18 +86,18 @@ def training_images(
             mirror = augmentation.draw()
         else:
             images = augmentation(images)
-    return _normalize(images, dtype, MEAN, STD, mirror=0 if mirror is None else mirror)
+    if finish is None:
+        return _normalize(images, dtype, preprocessing, mirror=0 if mirror is None else mirror)
+    return _by_torch(finish, images) if mirror is None else _by_torch(finish, images, mirror)
 
 
 def validation_images(
     encoded: DataNode,
+    preprocessing: Preprocessing,
     *,
     size: int,
-    device: Device,
     dtype: DALIDataType,
-    resize_shorter: int | None = None,
-    mean: Color = MEAN,
-    std: Color = STD,
+    finish: Finish | None,
     until: Stage = "normalize",
     hw_decoder_load: float | None = None,
 ) -> DataNode:
@@ -77,32 +105,30 @@ def validation_images(
 
     Args:
         encoded: Encoded images, 1-D uint8 on the CPU.
+        preprocessing: Names `resize_shorter`, and normalizes.
         size: Image side, in pixels.
-        device: Device of the result.
-        dtype: Dtype of the normalized images.
-        resize_shorter: Length of the shorter side before the crop, in pixels. By default `resize_shorter_for(size)`.
-        mean: Subtracted from the channels.
-        std: Divides the channels.
+        dtype: Dtype of the normalized images, on a GPU.
+        finish: As for `training_images`.
         until: As for `training_images`.
         hw_decoder_load: See `DataConfig`.
 
     Returns:
-        Images HWC.
+        Images HWC. On a CPU, `finish` has the normalized ones.
     """
-    resize_shorter = resize_shorter or resize_shorter_for(size)
     shape = fn.peek_image_shape(encoded)
-    if device == "gpu":
-        images = fn.decoders.image(encoded, **_decoder_options(device, hw_decoder_load, is_whole=True))
-        if until != "decode":
-            images = resample_center(images, shape, size, resize_shorter)
-    else:
-        resize = CenterCropResize(size=size, resize_shorter=resize_shorter, num_threads=_num_threads())
-        region = fn.dl_tensor_python_function(shape, function=resize.regions, batch_processing=True)
-        options = _decoder_options(device, None, is_whole=False)
-        images = fn.decoders.image_slice(encoded, start=region[:2], end=region[2:], axis_names="HW", **options)
-        if until != "decode":
-            images = _resize_on_cpu(resize, images, shape)
-    return _normalize(images, dtype, mean, std) if until == "normalize" else images
+    if finish is None:
+        images = fn.decoders.image(encoded, **_decoder_options(finish, hw_decoder_load, is_whole=True))
+        if until == "decode":
+            return images
+        images = resample_center(images, shape, size, preprocessing.shorter(size))
+        return _normalize(images, dtype, preprocessing) if until == "normalize" else images
+    assert isinstance(finish.resize, CenterCropResize)
+    region = _by_torch(finish.resize.regions, shape)
+    options = _decoder_options(finish, None, is_whole=False)
+    images = fn.decoders.image_slice(encoded, start=region[:2], end=region[2:], axis_names="HW", **options)
+    if until == "decode":
+        return images
+    return _by_torch(finish.resize if until == "resize" else finish, images, shape)
 
 
 def resample_center(images: DataNode, shape: DataNode, size: int, resize_shorter: int) -> DataNode:
@@ -128,29 +154,29 @@ def resample_center(images: DataNode, shape: DataNode, size: int, resize_shorter
     )
 
 
-def _decoder_options(device: Device, hw_decoder_load: float | None, *, is_whole: bool) -> dict[str, Any]:
-    """Returns the options of DALI's decoders for RGB images on `device`.
+def are_only_flipped(config: "DataConfig") -> bool:
+    """Whether the crop is the only other change of training images."""
+    return len(config.augment) <= 1 and all(isinstance(step, HorizontalFlip) for step in config.augment)
+
+
+def _decoder_options(finish: Finish | None, hw_decoder_load: float | None, *, is_whole: bool) -> dict[str, Any]:
+    """Returns the options of DALI's decoders for RGB images: on a CPU if there is a `finish`.
 
     A GPU decodes whole images with interpolated chroma, as libjpeg-turbo does on CPUs and in other programs. nvJPEG's default
     repeats chroma pixels. Decoding a part of an image with interpolation needs nvJPEG 13.2. With an older version (DALI for
     CUDA 12 ships 12.4) nvImageCodec would decode that part on the CPU.
     """
-    if device == "cpu":
+    if finish is not None:
         return {"device": "cpu", "output_type": types.RGB}
     load = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
     # "mixed" is DALI's name for decoding that starts on the CPU and ends on the GPU.
     return {"device": "mixed", "output_type": types.RGB, "jpeg_fancy_upsampling": is_whole, **load}
 
 
-def _normalize(images: DataNode, dtype: DALIDataType, mean: Color, std: Color, mirror: "DataNode | int" = 0) -> DataNode:
-    mean_std = {"mean": [255 * value for value in mean], "std": [255 * value for value in std]}
-    return fn.crop_mirror_normalize(images, mirror=mirror, dtype=dtype, output_layout="HWC", **mean_std)
+def _normalize(images: DataNode, dtype: DALIDataType, preprocessing: Preprocessing, mirror: "DataNode | int" = 0) -> DataNode:
+    mean, std = ([255 * value for value in color] for color in (preprocessing.mean, preprocessing.std))
+    return fn.crop_mirror_normalize(images, mirror=mirror, dtype=dtype, output_layout="HWC", mean=mean, std=std)
 
 
-def _resize_on_cpu(resize: BatchResize, *inputs: DataNode) -> DataNode:
-    return fn.dl_tensor_python_function(*inputs, function=resize, batch_processing=True, output_layouts="HWC")
-
-
-def _num_threads() -> int:
-    """Returns the number of threads of the pipeline that is being built."""
-    return int(Pipeline.current().num_threads)
+def _by_torch(function: Callable[..., Any], *inputs: DataNode, layout: str | None = None) -> DataNode:
+    return fn.dl_tensor_python_function(*inputs, function=function, batch_processing=True, output_layouts=layout)

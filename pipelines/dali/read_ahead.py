@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from pipelines.bad_samples.quarantine import RowId
-from pipelines.dali.graph import PREFETCH
+from pipelines.dali.image_pipeline import PREFETCH
 from pipelines.remote.cache import ShardCache, open_cache
 from pipelines.shards.deal import Deal, Plan
 from pipelines.shards.extents import Extents

@@ -1,6 +1,5 @@
 """Decodes images from anywhere with the graph that validation uses."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +9,13 @@ from torch import Tensor
 from pipelines.bad_samples.cut_short import why_cut_short
 from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable, why_unusable
 from pipelines.bad_samples.limits import MAX_PIXELS
-from pipelines.dali.graph import decoding_pipeline, describe
-from pipelines.dali.operators import Color
+from pipelines.config import DataConfig
+from pipelines.dali.image_pipeline import ImagePipeline, describe
+from pipelines.dali.operators import Color, Preprocessing
 from pipelines.dali.to_torch import HandOver
-from pipelines.loader import MEAN, STD, resize_shorter_for
-from pipelines.spec import with_index
+from pipelines.loader import MEAN, STD
+from pipelines.machine import num_cpus
+from pipelines.spec import LoaderSpec, with_index
 
 
 class ValidationDecoder:
@@ -47,17 +48,10 @@ class ValidationDecoder:
     ) -> None:
         device = with_index(device)
         self._max_pixels, self._batch_size = max_pixels, batch_size
-        self._make = lambda: decoding_pipeline(
-            device="gpu" if device.type == "cuda" else "cpu",
-            device_id=device.index if device.type == "cuda" else None,
-            batch_size=batch_size,
-            num_threads=num_threads or min(len(os.sched_getaffinity(0)), 16),
-            image_size=image_size,
-            resize_shorter=resize_shorter or resize_shorter_for(image_size),
-            mean=mean,
-            std=std,
-            max_pixels=max_pixels,
-        )
+        num_threads = num_threads or min(num_cpus(), 16)
+        spec = LoaderSpec(split="valid", batch_size=batch_size, image_size=image_size, device=device, num_threads=num_threads)
+        config, preprocessing = DataConfig(prefetch=1, max_pixels=max_pixels), Preprocessing(resize_shorter, mean, std)
+        self._make = lambda: ImagePipeline(config, spec, preprocessing=preprocessing)
         self._pipeline = self._make()
         self._hand_over = HandOver(device)
         self._empty = torch.empty(0, 3, image_size, image_size, device=device)
@@ -96,8 +90,9 @@ class ValidationDecoder:
         for start in range(0, len(images), self._batch_size):  # of a larger batch, DALI would return a part without an error
             encoded = [np.frombuffer(image, np.uint8) for image in images[start : start + self._batch_size]]
             with decoders_silenced():
-                [batch] = self._pipeline.run(encoded=encoded)
-            parts.append(self._hand_over(batch.as_tensor()))
+                self._pipeline.feed(encoded, epoch=0, place=0)
+                batch = self._pipeline.images(self._hand_over.stream)
+            parts.append(self._hand_over(batch))
         # NHWC seen as NCHW is channels_last.
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 3, 1, 2)
 

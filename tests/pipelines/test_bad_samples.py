@@ -22,7 +22,7 @@ from pipelines.bad_samples import decoder_check
 from pipelines.bad_samples.jpeg import is_cut_short
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
-from pipelines.dali.graph import ImagePipeline
+from pipelines.dali.image_pipeline import ImagePipeline
 from pipelines.loader import Batch, Loader, state_for_others
 from pipelines.shards import reader
 from pipelines.shards.index import scan_tar, write_index

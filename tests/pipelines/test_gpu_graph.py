@@ -23,8 +23,11 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.config import DataConfig
 from pipelines.dali import operators
+from pipelines.dali.cpu_finish import Finish
+from pipelines.dali.cpu_resize import WholeResize
 from pipelines.dali.draws import draws_from_outside
-from pipelines.dali.graph import DTYPES, ENCODED, Stage, decoding_pipeline, has_conditionals, image_pipeline
+from pipelines.dali.graph import DTYPES, ENCODED, Stage, has_conditionals, image_pipeline
+from pipelines.dali.operators import Preprocessing
 from pipelines.loader import MEAN, STD
 from pipelines.spec import LoaderSpec
 from tests.pipelines.test_augment import EVERY
@@ -152,18 +155,18 @@ def graph_of(make: Callable[[], Pipeline]) -> Graph:
 
 
 def image_graph(
-    train: bool, dtype: torch.dtype = torch.float16, until: Stage = "normalize", device: str = "cuda", **settings: Any
+    train: bool,
+    dtype: torch.dtype = torch.float16,
+    until: Stage = "normalize",
+    finish: Finish | None = None,
+    **settings: Any,
 ) -> Graph:
     """Returns the graph of a loader, as `ImagePipeline` defines it."""
     config = DataConfig(**settings)
     split = "train" if train else "valid"
-    spec = LoaderSpec(split=split, batch_size=4, image_size=224, device=torch.device(device), dtype=dtype)  # type: ignore[arg-type]
-    return graph_of(lambda: image_pipeline(config, spec, until, enable_conditionals=has_conditionals(config, spec), **OPTIONS))
-
-
-def prediction_graph() -> Graph:
-    options: dict[str, Any] = {"device": "gpu", "image_size": 224, "resize_shorter": 256, "mean": MEAN, "std": STD}
-    return graph_of(lambda: decoding_pipeline(**options, **OPTIONS))
+    spec = LoaderSpec(split=split, batch_size=4, image_size=224, device=torch.device("cuda"), dtype=dtype)  # type: ignore[arg-type]
+    options = OPTIONS | {"enable_conditionals": has_conditionals(config, spec)}
+    return graph_of(lambda: image_pipeline(config, spec, Preprocessing(), finish, until, **options))
 
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
@@ -176,7 +179,6 @@ GRAPHS |= {
     "train-every-augmentation": partial(image_graph, True, augment=EVERY),
     "train-two-flips": partial(image_graph, True, augment=(HorizontalFlip(), HorizontalFlip())),
     "train-other-crops": partial(image_graph, True, crop=RandomResizedCrop((0.35, 1.0), (1.0, 2.0))),
-    "predict": prediction_graph,
 }
 
 
@@ -273,4 +275,4 @@ def test_deprecated_names_are_caught(images: Callable[[DataNode], DataNode]) -> 
 def test_python_functions_are_caught() -> None:
     """The graph for a CPU has some. On a GPU each batch would wait for Python."""
     with pytest.raises(RuntimeError, match=r"Could not serialize the operator: `nvidia\.dali\.fn\.dl_tensor_python_function`"):
-        image_graph(True, device="cpu")
+        image_graph(True, finish=Finish(WholeResize(size=224), MEAN, STD))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nvidia.dali import backend
 
-from pipelines.dali.graph import PREFETCH
+from pipelines.dali.image_pipeline import PREFETCH
 from tests.helpers.loader_contract import make_loader, same, saved, take
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_prefetch_is_dalis_without_the_setting(shards: Path) -> None:
     for prefetch, depth in ((None, PREFETCH), (5, 5)):
         with make_loader(shards, "dali", "train", CPU, data={"prefetch": prefetch}) as loader:
             take(loader, 1)
-            assert loader._pipeline._pipeline.prefetch_queue_depth == depth  # type: ignore[attr-defined]
+            assert loader._pipeline.queue_depth == depth  # type: ignore[attr-defined]
 
 
 def test_a_cpu_has_no_hardware_decoder(shards: Path) -> None:
@@ -56,4 +56,4 @@ def test_threads_of_the_caller_come_first(shards: Path) -> None:
     for threads, num_threads, expected in ((None, None, 4), (3, None, 3), (3, 1, 1)):
         with make_loader(shards, "dali", "train", CPU, data={"threads": threads}, num_threads=num_threads) as loader:
             take(loader, 1)
-            assert loader._pipeline._pipeline.num_threads == expected  # type: ignore[attr-defined]
+            assert len(loader._pipeline._parts) == expected  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ BLOCKS = {
 read, os.preadv = os.preadv, lambda descriptor, *rest: threading.Event().wait() if BLOCKED else read(descriptor, *rest)
 """,
     "decoding": """
-resize, WholeResize.__call__ = WholeResize.__call__, lambda *rest: threading.Event().wait() if BLOCKED else resize(*rest)
+resize, WholeResize.resized = WholeResize.resized, lambda *rest: threading.Event().wait() if BLOCKED else resize(*rest)
 """,
     "predicting": """
 predict.TIMEOUT_SECONDS, ValidationDecoder.__call__, run = 0.5, lambda *rest: threading.Event().wait(), run_predict

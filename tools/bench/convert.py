@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from pipelines.printable import counted
 from tools.bench.command import check_json, run_measurement
 from tools.bench.converters import DISTRIBUTIONS, PEER_MODULES, Competitor, choose, competitors
 from tools.shards.parallel import require_positive
@@ -84,7 +85,7 @@ def convert(
     for each in chosen:
         tables[each.group].rows.append(_row(each, outcomes.get(each.name), baselines[each.group], wanted))
     Report(
-        heading=f"{wanted:,} images, {image_bytes / 1e6:,.1f} MB, {rounds} rounds; median (interval)",
+        heading=f"{counted(wanted, 'image')}, {image_bytes / 1e6:,.1f} MB, {counted(rounds, 'round')}; median (interval)",
         tables=[*tables.values()],
         settings={**settings, "images": wanted, "image_bytes": image_bytes, "peers_versions": peers_versions},
         versions=probe(sys.executable, (), DISTRIBUTIONS)[1],

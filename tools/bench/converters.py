@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.shards.parallel import num_cpus
+from pipelines.machine import num_cpus
+from tools.throughput.hardware import DECODER_PACKAGES
 
 # Modules of the peers that this project does not depend on, and the distributions that contain them.
 PEER_MODULES = {
@@ -13,7 +14,7 @@ PEER_MODULES = {
     "img2dataset": "img2dataset",
     "cv2": "opencv-python-headless",
 }
-DISTRIBUTIONS = ("webdataset", "pillow", "torch", "nvidia-nvimgcodec-cu12", *PEER_MODULES.values())
+DISTRIBUTIONS = ("webdataset", "pillow", "torch", *DECODER_PACKAGES, *PEER_MODULES.values())
 COPIED, CHECKED, RESIZED = "copied", "checked", "resized"
 
 

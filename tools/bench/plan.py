@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 
+from pipelines.printable import counted
 from tools.bench.command import run_measurement
 from tools.shards.parallel import require_positive
 from tools.shards.plan import Options, make_plan
@@ -44,7 +45,8 @@ def measure_plan(*, images: int = 1_281_167, classes: int = 1000, json: bool = F
     if json:
         print(dumps({"images": images, "shards": plan.num_shards, "seconds": seconds, "peak_memory_bytes": memory}))
     else:
-        print(f"{images:,} images into {plan.num_shards:,} shards: planned in {seconds:.1f} s, {memory / 1e6:,.0f} MB in total")
+        planned = f"{counted(images, 'image')} into {counted(plan.num_shards, 'shard')}: planned in {seconds:.1f} s"
+        print(f"{planned}, {memory / 1e6:,.0f} MB in total")
     return 0
 
 

@@ -11,7 +11,11 @@ import tyro
 from model.config import MAX_IMAGE_SIZE, at_most
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
-from pipelines.dali.operators import validation_images
+from pipelines.dali.cpu_finish import Finish
+from pipelines.dali.cpu_resize import CenterCropResize
+from pipelines.dali.operators import Preprocessing, validation_images
+from pipelines.loader import MEAN, STD, resize_shorter_for
+from pipelines.printable import counted
 from pipelines.remote.object_store import is_url
 from pipelines.shards.members import IMAGE_EXTENSIONS
 from pipelines.shards.shard_set import ShardSet, open_shards
@@ -20,7 +24,7 @@ from tools.bench.command import check_json, check_latency, run_measurement
 from tools.run.config import MOST_THREADS
 from tools.shards.parallel import require_positive
 from tools.shards.sources.folders import require_folder
-from tools.throughput.hardware import versions
+from tools.throughput.hardware import DALI_PACKAGES, versions
 from tools.throughput.report import RATE, RATIO, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, take_turns
 
@@ -83,11 +87,11 @@ def remote(
         outcomes = take_turns(competitors, rounds)
     rows = [Row.of(name, outcome, COLUMNS, outcomes[LOCAL], name=name) for name, outcome in outcomes.items()]
     Report(
-        heading=f"{shards}: {opened.num_samples:,} images, {latency:g} ms per request, {block_shards or 'default'} shards per "
-        f"block, batches of {batch_size}, {threads} threads",
+        heading=f"{shards}: {counted(opened.num_samples, 'image')}, {latency:g} ms per request, "
+        f"{block_shards or 'default'} shards per block, batches of {batch_size}, {counted(threads, 'thread')}",
         tables=[Table("", COLUMNS, rows)],
         settings={**settings, "images": opened.num_samples},
-        versions=versions("nvidia-dali-cuda120", "torch", "s3fs", "aiohttp"),
+        versions=versions(*DALI_PACKAGES, "torch", "s3fs", "aiohttp"),
     ).publish(json)
     return 0
 
@@ -109,6 +113,9 @@ def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
 
+    resize = CenterCropResize(size=image_size, resize_shorter=resize_shorter_for(image_size))
+    finish = Finish(resize, MEAN, STD)
+
     @pipeline_def(batch_size=DALI_BATCH_SIZE, num_threads=threads, device_id=None)
     def pipeline() -> Any:
         encoded, _ = fn.readers.webdataset(
@@ -117,7 +124,8 @@ def _dali_reader(shards: ShardSet, bucket: str, image_size: int, threads: int) -
             ext=[";".join(IMAGE_EXTENSIONS), shards.label_reader.extension],
             case_sensitive_extensions=False,
         )
-        return validation_images(encoded, size=image_size, device="cpu", dtype=types.FLOAT)
+        options = {"size": image_size, "dtype": types.FLOAT, "finish": finish}
+        return validation_images(encoded, Preprocessing(), **options, until="resize")
 
     started = time.perf_counter()
     built = pipeline()

@@ -16,14 +16,15 @@ from typing import Any, Literal, get_args
 import tyro
 
 from model.config import MAX_IMAGE_SIZE, at_least, at_most
+from pipelines.machine import num_cpus
+from pipelines.printable import counted
 from pipelines.shards.shard_set import open_shards
 from tools.bench.command import check_json, check_latency
 from tools.bench.linked import LinkedShards, photograph, small
 from tools.cli import run_command
 from tools.parse import parse
 from tools.run.config import MOST_THREADS
-from tools.shards.parallel import num_cpus
-from tools.throughput.hardware import versions
+from tools.throughput.hardware import DALI_PACKAGES, versions
 from tools.throughput.process import Run, open_scratch, run_measured
 from tools.throughput.report import MEMORY, RATE, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, TurnError, take_turns
@@ -126,10 +127,11 @@ class Scale:
         for name, point in points.items():
             tables[point["axis"]].rows.append(Row.of(f"{point['value']:,}", outcomes[name], COLUMNS, point=point))
         report = Report(
-            heading=f"medians of {self.rounds} rounds; peak memory of a process, with and without {BATCHES_HELD} batches",
+            heading=f"medians of {counted(self.rounds, 'round')}; peak memory of a process, with and without "
+            f"{BATCHES_HELD} batches",
             tables=[*tables.values()],
             settings={**vars(self), "batches_held": BATCHES_HELD},
-            versions=versions("nvidia-dali-cuda120", "torch", "s3fs"),
+            versions=versions(*DALI_PACKAGES, "torch", "s3fs"),
         )
         report.publish(self.json)
         return int(report.has_failed)

@@ -108,8 +108,8 @@ def make_barest(config: Config, world: World, autocast_dtype: torch.dtype | None
     def run() -> None:
         for _ in range(steps):
             with torch.autocast(device_type, autocast_dtype, enabled=autocast_dtype is not None):
-                options = {"label_smoothing": config.model.label_smoothing, "aux_weight": config.model.aux_weight}
-                loss = training_loss(model(image), target, **options).total
+                outputs, smoothing = model(image), config.model.label_smoothing
+                loss = training_loss(outputs, target, label_smoothing=smoothing, aux_weight=config.model.aux_weight).total
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

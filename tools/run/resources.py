@@ -2,12 +2,12 @@
 
 import dataclasses
 import logging
-import os
 
 import torch
 
 from model.distributed import World
 from model.job import NEED_GPU
+from pipelines.machine import num_cpus
 from tools.run.config import Config
 
 log = logging.getLogger("train")
@@ -99,7 +99,7 @@ def share_threads(
         device: Device that the process trains on.
         local_world_size: Processes that share this machine.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    cores = max(1, num_cpus() // local_world_size)
     if device.type == "cuda":
         # One core launches kernels, and another reads shards. A GPU that waits for either stands still.
         for_torch, for_loader = min(cores, torch.get_num_threads()), max(1, min(cores - 2, 16))

@@ -9,15 +9,12 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
+from pipelines.machine import num_cpus
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def num_cpus() -> int:
-    """Returns the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def require_positive(option: str, value: int | None) -> None:

@@ -12,10 +12,12 @@ from typing import NamedTuple
 from model.distributed import choose_device
 from pipelines.augment import RandomResizedCrop
 from pipelines.loader import MEAN, STD, resize_shorter_for
+from pipelines.machine import num_cpus
+from pipelines.printable import counted
 from pipelines.shards.index import Component, read_index
 from pipelines.shards.members import IMAGE_EXTENSIONS, require_members
 from pipelines.shards.shard_set import ShardSet, open_shards
-from tools.shards.parallel import num_cpus
+from tools.throughput.hardware import DALI_PACKAGES, DECODER_PACKAGES
 from tools.throughput.options import Compare
 from tools.throughput.process import open_scratch, probe, run_loader, run_measured
 from tools.throughput.report import LOADER_COSTS, RATE, RATIO, Report, Row, Table
@@ -24,7 +26,7 @@ from tools.throughput.turn import Task
 
 MODULES = ("torchvision", "litdata", "streaming", "spdl", "ffcv")
 DISTRIBUTIONS = (
-    *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "torch", "pillow", "webdataset"),
+    *(*DALI_PACKAGES, *DECODER_PACKAGES, "torch", "pillow", "webdataset"),
     *("torchvision", "litdata", "mosaicml-streaming", "spdl-core", "spdl-io", "ffcv"),
 )
 COLUMNS = (RATE, RATIO, *LOADER_COSTS)
@@ -75,8 +77,8 @@ def benchmark(options: Compare) -> Report:
     shards = first_shards(open_shards(options.shards, "train"), max(options.images, options.batch_size), threads)
     if shards.num_samples < options.batch_size:
         raise ValueError(
-            f"{options.shards} has {shards.num_samples} samples, fewer than a batch of {options.batch_size}; choose a smaller "
-            "--batch-size"
+            f"{options.shards} has {counted(shards.num_samples, 'sample')}, fewer than a batch of {options.batch_size}; choose "
+            "a smaller --batch-size"
         )
     modules, peers_versions = probe(peers_python, MODULES, DISTRIBUTIONS)
     present = [each for each in chosen if each.needs is None or each.needs in modules]
@@ -97,9 +99,10 @@ def benchmark(options: Compare) -> Report:
     coverage = max((rate.coverage for rate in rates if rate), default=0.0)
     found = {"samples": shards.num_samples, "image_bytes": image_bytes, "device": device, "threads": threads}
     return Report(
-        heading=f"{options.shards}: {len(samples):,} images of {image_bytes / len(samples) / 1e3:.0f} KB; "
-        f"{options.rounds} rounds, {options.images:,} images per turn, batches of {options.batch_size} x "
-        f"{options.image_size} pixels, {threads} threads or processes, {device}; median ({100 * coverage:.0f} % interval)",
+        heading=f"{options.shards}: {counted(len(samples), 'image')} of {image_bytes / len(samples) / 1e3:.0f} KB; "
+        f"{counted(options.rounds, 'round')}, {counted(options.images, 'image')} per turn, batches of {options.batch_size} x "
+        f"{options.image_size} pixels, {counted(threads, 'thread or process', 'threads or processes')}, {device}; "
+        f"median ({100 * coverage:.0f} % interval)",
         tables=[Table(split, COLUMNS, [_row(each, split, outcomes) for each in chosen]) for split in options.splits],
         settings={**vars(options), **found, "peers_versions": peers_versions},
         versions=probe(sys.executable, MODULES, DISTRIBUTIONS)[1],

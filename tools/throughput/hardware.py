@@ -8,6 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+# For CUDA 12 and for CUDA 13; one of the two is installed.
+DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+DECODER_PACKAGES = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")
 GPUS = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.shards.parallel import num_cpus
+from pipelines.machine import num_cpus
 from tools.throughput.turn import read_list
 
 BATCH = 16  # images that a process takes at a time, few enough for all processes to end together

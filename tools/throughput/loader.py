@@ -8,9 +8,10 @@ from pathlib import Path
 
 from model.distributed import alone, choose_device
 from pipelines.build import LoaderSpec
+from pipelines.printable import counted
 from tools.run.config import Config
 from tools.run.resources import choose_autocast_dtype, image_dtype, share_threads, with_batch_size
-from tools.throughput.hardware import versions
+from tools.throughput.hardware import DALI_PACKAGES, DECODER_PACKAGES, versions
 from tools.throughput.options import STAGES, Loader, Split, Stage
 from tools.throughput.process import run_loader
 from tools.throughput.report import LOADER_COSTS, RATE, Column, Figure, Report, Row, Table
@@ -57,14 +58,15 @@ def benchmark(options: Loader) -> Report:
     locations: dict[Split, str] = {split: getattr(config.data, split) for split in options.splits}
     found = {"shards": locations, "bytes_per_image": sizes, "batch_size": config.batch_size, "device": str(device)}
     return Report(
-        heading=f"{options.images:,} images per turn, {options.rounds} rounds, batches of {config.batch_size} x "
-        f"{config.image_size} pixels, {threads} threads, {device}; medians; ms per image: what a stage adds",
+        heading=f"{counted(options.images, 'image')} per turn, {counted(options.rounds, 'round')}, batches of "
+        f"{config.batch_size} x {config.image_size} pixels, {counted(threads, 'thread')}, {device}; medians; "
+        "ms per image: what a stage adds",
         tables=[
             Table(f"{split}: {where}, {size / 1e3:.0f} KB per image", COLUMNS, _rows(split, stages, outcomes, size))
             for (split, where), size in zip(locations.items(), sizes.values(), strict=True)
         ],
         settings={**vars(options), **found, "threads": threads},
-        versions=versions("nvidia-dali-cuda120", "torch", "nvidia-nvimgcodec-cu12"),
+        versions=versions(*DALI_PACKAGES, "torch", *DECODER_PACKAGES),
     )
 
 

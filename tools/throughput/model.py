@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.distributed import alone, choose_device
 from model.factory import build_network
 from model.loss import training_loss
+from pipelines.printable import counted
 from tools.run.config import Config
 from tools.run.resources import choose_autocast_dtype
 from tools.throughput.hardware import versions
@@ -62,7 +63,7 @@ def benchmark(options: Model) -> Report:
     found["matrices"] = [{"precision": each, "size": sizes[each], "flops_per_second": rates[each]} for each in sizes]
     return Report(
         heading=f"training steps on images of {options.image_size} pixels, {steps} per turn, {flops / 1e9:.2f} GFLOP per "
-        f"image; {name}, {threads} threads",
+        f"image; {name}, {counted(threads, 'thread')}",
         tables=[Table("precision, batch", COLUMNS, rows)],
         notes=[
             f"{each}: a matrix product ({size:,} x {size:,}) reaches {rates[each].median / 1e9:,.4g} GFLOP/s"
@@ -107,8 +108,8 @@ def count_flops(config: Config) -> int:
         image = torch.empty(FLOPS_BATCH_SIZE, 3, config.image_size, config.image_size)
         target = torch.zeros(FLOPS_BATCH_SIZE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        options = {"label_smoothing": settings.label_smoothing, "aux_weight": settings.aux_weight}
-        training_loss(model(image), target, **options).total.backward()
+        outputs, smoothing = model(image), settings.label_smoothing
+        training_loss(outputs, target, label_smoothing=smoothing, aux_weight=settings.aux_weight).total.backward()
     return int(counter.get_total_flops()) // FLOPS_BATCH_SIZE
 
 

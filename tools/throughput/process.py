@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipelines.files import make_writable
 from tools.throughput.rounds import Turn, TurnError
 from tools.throughput.turn import family
 
@@ -128,13 +129,11 @@ def open_scratch(parent: Path | None, needed_bytes: int) -> Iterator[tuple[Path,
     Temporary files of the competitors go to a second folder, which is removed as well. It lies in the system's folder, because
     it may contain sockets, whose paths Linux limits to 107 bytes.
 
-    The parent is made if necessary; by default it is the system's folder. A ValueError says that it lacks the space needed.
+    The parent is made if necessary; by default it is the system's folder. A ValueError says that it is not writable, or
+    lacks the space needed.
     """
     parent = (parent or Path(tempfile.gettempdir())).absolute()
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--scratch {parent}: this folder cannot be made ({error.strerror})") from error
+    make_writable(parent, "name another folder with --scratch")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise ValueError(

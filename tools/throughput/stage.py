@@ -54,7 +54,7 @@ def _whole(task: StageTask) -> Generator[int, None, None]:
 
 def _part(task: StageTask) -> Generator[int, None, None]:
     """Yields the sizes of the batches of a pipeline that ends with a stage, or names a sample that DALI cannot read."""
-    from pipelines.dali.graph import describe
+    from pipelines.dali.image_pipeline import describe
 
     with contextlib.closing(stage_batches(task)) as batches:
         try:
@@ -65,7 +65,7 @@ def _part(task: StageTask) -> Generator[int, None, None]:
 
 def stage_batches(task: StageTask) -> Generator[Sequence[Any], None, None]:
     """Yields the images of batches as a stage leaves them, epoch after epoch; each is valid until the next is asked for."""
-    from pipelines.dali.graph import PREFETCH, ImagePipeline
+    from pipelines.dali.image_pipeline import PREFETCH, ImagePipeline
     from pipelines.shards.extents import Extents
     from pipelines.shards.order import choose_order
     from pipelines.shards.reader import Fetched, Reader

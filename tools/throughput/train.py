@@ -11,11 +11,12 @@ import torch
 from model.config import ModelConfig
 from model.distributed import alone, choose_device
 from pipelines.loader import resize_shorter_for
+from pipelines.machine import num_cpus
 from pipelines.meter import DATA_BOUND_PERCENT, WARM_UP_BATCHES, verdict
+from pipelines.printable import counted
 from tools.run.config import Config
 from tools.run.resources import with_batch_size
-from tools.shards.parallel import num_cpus
-from tools.throughput.hardware import versions
+from tools.throughput.hardware import DALI_PACKAGES, versions
 from tools.throughput.jobs import JobTurns
 from tools.throughput.loops import device_name
 from tools.throughput.options import Train
@@ -62,8 +63,8 @@ def benchmark(options: Train) -> Report:
     least = (WARM_UP_BATCHES + 1) * config.batch_size
     if shards.num_samples < least:
         raise ValueError(
-            f"--data.train {config.data.train} has {shards.num_samples} samples, but {WARM_UP_BATCHES + 1} batches of "
-            f"{config.batch_size} are needed; choose a smaller --batch-size"
+            f"--data.train {config.data.train} has {counted(shards.num_samples, 'sample')}, but {WARM_UP_BATCHES + 1} batches "
+            f"of {config.batch_size} are needed; choose a smaller --batch-size"
         )
     turns = JobTurns(config, shards, device, options.steps_on(device.type))
     turns.loader()  # from here on, what it reads is in the page cache
@@ -96,7 +97,7 @@ def benchmark(options: Train) -> Report:
         + [conclusion],
         settings={**vars(options), **found, "shards": config.data.train, **stalls, "verdict": conclusion},
         may_have_errors=True,
-        versions=versions("nvidia-dali-cuda120", "torch"),
+        versions=versions(*DALI_PACKAGES, "torch"),
     )
 
 

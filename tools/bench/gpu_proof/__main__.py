@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from pipelines.files import make_writable
 from tools.bench.gpu_proof.driver import Proof
 from tools.bench.gpu_proof.plan import PLANS, SECONDS, Name, Setup
 from tools.cli import run_command
@@ -42,21 +43,14 @@ class Options:
                 raise ValueError(f"--steps {name}: {self.plan} has no such step; it has {', '.join(known)}")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ValueError(f"--seconds {self.seconds:g}: a finite number above 0 is needed")
-        _make_folder(self.out)
+        make_writable(self.out, "name another folder")
         with tempfile.TemporaryDirectory(prefix="gpu-proof-") as temporary:
             work = self.work or Path(temporary)
-            _make_folder(work)
+            make_writable(work, "name another folder with --work")
             if any(work.iterdir()):
                 raise ValueError(f"--work {work}: this folder is not empty; name another one")
             proof = Proof(self.plan, Setup(self.device, work.absolute()), self.out)
             return 0 if proof.run(self.steps or known, self.seconds or SECONDS[self.plan]) else 1
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: this folder cannot be made ({error.strerror})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

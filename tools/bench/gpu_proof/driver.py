@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import replace_text
+from pipelines.printable import counted
 from tools.bench.gpu_proof.plan import PLANS, Figures, Name, Setup
-from tools.throughput.hardware import describe_hardware, versions
+from tools.throughput.hardware import DALI_PACKAGES, DECODER_PACKAGES, describe_hardware, versions
 from tools.throughput.process import ROOT
 
-DISTRIBUTIONS = ("torch", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12", "webdataset", "numpy")
+DISTRIBUTIONS = ("torch", *DALI_PACKAGES, *DECODER_PACKAGES, "nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "webdataset", "numpy")
 POLL_SECONDS = 0.1
 
 
@@ -82,7 +83,7 @@ class Proof:
         print(f"== {name}: {found['seconds']} s of {self._limits[name]}{'  FAILED' if 'error' in found else ''}", flush=True)
         passed = [key for key, value in found.items() if isinstance(value, dict) and value.get("outcome") == "passed"]
         if passed:
-            print(f"   {len(passed)} tests passed", flush=True)
+            print(f"   {counted(len(passed), 'test')} passed", flush=True)
         for key, value in found.items():
             if key not in ("seconds", *passed):
                 print(f"   {key}: {json.dumps(value)}", flush=True)

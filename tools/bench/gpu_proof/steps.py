@@ -22,13 +22,13 @@ from model.distributed import choose_device
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import STD, Batch
+from pipelines.machine import num_cpus
 from tools.bench.gpu_proof.plan import Figures, Setup
 from tools.bench.gpu_proof.testing import run_tests
 from tools.bench.linked import LinkedShards, photograph
 from tools.run.config import Config
 from tools.run.resources import image_dtype, share_threads
 from tools.shards.encode import Encoder
-from tools.shards.parallel import num_cpus
 from tools.shards.shape import Shape
 from tools.throughput.model import make_case
 from tools.throughput.process import ROOT

@@ -1,0 +1,35 @@
+"""A turn of `tools.bench.shared` in a process of its own: `python -m tools.bench.steps TASK`.
+
+TASK is a JSON list: images per step, image side, threads of torch, seconds. The last line of output is a JSON object.
+"""
+
+import itertools
+import json
+import sys
+import time
+
+import torch
+
+from model.distributed import alone
+from tools.run.config import Config
+from tools.throughput.loops import make_trainer
+
+
+def main() -> None:
+    batch_size, image_size, torch_threads, seconds = json.loads(sys.argv[1])
+    torch.set_num_threads(torch_threads)
+    config = Config(epochs=1000, batch_size=batch_size, image_size=image_size)
+    run = make_trainer(config, alone(torch.device("cpu")), None, 1)
+    run()
+    started, cpu = time.perf_counter(), time.process_time()
+    for steps in itertools.count(1):  # noqa: B007  (used below)
+        run()
+        if (passed := time.perf_counter() - started) >= seconds:
+            break
+    images = steps * batch_size
+    used = time.process_time() - cpu
+    print(json.dumps({"images_per_second": images / passed, "cpu_milliseconds": 1000 * used / images}))
+
+
+if __name__ == "__main__":
+    main()
