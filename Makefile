@@ -37,8 +37,8 @@ audit: $(VENV)/audit
 # Pins constraints.txt with hashes, for this Python on this system.
 lock: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report $(VENV)/report.json \
-		--constraint constraints.txt --editable '.[dask,dev,export,faults,parquet,plot,remote]'
-	$(BIN)/python -m tests.faults.lock $(VENV)/report.json requirements.lock
+		--constraint constraints.txt --editable '.[dask,dev,export,faults,mlflow,parquet,plot,remote,wandb]'
+	$(BIN)/python -m tools.lock $(VENV)/report.json requirements.lock
 
 $(VENV)/audit:
 	$(PYTHON) -m venv $@

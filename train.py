@@ -24,24 +24,26 @@ from torch.profiler import record_function
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from model.distributed import join_world
+from model.distributed import World, join_world
 from model.evaluation import evaluate
 from model.init_from import InitialWeights, read_initial_weights
 from model.job import Job, build_job
 from model.loss import training_loss
+from model.published import is_published, published_weights
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.loader import Loader
 from pipelines.meter import Meter
 from pipelines.mix import MixConfig, mix
 from tools.cli import run_command
+from tools.run.class_weights import read_class_weights
 from tools.run.config import Config
 from tools.run.data import count_steps, open_splits, preprocessing
 from tools.run.log import TrainingLog, configure_logging, log_end, log_schedule, log_start, next_commands
 from tools.run.preemption import EXIT_CODE, INTERRUPTED, Preemption
 from tools.run.profile import profiled
 from tools.run.resources import choose_autocast_dtype, image_dtype, share_threads, with_defaults
-from tools.run.resume import find_saved_state, restore, settings_of
+from tools.run.resume import find_saved_state, restore, settings_of_run
 from tools.run.run_folder import RunFolder
 from tools.run.run_lock import sole_run
 from tools.run.saver import Saver
@@ -86,15 +88,16 @@ def run(config: Config) -> int:
             world,
             num_classes=shards.num_classes,
             classes=shards.train.classes,
+            class_weights=read_class_weights(config, shards, world),
             autocast_dtype=autocast_dtype,
             steps_per_epoch=count_steps(len(train_loader), config.accumulate_steps),
-            initial=None if saved else initial_weights(config),
+            initial=None if saved else initial_weights(config, world),
             preprocessing=preprocessing(config.image_size),
         )
         meter = Meter(world.device)
         if saved:
             restore(saved, job, train_loader, meter)
-        settings = settings_of(config) | {"transform_input": job.transform_input}
+        settings = settings_of_run(config, job)
         folder = stack.enter_context(RunFolder(path, settings, world, resumed=saved))
         del saved  # otherwise its tensors would stay in memory during the run
         preemption = stack.enter_context(Preemption(world.size))
@@ -111,10 +114,11 @@ def run(config: Config) -> int:
         return 0
 
 
-def initial_weights(config: Config) -> InitialWeights | None:
+def initial_weights(config: Config, world: World) -> InitialWeights | None:
     """Reads the weights that a new run starts from, if they are not random."""
-    partial, weights = config.init_from_partial, config.init_from_weights
-    return read_initial_weights(config.init_from, is_partial=partial, weights=weights, arch=config.model.named)
+    arch, partial, weights = config.model.named, config.init_from_partial, config.init_from_weights
+    path = published_weights(arch, world) if is_published(config.init_from) else config.init_from
+    return read_initial_weights(path, is_partial=partial, weights=weights, arch=arch)
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,11 @@ def train_step(job: Job, image: Tensor, target: Tensor) -> bool:
         job.forward.require_backward_grad_sync = is_last  # like its `no_sync`: gradients are reduced once per step
     with job.autocast(), record_function("forward"):
         losses = training_loss(
-            job.forward(image), target, label_smoothing=config.model.label_smoothing, aux_weight=config.model.aux_weight
+            job.forward(image),
+            target,
+            label_smoothing=config.model.label_smoothing,
+            aux_weight=config.model.aux_weight,
+            class_weights=job.class_weights,
         )
     with record_function("backward"):
         job.scaler.scale(losses.total / config.accumulate_steps).backward()

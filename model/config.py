@@ -51,10 +51,12 @@ class ModelConfig:
     """Dropout probability before the last layer of GoogLeNet."""
     label_smoothing: float = 0.1
     """Share of the target probability that is spread over all classes."""
+    class_weights: str = ""
+    """Weights of the classes in the loss: balanced (rarer classes weigh more), or a file with a weight for each class."""
     ema_decay: float = 0.999
     """Decay of the averaged weights per step. The average covers about 1 / (1 - decay) steps."""
     norm_momentum: float | None = None
-    """Weight of the newest batch in the running statistics of batch normalization. By default 0.1; more in short epochs."""
+    """Weight of the newest batch in batch normalization's statistics. By default 0.1 (more in short epochs) or a factory's."""
     transform_input: bool | None = None
     """Renormalize the input as torchvision's GoogLeNet weights expect it. By default, only if --init-from needs it."""
 
@@ -77,15 +79,13 @@ class ModelConfig:
         return Arch(self.arch, self.options)
 
     def choose(self, steps_per_epoch: int) -> "ModelConfig":
-        """Returns the settings with a momentum of the running statistics, which cover about 1 / momentum steps.
+        """Returns the settings with a momentum of the running statistics.
 
-        torch's 0.1 covers ten steps. At the beginning of a run, the weights change so much in ten steps that a network that
-        fits its batches may have a loss in the hundreds with these statistics. Large data sets are not scored so early. In
-        epochs of fewer than `SHORT_EPOCH` steps, the statistics cover a tenth of an epoch, and at least two steps.
+        The layers of another network may have their own, so `build_network` decides there.
         """
-        if self.norm_momentum is not None:
+        if self.norm_momentum is not None or self.arch:
             return self
-        return replace(self, norm_momentum=min(0.5, NORM_MOMENTUM * max(1, SHORT_EPOCH / steps_per_epoch)))
+        return replace(self, norm_momentum=choose_norm_momentum(steps_per_epoch))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class OptimConfig:
     """SGD, and its learning rate: a linear warm-up, then cosine decay with warm restarts."""
 
     lr: float | None = None
-    """Peak learning rate, for steps of --optim.reference-batch-size images. By default 0.05; less in runs under 200 steps."""
+    """Peak learning rate, for steps of --optim.reference-batch-size images. By default 0.05; less in runs under 300 steps."""
     reference_batch_size: int = 64
     """Images per step that --optim.lr is for; other steps scale it linearly (arXiv 1706.02677). 0: no scaling."""
     momentum: float = 0.9
@@ -130,13 +130,13 @@ class OptimConfig:
         """Returns the settings with a warm-up and a peak learning rate.
 
         The warm-up takes at least `SHORT_EPOCH` steps, as a warm-up protects the first steps (arXiv 1706.02677), however many
-        epochs these are. It is at most half of the run. A run that is too short for it ends it earlier, at the same slope.
+        epochs these are. It is at most half of the run. A run that is too short for it has a lower peak.
         """
         warmup, lr = self.warmup_epochs, self.lr
         if warmup is None:
             warmup = max(WARMUP_EPOCHS, round(SHORT_EPOCH / steps_per_epoch, 3))
         if lr is None:
-            lr = max(self.min_lr, min(LR, round(LR * epochs * steps_per_epoch / 2 / SHORT_EPOCH, 6)))
+            lr = max(self.min_lr, min(LR, round(LR * epochs * steps_per_epoch / 3 / SHORT_EPOCH, 6)))
         return replace(self, warmup_epochs=warmup, lr=lr)
 
     def warmup_steps(self, *, epochs: int, steps_per_epoch: int) -> int:
@@ -204,6 +204,16 @@ class StepConfig:
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"--grad-clip {self.grad_clip}: a positive number is needed")
+
+
+def choose_norm_momentum(steps_per_epoch: int) -> float:
+    """Returns a momentum of the running statistics, which cover about 1 / momentum steps.
+
+    torch's 0.1 covers ten steps. At the beginning of a run, the weights change so much in ten steps that a network that fits
+    its batches may have a loss in the hundreds with these statistics. Large data sets are not scored so early. In epochs of
+    fewer than `SHORT_EPOCH` steps, the statistics cover a tenth of an epoch, and at least two steps.
+    """
+    return min(0.5, NORM_MOMENTUM * max(1, SHORT_EPOCH / steps_per_epoch))
 
 
 def check_arch(part: str, arch: str, options: tuple[str, ...]) -> None:

@@ -93,13 +93,10 @@ def join_world(device_name: str) -> Iterator[World]:
         device_name: "cuda", "cpu", or "auto" for the GPU if there is one.
 
     Raises:
-        ValueError: The device does not exist.
+        ValueError: The device does not exist, or the environment is not that of a process of torchrun.
         OSError: Other processes do not answer. On a GPU, NCCL ends the process itself.
     """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-    )
+    rank, size, local_rank, local_size = _read_environment()
     device = choose_device(device_name, local_rank)
     world = World(rank, size, local_rank, local_size, device)
     if size == 1:
@@ -125,6 +122,34 @@ def join_world(device_name: str) -> Iterator[World]:
         raise
     # This is skipped after an error. Other ranks may not have met it, and NCCL would wait for them instead of reporting it.
     dist.destroy_process_group()
+
+
+def _read_environment() -> tuple[int, int, int, int]:
+    """Returns rank, number of processes, and the same on this machine, as torchrun sets them. Without it: 0, 1, 0, 1."""
+    way_out = "start the processes with torchrun, or unset it to train in one process"
+    rank, size, local_rank, local_size = (
+        _read_number(name, default, way_out)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if rank >= size:
+        raise ValueError(f"RANK={rank} is too large for WORLD_SIZE={size}, as ranks begin with 0; {way_out}")
+    # Without torchrun, LOCAL_WORLD_SIZE may be missing.
+    if "LOCAL_WORLD_SIZE" in os.environ and local_rank >= local_size:
+        too_large = f"LOCAL_RANK={local_rank} is too large for LOCAL_WORLD_SIZE={local_size}"
+        raise ValueError(f"{too_large}, as ranks begin with 0; {way_out}")
+    if size > 1:
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise ValueError(f"WORLD_SIZE={size}, and {', '.join(missing)} not set; {way_out}")
+        _read_number("MASTER_PORT", 0, way_out)
+    return rank, size, local_rank, local_size
+
+
+def _read_number(name: str, default: int, way_out: str) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is not a whole number; {way_out}")
+    return int(text)
 
 
 def _silent_ranks(store: Store, world: World) -> list[int]:
@@ -158,9 +183,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if local_rank >= count:
         raise ValueError(
-            f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; start no more processes "
+            f"process {local_rank} of this machine finds {count} GPU{'s' if count > 1 else ''}; start no more processes "
             "(--nproc-per-node) than there are"
         )
     device = torch.device("cuda", local_rank)

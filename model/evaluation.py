@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from model.distributed import World
 
 MOST_CONFUSED_CLASSES = 50  # more do not fit into an image
 MOST_MISTAKES = 16
+IMBALANCED = 2  # a judgment: below this ratio of the largest to the smallest class, top-1 and mean recall are close
 # The columns of `Evaluation.counts`.
 COUNTS = ("samples", "top1", "top5", "ema_top1", "ema_top5")
 
@@ -53,9 +55,27 @@ class Evaluation:
     mistakes: Mistakes | None
 
     def scores(self) -> dict[str, float]:
-        """Returns `top1`, `top5`, `ema_top1`, and `ema_top5` in percent, and `loss`."""
+        """Returns `top1`, `top5`, `ema_top1`, `ema_top5`, `mean_recall`, and `ema_mean_recall` in percent, and `loss`."""
         samples, *hits = self.counts.sum(0).tolist()
-        return {**{name: 100 * value / samples for name, value in zip(COUNTS[1:], hits, strict=True)}, "loss": self.loss}
+        scores = {name: 100 * value / samples for name, value in zip(COUNTS[1:], hits, strict=True)}
+        for prefix in ("", "ema_"):
+            scores[f"{prefix}mean_recall"] = fmean(value for value in self.recall(f"{prefix}top1") if value is not None)
+        return {**scores, "loss": self.loss}
+
+    def recall(self, name: str) -> list[float | None]:
+        """Returns the recall of each class in percent, `None` for classes without samples.
+
+        Args:
+            name: "top1" for the raw weights, "ema_top1" for the averaged ones.
+        """
+        samples, hits = self.counts[:, 0].tolist(), self.counts[:, COUNTS.index(name)].tolist()
+        return [100 * hit / of if of else None for of, hit in zip(samples, hits, strict=True)]
+
+    @property
+    def is_imbalanced(self) -> bool:
+        """Whether one class has at least `IMBALANCED` times as many samples as another."""
+        samples = self.counts[:, 0]
+        return bool(samples.max() >= IMBALANCED * samples[samples > 0].min())
 
     def of_classes(self, classes: Sequence[str] | None) -> list[dict[str, Any]]:
         """Returns the scores in percent of each class that has samples, with its name and number of samples."""

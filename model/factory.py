@@ -16,19 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.config import NORM_MOMENTUM, Arch, ModelConfig
+from model.config import NORM_MOMENTUM, SHORT_EPOCH, Arch, ModelConfig, choose_norm_momentum
 from model.googlenet import GoogLeNet
 
 LAST_LAYERS = ("fc", "aux1.fc2", "aux2.fc2")  # of GoogLeNet
 
 
-def build_network(config: ModelConfig, num_classes: int, transform_input: bool) -> nn.Module:
+def build_network(
+    config: ModelConfig, num_classes: int, transform_input: bool, steps_per_epoch: int = SHORT_EPOCH
+) -> nn.Module:
     """Builds a network with random weights on the CPU.
+
+    If the settings of another network than GoogLeNet leave the momentum of its running statistics open, layers with torch's
+    default get one for the steps of an epoch, and layers with another momentum keep it.
 
     Args:
         config: Which network, and its settings.
         num_classes: Length of the logits.
         transform_input: Whether GoogLeNet renormalizes its input.
+        steps_per_epoch: Optimizer steps per epoch.
 
     Raises:
         ValueError: The factory cannot be imported or called, or returns something else than a module.
@@ -38,22 +44,31 @@ def build_network(config: ModelConfig, num_classes: int, transform_input: bool) 
         network = build_other(config.named, num_classes)
     else:
         network = GoogLeNet(num_classes, config.aux_logits, transform_input, config.dropout)
+    chosen = choose_norm_momentum(steps_per_epoch) if config.arch else NORM_MOMENTUM
     for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = config.norm_momentum or NORM_MOMENTUM
+        if isinstance(module, _BatchNorm) and (config.norm_momentum or module.momentum == NORM_MOMENTUM):
+            module.momentum = config.norm_momentum or chosen
     return network
+
+
+def describe_statistics(network: nn.Module) -> str:
+    """Describes the running statistics of a network's batch normalization, for the log."""
+    found = {module.momentum for module in network.modules() if isinstance(module, _BatchNorm)}
+    numbers = [f"{momentum:.3g}" for momentum in sorted(each for each in found if each is not None)]
+    parts = [*numbers, *(["1 / batches"] if None in found else [])]  # None: torch averages over all batches
+    return f"running statistics with momentum {', '.join(parts)}" if parts else "no running statistics"
 
 
 def build_other(arch: Arch, num_classes: int) -> nn.Module:
     """Calls the factory of a network that is not GoogLeNet; otherwise as `build_network`."""
-    factory = _find(arch.factory)
+    factory = find_factory(arch.factory)
     options = {name: _value(text) for name, _, text in (option.partition("=") for option in arch.options)}
     try:
         network = factory(num_classes=num_classes, **options)
     except Exception as error:  # anything: this is the code of others
-        raise ValueError(f"--model.arch {arch}: the factory failed: {_one_line(error)}") from error
+        raise ValueError(f"{arch}: the factory failed: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"--model.arch {arch}: the factory returned a {type(network).__name__} instead of a torch.nn.Module")
+        raise ValueError(f"{arch}: the factory returned a {type(network).__name__} instead of a torch.nn.Module")
     return network
 
 
@@ -89,7 +104,7 @@ def check_network(network: nn.Module, arch: Arch, num_classes: int, image_size: 
             logits = network(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
     except Exception as error:  # anything: this is the code of others
         raise ValueError(
-            f"--model.arch {arch}: the network fails on an image of {image_size} pixels (--image-size): {_one_line(error)}"
+            f"--model.arch {arch}: the network fails on an image of {image_size} pixels (--image-size): {one_line(error)}"
         ) from error
     finally:
         network.train(was_training)
@@ -100,7 +115,7 @@ def check_network(network: nn.Module, arch: Arch, num_classes: int, image_size: 
         )
 
 
-def _find(name: str) -> Callable[..., Any]:
+def find_factory(name: str) -> Callable[..., Any]:
     """Imports a factory.
 
     Raises:
@@ -113,13 +128,13 @@ def _find(name: str) -> Callable[..., Any]:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{place}.".startswith(f"{missing}."):
             way_out = "install it, or name a file: FILE.py:FACTORY"
-            raise ValueError(f"--model.arch {name}: there is no package {missing}; {way_out}") from None
-        raise ValueError(f"--model.arch {name}: {place} cannot be imported: {_one_line(error)}") from error
+            raise ValueError(f"{name}: there is no package {missing}; {way_out}") from None
+        raise ValueError(f"{name}: {place} cannot be imported: {one_line(error)}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         near = difflib.get_close_matches(attribute, [each for each in dir(module) if callable(getattr(module, each))], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--model.arch {name}: {place} has no function {attribute}{hint}")
+        raise ValueError(f"{name}: {place} has no function {attribute}{hint}")
     return factory
 
 
@@ -141,5 +156,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns an error of other code as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,10 +1,10 @@
-"""Compares the tensors of a file with those that a network, or a training job, needs."""
+"""Compares the tensors of a file with those that a network, or a training job, needs, and loads them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAMED = 8  # misfits that an error lists
 
@@ -45,6 +45,16 @@ def is_dense(value: Tensor) -> bool:
 def listed(problems: list[str]) -> str:
     """Joins the first problems, and says how many more there are."""
     return "; ".join(problems[:NAMED]) + (f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else "")
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Loads tensors by name into a network; the others stay. `assign` takes the tensors themselves instead of their values.
+
+    A state dict of the network itself also has the versions of its layers, for which torchvision's MNASNet asks.
+    """
+    state = network.state_dict()
+    state.update(tensors)
+    network.load_state_dict(state, assign=assign)
 
 
 def difference(own: Any, saved: Any, place: str) -> str:

@@ -1,5 +1,6 @@
 """Finds the weights of this network in files of other programs."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -66,10 +67,14 @@ def find_weights(content: Mapping[Any, Any], wanted: Collection[str]) -> Found |
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name of a dict; none if it is something else."""
+    """Returns the tensors by name of a dict; none if it is something else.
+
+    The published weights of DenseNet have the names of its first version, `norm.1` instead of `norm1`.
+    """
     if not isinstance(value, Mapping):
         return {}
-    return {name: tensor for name, tensor in value.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in value.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    return {re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): tensor for name, tensor in tensors.items()}
 
 
 def _prefixes(names: Collection[str], wanted: Collection[str]) -> Counter[str]:

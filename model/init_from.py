@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.checkpoint import ForeignObjectsError, load_weights_file
 from model.config import Arch
 from model.factory import tensor_names
-from model.fit import is_dense, listed, misfit, misfits
+from model.fit import is_dense, listed, load_tensors, misfit, misfits
 from model.foreign import find_weights
 from model.input_scale import needs_transform_input
 from model.load_model import GOOGLENET, WeightsChoice, choose_weights, describe, empty_network, require_arch, weights_of
@@ -91,12 +91,14 @@ class InitialWeights:
             if _are_for_classes(shapes, wanted, layer)
             and (are_renamed or shapes[f"{layer}.weight"] != tuple(wanted[f"{layer}.weight"].shape))
         }
+        # Files from before torch 0.4.1 lack these counters of batches, and torch loads such files.
+        counters = {name for name in wanted if name.endswith(".num_batches_tracked") and name not in shapes}
         one_sided = {head for head in AUXILIARY if _has(shapes, head) != _has(wanted, head)}
-        ignored = {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
+        ignored = counters | {f"{layer}.{kind}" for layer in others for kind in ("weight", "bias")}
         ignored |= {name for name in {*wanted, *shapes} if name.split(".")[0] in one_sided}
         offered, needed = ({name: side[name] for name in side if name not in ignored} for side in (self.state, wanted))
         taken = self._fitting(offered, needed)
-        model.load_state_dict(taken, strict=False)
+        load_tensors(model, taken)
         log.info("loaded %d of %d tensors from %s%s", len(taken), len(wanted), self.path, self.which)
         if problems := misfits(offered, needed):
             log.warning("not loaded from %s: %s", self.path, listed(problems))
@@ -155,7 +157,7 @@ def read_initial_weights(
         arch: The network that they are for.
 
     Raises:
-        ValueError: The file holds no weights.
+        ValueError: The file holds no weights, or `weights` names some and train.py has not written it.
     """
     if path is None:
         return None
@@ -177,6 +179,8 @@ def read_initial_weights(
             f", weights: {chosen} ({why})",
             is_partial,
         )
+    if weights != "auto":
+        raise ValueError(f"--init-from-weights {weights}: {path} is not a checkpoint of train.py; leave the option out")
     return _of_other_programs(path, content, arch, is_partial=is_partial)
 
 

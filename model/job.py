@@ -1,7 +1,7 @@
 """Everything that changes during training: the network, its average, the optimizer, and the counters."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from model.config import StepConfig
 from model.distributed import World
 from model.ema import EMA
 from model.factory import build_network, check_network, last_layers
-from model.fit import difference
+from model.fit import difference, load_tensors
 from model.googlenet import GoogLeNet
 from model.init_from import InitialWeights
 from model.optim import build_optimizer, build_scheduler
@@ -40,6 +40,7 @@ class Job:
     Attributes:
         forward: The model as training calls it: plain, compiled, or distributed. It shares the weights of `model`.
         classes: Class names by number, if they are known.
+        class_weights: `(num_classes,)` on the device: weights of the classes in the loss, or `None` for equal ones.
         num_classes: Length of the logits.
         preprocessing: Image sizes and normalization, which a checkpoint keeps for prediction.
         sums: `(len(SUMS),)` float32 on the device: sums over this rank's steps since the last log line, without skipped steps.
@@ -64,13 +65,14 @@ class Job:
     scaler: torch.amp.GradScaler
     autocast_dtype: torch.dtype | None
     classes: tuple[str, ...] | None
+    class_weights: Tensor | None
     num_classes: int
     steps_per_epoch: int
     transform_input: bool
     preprocessing: dict[str, Any]
-    sums: Tensor
-    parts: Tensor
-    skipped: Tensor
+    sums: Tensor = field(init=False)
+    parts: Tensor = field(init=False)
+    skipped: Tensor = field(init=False)
     epoch: int = 0
     step: int = 0
     micro_step: int = 0
@@ -80,6 +82,7 @@ class Job:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.sums, self.parts, self.skipped = (torch.zeros(n, device=self.device) for n in (len(SUMS), len(HEADS), 2))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # Integer views: see `restore_statistics`.
         self._statistics = [buffer.view(torch.int32) for buffer in self.model.buffers() if buffer.is_floating_point()]
@@ -103,7 +106,8 @@ class Job:
 
     def keep_statistics(self) -> None:
         """Copies the batch normalization statistics before a step."""
-        torch._foreach_copy_(self._statistics_before, self._statistics)
+        if self._statistics:  # a network without batch normalization may have none, and torch refuses empty lists
+            torch._foreach_copy_(self._statistics_before, self._statistics)
 
     def restore_statistics(self, skip: Tensor) -> None:
         """Restores the copied statistics if `skip`, a float scalar on the device, is 1; changes nothing if it is 0.
@@ -111,6 +115,8 @@ class Job:
         The current statistics may be infinite or NaN, and multiplying those by 0 gives NaN. Hence the integer arithmetic on
         their bits.
         """
+        if not self._statistics:
+            return
         chosen = skip.to(torch.int32)
         torch._foreach_mul_(self._statistics, 1 - chosen)
         torch._foreach_mul_(self._statistics_before, chosen)
@@ -175,7 +181,11 @@ class Job:
         if problem := difference(own | {"scores": {}}, state, ""):
             raise ValueError(f"{state['path']} cannot be resumed: {problem}; {WAY_OUT}")
         for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
+            part = getattr(self, name)
+            if isinstance(part, nn.Module):
+                load_tensors(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         for name in NUMBERS:
             setattr(self, name, state[name])
         # A resumed run does not read --init-from again.
@@ -205,6 +215,7 @@ def build_job(
     *,
     num_classes: int,
     classes: tuple[str, ...] | None,
+    class_weights: Sequence[float] | None = None,
     autocast_dtype: torch.dtype | None,
     steps_per_epoch: int,
     initial: InitialWeights | None = None,
@@ -217,6 +228,7 @@ def build_job(
         world: This process and the others.
         num_classes: Length of the logits.
         classes: Class names by number, if they are known.
+        class_weights: Weights of the classes in the loss, or `None` for equal ones.
         autocast_dtype: Dtype of mixed precision, or `None` for float32.
         steps_per_epoch: Optimizer steps per epoch, for the learning rate schedule.
         initial: Initial weights, or `None` for random ones.
@@ -230,7 +242,7 @@ def build_job(
     _choose_kernels(config)
     transform_input = _choose_transform_input(config, initial)
     torch.manual_seed(config.seed)  # the same weights on all ranks
-    network = build_network(config.model, num_classes, transform_input)
+    network = build_network(config.model, num_classes, transform_input, steps_per_epoch)
     if initial is not None:
         initial(network, classes, last_layers(network, num_classes))
     model = _place(network, config, device)
@@ -248,13 +260,11 @@ def build_job(
         scaler=torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16),
         autocast_dtype=autocast_dtype,
         classes=classes,
+        class_weights=None if class_weights is None else torch.tensor(class_weights, device=device),
         num_classes=num_classes,
         steps_per_epoch=steps_per_epoch,
         transform_input=transform_input,
         preprocessing=preprocessing or {},
-        sums=torch.zeros(len(SUMS), device=device),
-        parts=torch.zeros(len(HEADS), device=device),
-        skipped=torch.zeros(2, device=device),
     )
     _wrap(job)
     return job

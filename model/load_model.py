@@ -13,7 +13,7 @@ from model.checkpoint import load_checkpoint
 from model.config import MAX_IMAGE_SIZE, Arch
 from model.ema import averaged_weights
 from model.factory import build_other
-from model.fit import listed, misfits
+from model.fit import listed, load_tensors, misfits
 from model.googlenet import GoogLeNet
 
 Weights = Literal["ema", "raw"]
@@ -213,7 +213,7 @@ def _build(path: Path, state: dict[str, Any], choice: WeightsChoice, device: tor
     require_arch(path, described, arch)
     weights, why = choose_weights(choice, described)
     model = empty_network(described)
-    model.load_state_dict(weights_of(path, state, model, weights), assign=True)
+    load_tensors(model, weights_of(path, state, model, weights), assign=True)
     model = model.to(device).float().eval()
     return TrainedModel(**vars(described), path=path, weights=weights, why=why, model=model)
 

@@ -51,7 +51,8 @@ def make_writable(folder: Path, way_out: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to ({error.strerror}); {way_out}") from error
+        problem = "not a folder" if isinstance(error, FileExistsError) else f"cannot be written to ({error.strerror})"
+        raise ValueError(f"{folder}: {problem}; {way_out}") from error
 
 
 def user_cache(kind: str, name: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pipelines.printable import printable
 
 MOST_DIGITS = 300  # of whole numbers, which may then become floats
+BLANK = b"\xef\xbb\xbf\0 \t\r"  # a byte order mark, zeros, and white space
 MOST_BYTES = 256 * 2**20  # an `_info.json` of a million shards takes about a quarter of this
 
 
@@ -45,7 +46,8 @@ def read_json_lines(path: Path, *, torn: bool = False, finite: bool = True) -> I
     """Yields (`PATH, line NUMBER`, value) for each line of a JSON Lines file that is not blank.
 
     An incomplete last line is left out: a run was killed while it wrote it, or is writing it now. `torn` leaves out all
-    incomplete lines: a later run ends the line of a killed one, and adds its own. For `finite` see `parse_json`.
+    incomplete lines: a later run ends the line of a killed one, and adds its own. For `finite` see `parse_json`. A line
+    is taken for incomplete only if it begins as an object, or has only zeros, as a power failure may leave them.
 
     Raises:
         ValueError: See `parse_json`.
@@ -64,19 +66,21 @@ def parse_json_lines(content: bytes, place: str, *, torn: bool = False, finite: 
         try:
             value = parse_json(line, where, finite=finite)
         except ValueError:
-            if number == len(lines) or (torn and not line.rstrip().endswith(b"}")):
+            is_torn = number == len(lines) or (torn and not line.rstrip().endswith(b"}"))
+            if is_torn and line.lstrip(BLANK)[:1] in (b"", b"{"):
                 continue
             raise
         yield where, value
 
 
-def parse_json(content: bytes, place: str, *, finite: bool = True) -> Any:
+def parse_json(content: bytes, place: str, *, finite: bool = True, objects: Callable[[list[Any]], Any] | None = None) -> Any:
     """Parses JSON in UTF-8, with or without a byte order mark.
 
     Args:
         content: Content of the file.
         place: Name of the file in messages.
         finite: Whether to refuse `NaN` and `Infinity`, which Python writes although JSON does not have them.
+        objects: Makes the value of an object from its pairs, for example `tuple`, which keeps keys that are there twice.
 
     Raises:
         ValueError: It is not JSON, or has a number beyond floats, or is nested too deeply to be read. The message begins with
@@ -90,7 +94,8 @@ def parse_json(content: bytes, place: str, *, finite: bool = True) -> Any:
     if not text.strip():
         raise ValueError(f"{place}: empty")
     try:
-        return json.loads(text, parse_constant=_refuse if finite else None, parse_float=_finite, parse_int=_whole)
+        refuse = _refuse if finite else None
+        return json.loads(text, parse_constant=refuse, parse_float=_finite, parse_int=_whole, object_pairs_hook=objects)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from None
     except RecursionError:

@@ -20,6 +20,7 @@ CLASSES = ("ant", "bee", "cat")
 LONG = (
     *("test_kill", "test_long", "test_disk", "test_input", "test_store", "test_messages"),
     *("test_demo", "test_distributed", "test_preemption", "test_throughput_train", "test_throughput_loader", "test_train"),
+    "test_trackers",
     *("test_dali", "test_gpu_proof", "test_checkpoints", "test_step", "test_step_without_gpu", "test_bench_scale"),
     *("test_throughput_compare", "test_other_settings", "test_small_sets", "test_export", "test_googlenet", "test_init_from"),
     *("test_evaluation", "test_shape"),

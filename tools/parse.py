@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -10,8 +12,10 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from pipelines.location import URL_SCHEMES
 from pipelines.printable import printable
 from tools.cli import command_line
 
@@ -29,7 +33,8 @@ def parse(read: Callable[[list[str]], Parsed], arguments: Sequence[str] | None) 
         arguments: The words, or None.
 
     Raises:
-        ValueError: An option or a verb is unknown, a pattern was not quoted, or a check of the options refuses a value.
+        ValueError: An option or a verb is unknown, a pattern was not quoted, a local path is a URL, or a check of the options
+            refuses a value.
         SystemExit: After `--help`, or after another mistake, which was reported.
     """
     words = command_line(arguments)
@@ -45,7 +50,21 @@ def parse(read: Callable[[list[str]], Parsed], arguments: Sequence[str] | None) 
         sys.stderr.write(errors.getvalue())
         raise
     sys.stderr.write(errors.getvalue())
+    _refuse_urls(parsed)
     return parsed
+
+
+def _refuse_urls(value: object) -> None:
+    """Raises a `ValueError` if a path among the values of a command line is a URL. As a path, it would name a folder `s3:`."""
+    if isinstance(value, Path) and (url := re.match(rf"({'|'.join(URL_SCHEMES)}):/", str(value))):
+        raise ValueError(f"{url[0]}/{str(value)[url.end() :]}: a file or folder of this machine is needed here, not a URL")
+    if isinstance(value, functools.partial):
+        _refuse_urls((*value.args, *value.keywords.values()))
+    elif isinstance(value, tuple):
+        for entry in value:
+            _refuse_urls(entry)
+    elif dataclasses.is_dataclass(value):
+        _refuse_urls((*vars(value).values(),))
 
 
 def _find_refusal(end: SystemExit) -> ValueError | None:

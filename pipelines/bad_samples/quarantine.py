@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE_NAME = "quarantine.jsonl"
+RUN_FILES = ("config.json", "metrics.jsonl")  # the folder of a run has them from its start
 LINES_OF_TABLE = 20
 
 
@@ -65,9 +66,14 @@ def read_quarantine(path: Path) -> list[BadSample]:
         path: The file, or the folder of a run, which has no such file unless the run met a bad sample.
 
     Raises:
-        ValueError: The file or folder does not exist, or a line is malformed.
+        ValueError: The file or folder does not exist, or is another one, or a line is malformed.
     """
     if path.is_dir():
+        if not any((path / name).exists() for name in (FILE_NAME, *RUN_FILES)):
+            raise ValueError(
+                f"{path}: neither the folder of a run nor a folder with a {FILE_NAME}; a run writes that file once it meets a "
+                "bad sample"
+            )
         path /= FILE_NAME
         if not path.exists():
             return []

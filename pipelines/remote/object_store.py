@@ -317,7 +317,7 @@ def _filesystem(root: str, process: int) -> "AbstractFileSystem":
         return url_to_fs(root, client_kwargs={"timeout": timeout}, **common)[0]
     try:
         return url_to_fs(root, **common)[0]
-    except (ValueError, TypeError, AttributeError) as error:  # unknown, or it needs more than a URL
+    except (ValueError, TypeError, AttributeError, IsADirectoryError) as error:  # unknown, or it needs more than a URL
         raise ValueError(f"{root}: this kind of URL is not read; {READABLE} are") from error
 
 

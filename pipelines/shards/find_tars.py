@@ -249,6 +249,8 @@ def _expand(pattern: str) -> list[Path]:
     tars: list[Path] = []
     for part in _split_braces(pattern):
         found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+        if found and os.path.exists(found[0]) and not os.path.isfile(found[0]):
+            raise ValueError(f"{printable(found[0])}: not a regular file")
         if not found or not os.path.isfile(found[0]):
             place = "" if os.path.isabs(part) else f"; looked from {Path.cwd()}"
             raise ValueError(f"no such shard: {part!r}{_part_of(pattern, part)}{place}")

@@ -1,5 +1,6 @@
 """The label of a sample: which member holds it, and which class number it means."""
 
+import collections
 import json
 import re
 import string
@@ -246,6 +247,14 @@ def _looks_like(label: str) -> str:
     if _NUMBER.fullmatch(label):
         return ""
     return next((f" ({what})" for what, pattern in _UNLIKELY.items() if pattern.fullmatch(label)), "")
+
+
+def class_names(classes: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Returns a name for each class: its own, with its number if other classes have the same, or its number alone."""
+    names = [*(classes or ())[:num_classes]]
+    names += map(str, range(len(names), num_classes))
+    times = collections.Counter(names)
+    return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def no_class_zero(used: Collection[int]) -> str:

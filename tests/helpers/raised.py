@@ -6,23 +6,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEPTH = 4  # of functions that call each other to make a text
+HOLE = "\0"  # stands for a value in a text
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Values = dict[str, list[ast.expr]]  # by name
 
 
 class Text(NamedTuple):
-    """A constant part of a message, and where the error is raised."""
+    """A text of a message, as its constant parts between the values that are put in, and where the error is raised."""
 
-    text: str
+    parts: tuple[str, ...]
     place: str
+
+    def is_in(self, page: str) -> bool:
+        """Returns whether the parts are there one after the other, with any values between them."""
+        place = 0
+        for part in self.parts:
+            place = page.find(part, place)
+            if place < 0:
+                return False
+            place += len(part)
+        return True
 
 
 def raised_texts(paths: list[Path], root: Path) -> Iterator[Text]:
-    """Yields the constant parts of the messages of all `raise` and `sys.exit`, and of what is printed after `error: `.
+    """Yields the texts of the messages of all `raise` and `sys.exit`, and of what is printed after `error: `.
 
-    A message may be made by functions of the project and by variables: their constants count as well. Parts of one word or of
-    fewer than 12 characters are left out.
+    A message may be made by functions of the project and by variables: their texts count as well. Texts of one word or of fewer
+    than 12 characters are left out.
     """
     names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in paths}
     modules = {names[path]: ast.parse(path.read_text()) for path in paths}
@@ -30,9 +41,10 @@ def raised_texts(paths: list[Path], root: Path) -> Iterator[Text]:
     for path, name in names.items():
         for statement, inside in _statements(modules[name], None):
             values = _assigned(inside) if inside else {}
-            for text in finder.texts(statement, name, values, DEPTH):
-                if len(text.strip()) >= 12 and " " in text.strip():
-                    yield Text(text, f"{path.relative_to(root)}:{statement.lineno}")
+            for parts in finder.texts(statement, name, values, DEPTH):
+                constant = "".join(parts).strip()
+                if len(constant) >= 12 and " " in constant:
+                    yield Text(parts, f"{path.relative_to(root)}:{statement.lineno}")
 
 
 def _statements(node: ast.AST, inside: Function | None) -> Iterator[tuple[ast.expr, Function | None]]:
@@ -71,7 +83,7 @@ def _only_compares(node: ast.AST) -> bool:
 
 
 class _Finder:
-    """Finds the constants in expressions, also in the functions and the names that they use.
+    """Finds the texts in expressions, also in the functions and the names that they use.
 
     Args:
         modules: The code by the names of its modules.
@@ -90,10 +102,15 @@ class _Finder:
             imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
             self._imports[module] = {alias.name: node.module or "" for node in imports for alias in node.names}
 
-    def texts(self, node: ast.AST, module: str, values: Values, depth: int) -> Iterator[str]:
-        """Yields the constants that an expression of a module uses. `values` has those of the names around it."""
+    def texts(self, node: ast.AST, module: str, values: Values, depth: int) -> Iterator[tuple[str, ...]]:
+        """Yields the texts that an expression of a module uses. `values` has those of the names around it."""
+        children = [] if _only_compares(node) else [*ast.iter_child_nodes(node)]
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+            yield (node.value,)
+        if isinstance(node, ast.JoinedStr):
+            parts = (str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values)
+            yield tuple("".join(parts).split(HOLE))
+            children = [part for part in children if not isinstance(part, ast.Constant)]
         if depth > 0 and isinstance(node, ast.Name):
             constants = self._constants[module]
             there = self._constants.get(self._imports[module].get(node.id, ""), {})
@@ -105,7 +122,7 @@ class _Finder:
                 for child in ast.walk(function):
                     if isinstance(child, ast.Return | ast.Yield) and child.value is not None:
                         yield from self.texts(child.value, home, inner, depth - 1)
-        for child in [] if _only_compares(node) else ast.iter_child_nodes(node):
+        for child in children:
             yield from self.texts(child, module, values, depth)
 
     def _called(self, called: ast.expr, module: str) -> list[tuple[Function, str]]:

@@ -98,9 +98,13 @@ def test_scores_are_those_counted_by_hand() -> None:
     assert evaluation.of_classes(names) == expected
     assert [row["class"] for row in evaluation.of_classes(None)] == [str(number) for number in range(6)]
     assert [row["class"] for row in evaluation.of_classes(names[:2])][:4] == ["a", "b", "2", "3"]
-    for name, value in evaluation.scores().items():
-        by_hand = loss if name == "loss" else sum(row[name] * row["samples"] for row in expected) / len(targets)
-        assert value == pytest.approx(by_hand, rel=1e-5)
+    scores = {"loss": loss}
+    for name in ("top1", "top5", "ema_top1", "ema_top5"):
+        scores[name] = sum(row[name] * row["samples"] for row in expected) / len(targets)
+    for name in ("top1", "ema_top1"):
+        assert evaluation.recall(name) == [*(row[name] for row in expected), None]  # the last class has no sample
+        scores[name.replace("top1", "mean_recall")] = sum(row[name] for row in expected) / len(expected)
+    assert evaluation.scores() == pytest.approx(scores, rel=1e-5)
     assert evaluation.confusion is not None
     assert evaluation.confusion.tolist() == confusion
 
@@ -226,6 +230,7 @@ def test_raw_and_averaged_weights_are_told_apart(run: Path, shards: Path, tmp_pa
         ["bee", "8", "100.0", "0.0", "100.0", "100.0"],
         ["cat", "8", "0.0", "0.0", "100.0", "100.0"],
         ["all", "25", "32.0", "36.0", "100.0", "100.0"],
+        ["mean", "33.3", "33.3", "100.0", "100.0"],
     ]
 
 

@@ -12,7 +12,9 @@ import torch
 
 import train
 from model.checkpoint import load_checkpoint
-from model.config import Arch
+from model.config import Arch, ModelConfig
+from model.distributed import alone
+from model.job import build_job
 from model.load_model import load_model
 from tests.helpers.command import Done, run_main
 from tests.helpers.runs import arguments, assert_same
@@ -20,6 +22,8 @@ from tests.helpers.torchvision_networks import require_torchvision
 from tools.evaluate.cli import main as evaluate
 from tools.export.cli import main as export
 from tools.predict.cli import main as predict
+from tools.run.config import Config
+from tools.run.log import log_schedule
 from tools.throughput.cli import main as throughput
 
 SMALL = """
@@ -37,6 +41,10 @@ class Small(nn.Module):
 
     def forward(self, image):
         return self.head(self.body(image) * self.scale)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert "version" in local_metadata  # MNASNet of torchvision asks for it
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def small(num_classes, **options):
@@ -137,6 +145,52 @@ def test_buffers_that_no_state_dict_has(shards: Path, tmp_path: Path, monkeypatc
     run(Arch("small.py:small"), shards, tmp_path / "run", "--epochs", 1)
     network: Any = load_model(tmp_path / "run" / "last.pt", arch=Arch("small.py:small")).model
     assert network.scale.tolist() == [2]
+
+
+NORMS = """
+from torch import nn
+
+
+def norms(num_classes):
+    layers = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.01), nn.BatchNorm2d(3, momentum=None)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "steps_per_epoch", "expected", "said"),
+    [
+        (None, 7, [0.5, 0.01, None], "0.01, 0.5, 1 / batches"),
+        (None, 1000, [0.1, 0.01, None], "0.01, 0.1, 1 / batches"),
+        (0.3, 7, [0.3, 0.3, 0.3], "0.3"),
+    ],
+)
+def test_a_momentum_of_the_factorys_own_stays_unless_one_is_given(
+    given: float | None,
+    steps_per_epoch: int,
+    expected: list[float | None],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Layers with torch's default get what suits the length of an epoch, as in GoogLeNet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "norms.py").write_text(NORMS)
+    config = Config(epochs=1, batch_size=4, image_size=32, model=ModelConfig(arch="norms.py:norms", norm_momentum=given))
+    for chosen in (config.choose(steps_per_epoch), config.choose(steps_per_epoch).choose(steps_per_epoch)):
+        job = build_job(
+            *(chosen, alone(torch.device("cpu"))),
+            num_classes=3,
+            classes=None,
+            autocast_dtype=None,
+            steps_per_epoch=steps_per_epoch,
+        )
+        assert [module.momentum for module in job.model.modules() if isinstance(module, torch.nn.BatchNorm2d)] == expected
+        caplog.clear()
+        caplog.set_level("INFO", "train")
+        log_schedule(job, chosen)
+        assert caplog.messages[0].endswith(f", running statistics with momentum {said}")
 
 
 def test_throughput_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

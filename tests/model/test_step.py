@@ -27,17 +27,24 @@ from tools.run.resources import choose_autocast_dtype
 from train import train_step
 
 NUM_CLASSES, BATCH_SIZE, SIZE = 3, 4, 32
+WEIGHTS = (0.25, 0.5, 2.0)  # of the classes
 ALONE = alone(torch.device("cpu"))
 
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def make_job(config: Config, steps_per_epoch: int = 4, autocast_dtype: torch.dtype | None = None) -> Job:
+def make_job(
+    config: Config,
+    steps_per_epoch: int = 4,
+    autocast_dtype: torch.dtype | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> Job:
     job = build_job(
         config,
         ALONE,
         num_classes=NUM_CLASSES,
         classes=("ant", "bee", "cat"),
+        class_weights=class_weights,
         autocast_dtype=autocast_dtype,
         steps_per_epoch=steps_per_epoch,
     )
@@ -56,14 +63,15 @@ def make_batches(count: int) -> Batches:
     return [(image.to(memory_format=torch.channels_last), target) for image, target in zip(images, targets, strict=True)]
 
 
-def heads_losses(model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Returns the total, main, aux2, and aux1 losses of the paper, with label smoothing 0.1."""
-    main, aux2, aux1 = (cross_entropy(logits, target, label_smoothing=0.1) for logits in model(image))
+def heads_losses(model: nn.Module, image: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """Returns the total, main, aux2, and aux1 losses of the paper, with label smoothing 0.1, times the weights of classes."""
+    of_samples = (cross_entropy(logits, target, reduction="none", label_smoothing=0.1) for logits in model(image))
+    main, aux2, aux1 = ((weights[target] * losses).mean() for losses in of_samples)
     return main + 0.3 * (aux1 + aux2), main, aux2, aux1
 
 
 def train_by_hand(
-    config: Config, batches: Batches, lrs: Sequence[float], ema_decay: float
+    config: Config, batches: Batches, lrs: Sequence[float], ema_decay: float, weights: Sequence[float] = (1, 1, 1)
 ) -> tuple[GoogLeNet, dict[str, Tensor], Tensor]:
     """Trains with a textbook loop. Returns the network, its average, and sums of the losses and of the gradient norm."""
     torch.manual_seed(config.seed)
@@ -79,7 +87,7 @@ def train_by_hand(
             group["lr"] = lr
         optimizer.zero_grad()
         for image, target in batches[step * count : (step + 1) * count]:
-            losses = heads_losses(model, image, target)
+            losses = heads_losses(model, image, target, torch.tensor(weights))
             (losses[0] / count).backward()
             sums[:-1] += torch.stack(losses).detach() / count
         sums[-1] += torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm()  # type: ignore[union-attr]
@@ -91,15 +99,15 @@ def train_by_hand(
     return model, average, sums
 
 
-@pytest.mark.parametrize("accumulate_steps", [1, 2])
-def test_steps_are_those_of_a_loop_written_by_hand(accumulate_steps: int) -> None:
+@pytest.mark.parametrize(("accumulate_steps", "weights"), [(1, None), (2, WEIGHTS)])
+def test_steps_are_those_of_a_loop_written_by_hand(accumulate_steps: int, weights: Sequence[float] | None) -> None:
     config = make_config(
         accumulate_steps=accumulate_steps,
         optim=OptimConfig(lr=0.01, reference_batch_size=BATCH_SIZE, weight_decay=0.5, min_lr=0.001),  # large enough to show
         model=ModelConfig(ema_decay=0.25),  # the warm-up of the average ends after three steps
     )
     batches = make_batches(5 * accumulate_steps)
-    job = make_job(config)  # of 8 steps, 4 of them warm-up
+    job = make_job(config, class_weights=weights)  # of 8 steps, 4 of them warm-up
     completed, lrs = [], []
     for image, target in batches:
         lr = job.lr
@@ -112,7 +120,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(accumulate_steps: int) -> Non
     assert lrs == pytest.approx([top * (1 + step) / 5 for step in range(5)])
     assert job.lr == pytest.approx(low + (top - low) * (1 + math.cos(math.pi / 4)) / 2)
 
-    model, average, sums = train_by_hand(config, batches, lrs, ema_decay=0.25)
+    model, average, sums = train_by_hand(config, batches, lrs, 0.25, weights or (1, 1, 1))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(job.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
         torch.testing.assert_close(job.ema.module.state_dict()[name], average[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -234,7 +242,7 @@ def test_a_step_takes_nothing_out_of_a_tensor() -> None:
         assert torch.tensor([1.0]).item() == 1
     assert seen.names & WAITING == {"aten::_local_scalar_dense", "aten::lift_fresh"}  # such operations are recorded
     config = make_config(accumulate_steps=2, grad_clip=1.0, model=ModelConfig(transform_input=True))
-    job = make_job(config)
+    job = make_job(config, class_weights=WEIGHTS)
     (image, target), *_ = make_batches(1)
     with Operations() as seen:
         for labels in (target, target, *[torch.eye(NUM_CLASSES)[target]] * 2):  # class numbers, and the probabilities of a mix
@@ -275,7 +283,7 @@ def test_compiled_steps_with_bad_samples_left_out_are_the_same(quick_compiler: N
 
 
 def test_a_compiled_step_is_the_same(quick_compiler: None) -> None:
-    plain, compiled = (make_job(make_config(compile=mode)) for mode in ("no", "default"))
+    plain, compiled = (make_job(make_config(compile=mode), class_weights=WEIGHTS) for mode in ("no", "default"))
     (image, target), *_ = batches = make_batches(2)
     loader: Any = [{"image": image, "target": target} for image, target in batches]
     for job in (plain, compiled):

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.fake_cuda.build import build_guard, find_compiler
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("bf16", "fp16", "fp32", "mixup", "cutmix", "two batches", "deterministic")
+KINDS = ("bf16", "fp16", "fp32", "mixup", "cutmix", "two batches", "deterministic", "weighted", "weighted mixup")
 # Operations that torch 2.11 refuses on a GPU if deterministic ones are required: their code in `libtorch_cuda.so` calls
 # `alertNotDeterministic`. Other such operations are unlikely here.
 NOT_DETERMINISTIC = {"_adaptive_avg_pool2d_backward", "upsample_bilinear2d_backward", "bincount", "median"}

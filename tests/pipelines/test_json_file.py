@@ -171,6 +171,31 @@ def test_a_quarantine_of_killed_runs(tmp_path: Path) -> None:
     assert (sample.offset, sample.reason) == (512, "")
 
 
+@pytest.mark.parametrize(
+    "content", [b"000.jpg" + bytes(2000), b"ant\nbee\n", b'{\n  "splits": {\n    "train": {}\n  }\n}', b"\xff\xd8\n"]
+)
+def test_what_is_no_quarantine(tmp_path: Path, content: bytes) -> None:
+    """A tar, a list of classes, other JSON, an image: a line that was not written completely begins like a complete one."""
+    file = tmp_path / "x"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{file}, line [12]: not "):
+        read_quarantine(file)
+
+
+def test_zeros_where_a_machine_has_lost_the_end_of_a_file(tmp_path: Path) -> None:
+    line = json.dumps(GOOD).encode()
+    (tmp_path / "x").write_bytes(line + b"\n" + bytes(100) + b"\n" + line + b"\n" + line[:9] + bytes(50))
+    assert len(read_quarantine(tmp_path / "x")) == 2
+
+
+def test_a_folder_without_a_quarantine(tmp_path: Path) -> None:
+    """A run without bad samples has no such file. Any other folder is a mistake."""
+    with pytest.raises(ValueError, match=f"^{tmp_path}: neither the folder of a run nor a folder with a quarantine.jsonl; "):
+        read_quarantine(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert read_quarantine(tmp_path) == []
+
+
 @pytest.fixture
 def begun(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[object]]:
     """A conversion whose last step fails, and its command."""

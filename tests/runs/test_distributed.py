@@ -39,7 +39,9 @@ from tools.evaluate import cli
 NUM_STEPS, SHARE = 6, 4
 
 
-def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def make_steps(
+    world: World, accumulate_steps: int, weights: tuple[float, ...] | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns losses `(NUM_STEPS, len(HEADS))`, means over the global batch, and the final weights.
 
     A global batch consists of `world.size * accumulate_steps` shares of `SHARE` images, however the ranks divide it.
@@ -52,7 +54,8 @@ def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[
         optim=OptimConfig(lr=0.02, reference_batch_size=8, warmup_epochs=0),
         grad_clip=1.0,
     )
-    job = build_job(config, world, num_classes=3, classes=None, autocast_dtype=None, steps_per_epoch=NUM_STEPS)
+    options = {"classes": None, "class_weights": weights, "autocast_dtype": None}
+    job = build_job(config, world, num_classes=3, steps_per_epoch=NUM_STEPS, **options)  # type: ignore[arg-type]
     for module in job.model.modules():
         if isinstance(module, torch.nn.Dropout):  # the auxiliary heads have no setting for it
             module.p = 0.0
@@ -71,30 +74,30 @@ def make_steps(world: World, accumulate_steps: int) -> tuple[torch.Tensor, list[
     return torch.stack(losses), [parameter.detach() for parameter in job.parameters]
 
 
-def rank_of_several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
+def rank_of_several(rank: int, num_ranks: int, port: int, folder: Path, weights: tuple[float, ...] | None) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join_world("cpu") as world:
-        torch.save(make_steps(world, 1), folder / f"{rank}.pt")
+        torch.save(make_steps(world, 1, weights), folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_make_the_steps_of_one(tmp_path: Path, num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "weights"), [(2, (0.25, 0.5, 2.0)), (3, None)])
+def test_ranks_make_the_steps_of_one(tmp_path: Path, num_ranks: int, weights: tuple[float, ...] | None) -> None:
     """One rank that accumulates their batches normalizes over the same images, and makes the same steps."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_of_several, (num_ranks, port, tmp_path), nprocs=num_ranks)
+    torch.multiprocessing.spawn(rank_of_several, (num_ranks, port, tmp_path, weights), nprocs=num_ranks)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_ranks)]
-    for losses, weights in of_ranks[1:]:
+    for losses, parameters in of_ranks[1:]:
         assert torch.equal(losses, of_ranks[0][0])
-        assert is_equal(weights, of_ranks[0][1])
+        assert is_equal(parameters, of_ranks[0][1])
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     try:
-        losses, weights = make_steps(world, num_ranks)
+        losses, parameters = make_steps(world, num_ranks, weights)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(of_ranks[0][0], losses, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(of_ranks[0][1], weights, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(of_ranks[0][1], parameters, rtol=1e-7, atol=1e-7)
 
 
 KEPT = ("--checkpoint.every-steps", 2, "--checkpoint.keep", 99, "--epochs", 3)
@@ -130,7 +133,7 @@ def check_run(run: Path, output: str, num_ranks: int, num_steps: int) -> None:
     assert len({str(rank["rng"]["cpu"].tolist()) for rank in last["ranks"]}) == num_ranks  # different dropout on each
     assert len(list(run.glob("events.*"))) == 2  # the second has the hyperparameters
     images, lr = 8 * num_ranks, 0.05 * 3 * num_steps / 200
-    assert output.count(f"global batch size {images} (8 images x 1 batches x {num_ranks} processes); ") == 1
+    assert output.count(f"global batch size {images} (8 images x 1 batch x {num_ranks} processes); ") == 1
     assert output.count(f"learning rate {lr:g} x {images} / 64 = {lr * images / 64:g}\n") == 1
     assert output.count(f"epoch 3/3  step {num_steps}/{num_steps}") == 1
     assert output.count("the run: ") == 1
@@ -272,14 +275,14 @@ def test_another_number_of_ranks(on_two: tuple[Path, str], shards: Path, tmp_pat
 
     output = finish(start(one, tmp_path))
     assert "resuming after step 4\n" in output
-    assert "global batch size 16 (8 images x 2 batches x 1 processes)" in output
+    assert "global batch size 16 (8 images x 2 batches x 1 process)" in output
     assert metrics(run)[:5] == metrics(on_two[0])[:5]
     assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(on_two[0])]
 
     keep_up_to(6)
     output = finish(start(run_of(1, shards, run, "--batch-size", 16), tmp_path))
     assert "resuming after step 6\n" in output
-    assert "global batch size 16 (16 images x 1 batches x 1 processes)" in output
+    assert "global batch size 16 (16 images x 1 batch x 1 process)" in output
 
     keep_up_to(6)
     output = finish(start(run_of(2, shards, run), tmp_path))

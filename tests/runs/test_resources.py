@@ -81,9 +81,9 @@ def test_the_batch_size_of_a_cpu(samples: int, batch_size: int) -> None:
         (RECIPES["demo"], 2_500, (0.02, 1.0, 0.1, 20)),
         (Config(), 6_400, (0.05, 1.0, 0.1, 20)),
         (Config(), 245, (0.05, 100 / 15, 0.5, 3)),
-        (Config(epochs=6), 245, (0.0225, 100 / 15, 0.5, 3)),  # 90 steps, and 45 until the warm-up has to end
+        (Config(epochs=6), 245, (0.015, 100 / 15, 0.5, 3)),  # 90 steps
         (Config(), 800, (0.05, 2.0, 0.2, 10)),
-        (Config(batch_size=64), 245, (0.0225, 100 / 3, 0.5, 1)),
+        (Config(batch_size=64), 245, (0.015, 100 / 3, 0.5, 1)),
         (
             Config(optim=OptimConfig(lr=0.1, warmup_epochs=0), model=ModelConfig(norm_momentum=0.3), log_every=7),
             *(245, (0.1, 0, 0.3, 7)),

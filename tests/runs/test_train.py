@@ -48,9 +48,16 @@ def test_metrics(finished: tuple[Path, str]) -> None:
         assert 0 <= line["data_wait_percent"] <= 100
     assert [line["epoch"] for line in valid] == [1, 2]
     for line in valid:
-        assert set(line) == {"split", "epoch", "step", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"}
+        assert set(line) == {
+            *("split", "epoch", "step", "top1", "top5", "ema_top1", "ema_top5", "loss", "bad_samples"),
+            *("mean_recall", "ema_mean_recall", "ema_recall"),
+        }
+        samples = (9, 8, 8)
+        hits = [recall * of / 100 for recall, of in zip(line["ema_recall"], samples, strict=True)]
+        assert sum(hits) / 25 == pytest.approx(line["ema_top1"] / 100, abs=1e-4)
         assert 0 <= line["top1"] <= line["top5"] == 100  # three classes
         assert (line["top1"] * 25 / 100) % 1 == pytest.approx(0, abs=1e-9)  # of 25 images
+    assert "mean recall" not in finished[1]  # the classes have about as many samples
 
 
 def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path) -> None:

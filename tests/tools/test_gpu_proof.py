@@ -42,9 +42,10 @@ def test_what_takes_too_long_is_ended_and_said(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_does_not_keep_others_from_their_turn(tmp_path: Path) -> None:
-    done, found = prove(tmp_path / "out", "--steps", "pipelines", "waits")  # there are no images
+    done, found = prove(tmp_path / "out", "--steps", "pipelines", "waits", "job-originals")  # there are no images
     assert done.returncode == 1
     assert "originals" in found["pipelines"]["error"]
+    assert found["job-originals"]["error"].startswith("ChildProcessError: exit status 2: error: no such shard: ")
     assert "error" not in found["waits"]
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.distributed import alone
+from model.evaluation import Evaluation
 from pipelines.printable import counted, printable, printable_text
 from tests.conftest import write_image
 from tests.helpers import checkpoints
@@ -20,6 +23,7 @@ from tools.cli import log_to, run_command
 from tools.evaluate.cli import main as evaluate
 from tools.predict.cli import main as predict
 from tools.report.cli import main as report
+from tools.run.run_folder import RunFolder
 from tools.run.tensorboard_images import batch_picture, captions, confusion_picture, mistake_captions
 from tools.shards.cli import main as shards_main
 
@@ -115,7 +119,7 @@ def test_evaluate(folder: Path, checkpoint: Path) -> None:
     done = harmless(run_main(evaluate, checkpoint, folder, *device))
     assert done.status == 0, done.stderr
     table = done.stdout.splitlines()
-    assert len(table) == 1 + 3 + 1
+    assert len(table) == 1 + 3 + 2
     assert len({len(line) for line in table[1:]}) == 1
     assert "left out a bad sample" in done.stderr
     info["classes"][0] = "\x1b[31mant"
@@ -155,8 +159,9 @@ def test_report(tmp_path: Path) -> None:
     markup = "<script>alert('\"&')</script>"
     run = write_run(
         tmp_path / "<b>run\x1b[31m",
-        [train_line(1, 20), valid_line(1, 20, 50, 1)],
+        [train_line(1, 20), valid_line(1, 20, 50, 1) | {"ema_recall": [10, 20, 30]}],
         name=BAD.replace("\ud800", ""),
+        classes=CLASSES,
         **{markup: "</td>"},
     )
     done = harmless(run_main(report, run), lines=1)
@@ -167,6 +172,18 @@ def test_report(tmp_path: Path) -> None:
     assert not CONTROL.search(text.decode())
     page = Page(run / "report.html")  # parses strictly
     assert markup in page.column("settings", "setting")
+    assert [row[0][:4] for row in page.tables["recall"]["tbody"]] == ["ant\\", "bee", "=cat"]
+
+
+def test_tensorboard_tags(tmp_path: Path) -> None:
+    counts = torch.tensor([[4, 2, 4, 1, 4], [4, 4, 4, 4, 4], [4, 0, 4, 0, 4]], dtype=torch.float64)
+    with RunFolder(tmp_path, {}, alone(torch.device("cpu")), resumed=None) as folder:
+        folder.write_evaluation(Evaluation(counts, 0.0, None, None), CLASSES, 1)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert sorted(events.Scalars(tag)[0].value for tag in tags if tag.startswith("recall/")) == [0, 50, 100]
+    assert not CONTROL.search("".join(tags))
 
 
 def test_tensorboard_pictures() -> None:

@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_read_does_not_end_the_conversion(tmp_path: Path
     (tmp_path / "images" / "gone.jpg").symlink_to("nowhere.jpg")
     done = convert(tmp_path, image, FOUR[:3], text)
     assert done.status == 0, done.stderr
-    assert "left out: 1 files (1 broken symbolic link)" in done.stdout
+    assert "left out: 1 file (1 broken symbolic link)" in done.stdout
     assert stored(tmp_path, image)["01.jpg"] == "dog"
 
 

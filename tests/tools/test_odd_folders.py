@@ -95,7 +95,7 @@ def test_a_class_whose_images_are_all_damaged_keeps_its_number_with_a_warning(so
     put(source / "asp" / "1.jpg", image[: len(image) // 2])
     for _ in range(2):  # also if there is nothing left to do
         done = convert(source)
-        assert "warning: no image is left of 1 classes, which keep their numbers: asp\n" in done.stdout
+        assert "warning: no image is left of 1 class, which keeps its number: asp\n" in done.stdout
     assert result(source)[:2] == (4, ["ant", "asp", "bee"])
 
 
@@ -110,7 +110,7 @@ def test_a_jpeg_that_is_cut_short_and_padded_is_left_out(source: Path, image: by
 @pytest.mark.parametrize("format", ["gif", "bmp", "png", "webp", "tiff", "jp2", "ppm", "tga", "ico", "avif", "pcx"])
 def test_every_format_makes_a_class(tmp_path: Path, format: str) -> None:
     write_image(tmp_path / "src" / "ant" / f"1.{format}", 1, (16, 16))
-    assert "train: 1 images of 1 classes" in convert(tmp_path / "src").stdout
+    assert "train: 1 image of 1 class in" in convert(tmp_path / "src").stdout
 
 
 LOOP = "a link to a folder that contains it"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import run_main
+from tools.bench.convert import main as measure_conversion
 from tools.evaluate.cli import main as evaluate
 from tools.export.cli import main as export
 from tools.predict.cli import main as predict
@@ -69,6 +70,24 @@ def test_other_mistakes_are_not_called_unknown_options(words: str, message: str)
     assert message in done.stderr
     assert "no option" not in done.stderr
     assert "pattern" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (shards, "preview SHARDS -o URL"),
+        (shards, "verify SHARDS --known x URL"),
+        (train, "--data.train x --data.valid x --run-dir=URL"),
+        (train, "--data.train x --data.valid x --init-from URL"),
+        (evaluate, "URL SHARDS"),
+        (report, "run URL"),
+        (measure_conversion, "URL --rounds 1"),
+    ],
+)
+@pytest.mark.parametrize("url", ["s3://bucket/x.pt", "https://host/x"])
+def test_a_url_is_no_local_path(main: Main, words: str, url: str) -> None:
+    done = run_main(main, *words.replace("URL", url).split())
+    assert (done.status, done.stderr) == (2, f"error: {url}: a file or folder of this machine is needed here, not a URL\n")
 
 
 def test_after_dashes_a_word_is_no_option() -> None:

@@ -139,6 +139,7 @@ def test_page_of_one_run(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path / 'run' / 'report.html'}: 1 run, ")
     page = Page(tmp_path / "run" / "report.html")
     assert page.loaded == []
+    assert "mean recall, EMA (%)" not in page.tables["results"]["thead"][0]  # a run of an earlier version
     for group, final, best in (
         ("top-1, EMA (%)", "71.25", "72.50 (epoch 1)"),
         ("top-1, raw (%)", "70.25", "71.50 (epoch 1)"),
@@ -197,6 +198,44 @@ def test_old_run_shows_only_what_it_has(tmp_path: Path) -> None:
         *("Throughput", "Data wait"),
     ]
     assert not {"gradient norm", "GPU memory (GB)", "loss scale", "skipped steps"} & set(page.headings("state"))
+
+
+def test_recall_of_the_classes(tmp_path: Path) -> None:
+    """The worst classes come first, whichever run has them. Runs without recall, and classes without samples, are left out."""
+
+    def run(name: str, recall: list[list[float | None]], classes: list[str] | None) -> Path:
+        lines = [
+            valid_line(epoch, 20 * epoch, 50 - epoch, 1) | {"ema_recall": values} for epoch, values in enumerate(recall, 1)
+        ]
+        return write_run(tmp_path / name, [train_line(1, 20), *lines], classes=classes)
+
+    names = [f"class {i}" for i in range(58)]
+    many = run("many", [[99.0] * 60, [30.0 + i for i in range(58)] + [None, None]], names)
+    few = run("few", [[60, 10.5, 55, 70]], ["class 1", "class 0", "class 7", "class 7"])
+    old = write_run(tmp_path / "old", WHOLE)
+    assert report(old, many, few, "-o", tmp_path / "all.html").status == 0
+    page = Page(tmp_path / "all.html")
+    assert page.tables["recall"]["thead"] == [
+        ["", "many", "many", "few", "few"],
+        ["class", "final (epoch 2)", "best.pt (epoch 1)", "final (epoch 1)", "best.pt (epoch 1)"],
+    ]
+    rows = page.tables["recall"]["tbody"]
+    assert rows[:3] == [
+        ["class 0", "30.00", "99.00", "10.50", "10.50"],
+        ["class 1", "31.00", "99.00", "60.00", "60.00"],
+        ["class 2", "32.00", "99.00", "-", "-"],
+    ]
+    assert ["class 7 (2)", "-", "-", "55.00", "55.00"] in rows  # two classes of one name
+    assert len(rows) == 50
+    assert "The table has the 50 of 60 classes with the lowest." in (tmp_path / "all.html").read_text()
+    assert "classes" not in page.column("settings", "setting")
+    assert report(old, "-o", tmp_path / "old.html").status == 0
+    assert "recall" not in Page(tmp_path / "old.html").tables
+    assert report(few, "-o", tmp_path / "few.html").status == 0
+    assert [row[0] for row in Page(tmp_path / "few.html").tables["recall"]["tbody"]] == [
+        *("class 0", "class 7 (2)", "class 1", "class 7 (3)"),
+    ]
+    assert "The table has" not in (tmp_path / "few.html").read_text()
 
 
 def test_single_line_with_values_that_are_not_finite(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_names_with_dots_blanks_and_accents(tmp_path: Path) -> None:
         (tmp_path / "images" / "some class.v2" / "a b.c.jpg").read_bytes()
     )
     done = shards_command("convert", tmp_path / "images", tmp_path / "out")
-    assert "train: 6 images of 1 classes" in done.stdout, done.stderr
+    assert "train: 6 images of 1 class in" in done.stdout, done.stderr
     found = open_shards(str(tmp_path / "out"), "train")
     assert found.classes == ("some class.v2",)
     samples = read_with_webdataset(found.tars)
@@ -173,5 +173,5 @@ def test_empty_class_folders_are_mentioned(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "images", 3)
     (folder / "unused").mkdir()
     done = shards_command("convert", folder, tmp_path / "out")
-    assert "warning: skipped 1 class folders without images: unused" in done.stdout
+    assert "warning: skipped 1 class folder without images: unused" in done.stdout
     assert open_shards(str(tmp_path / "out"), "train").classes == ("ant", "bee", "cat")

@@ -223,10 +223,10 @@ def test_images_without_bytes_of_their_own_are_listed(image_folder: Path, tmp_pa
         (folder, 1, {"ant/gone.jpg": "broken symbolic link", "ant/pipe.jpg": "not a regular file"}),
     ):
         done = shards_command("convert", source, tmp_path / "out", "--overwrite")
-        assert f"train: {count} images" in done.stdout, done.stderr
+        assert f"train: {count} image" in done.stdout, done.stderr
         rejected = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
         assert {entry["path"]: entry["reason"] for entry in rejected} == expected
-    assert f"warning: skipped 1 files in {folder} that are in no class folder" in done.stdout
+    assert f"warning: skipped 1 file in {folder} that is in no class folder" in done.stdout
 
 
 def test_other_class_names(image_folder: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_samples_of_shards_that_lack_something_are_listed(image_folder: Path, tm
     make_tar(tmp_path / "x.tar", {**members, "e.jpg": data, "e.json": b'{"label": 1.5}', "f.jpg": data, "f.json": b'{"l": 1}'})
     done = shards_command("convert", tmp_path / "x.tar", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "train: 1 images" in done.stdout
+    assert "train: 1 image of" in done.stdout
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(entry["path"], entry["reason"]) for entry in rejected] == [
         ("x/d.jpg", rejected[0]["reason"]),

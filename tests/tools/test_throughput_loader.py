@@ -30,12 +30,17 @@ def throughput(*options: object, cwd: Path | None = None) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
-def test_table_figures_and_chart(tmp_path: Path, shards: Path) -> None:
+def test_table_figures_and_chart(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "site" / "nvidia_dali_cuda130-9.9.dist-info"  # as if DALI for CUDA 13 were installed
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-dali-cuda130\nVersion: 9.9\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     json_path, plot = tmp_path / "report.json", tmp_path / "report.png"
     augment = ("--data.augment", "trivial-augment-wide")
     done = throughput("--data.train", shards, *SMALL, *augment, "--rounds", 2, "--json", json_path, "--plot", plot)
     assert done.returncode == 0, done.stderr
     report = json.loads(json_path.read_text())
+    assert report["versions"]["nvidia-dali-cuda130"] == "9.9"
     assert report["bytes_per_image"]["train"] == pytest.approx(
         sum(path.stat().st_size for path in shards.glob("train-*.tar")) / 61
     )

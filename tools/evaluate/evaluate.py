@@ -5,13 +5,14 @@ import logging
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
 
 from model.config import Arch
 from model.distributed import join_world
-from model.evaluation import Evaluation, evaluate
+from model.evaluation import COUNTS, Evaluation, evaluate
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
@@ -75,16 +76,18 @@ def evaluate_checkpoint(
 
 
 def describe_evaluation(evaluation: Evaluation, classes: tuple[str, ...] | None, *, as_json: bool) -> str:
-    """Returns the total scores and those of each class: a table, or one JSON object."""
+    """Returns the scores of each class, over all samples, and as the mean of the classes: a table, or one JSON object."""
     rows, scores = evaluation.of_classes(classes), evaluation.scores()
     samples = sum(row["samples"] for row in rows)
     if as_json:
         loss = scores["loss"] if math.isfinite(scores["loss"]) else None  # JSON has neither NaN nor infinity
         return json.dumps({**scores, "loss": loss, "samples": samples, "classes": rows})
-    names = [*(printable(row["class"]) for row in rows), "all"]
+    means = {name: fmean(row[name] for row in rows) for name in COUNTS[1:]}
+    names = [*(printable(row["class"]) for row in rows), "all", "mean"]
     width = max(5, *map(len, names))
     lines = [f"{'class':{width}}  samples   top-1     EMA   top-5     EMA"]
-    for name, row in zip(names, (*rows, {"samples": samples, **scores}), strict=True):
+    for name, row in zip(names, (*rows, {"samples": samples, **scores}, means), strict=True):
         columns = "".join(f"{row[score]:6.1f} %" for score in ("top1", "ema_top1", "top5", "ema_top5"))
-        lines.append(f"{name:{width}} {row['samples']:8,}{columns}")
+        count = f"{row['samples']:,}" if "samples" in row else ""
+        lines.append(f"{name:{width}} {count:>8}{columns}")
     return "\n".join(lines)

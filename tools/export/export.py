@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.googlenet import GoogLeNet
 from model.load_model import Preprocessing, TrainedModel
+from pipelines.printable import counted
 from tools.export.formats import INPUT, OUTPUT, Format, Run
 from tools.predict.inputs import open_inputs
 from tools.predict.predict import validation_decoder
@@ -92,13 +93,13 @@ def export(
         raise OSError(f"{output}: could not be written ({error.strerror or error}); nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
-    megabytes = output.stat().st_size / 1e6
+    megabytes, images = output.stat().st_size / 1e6, counted(len(pixels), "image" if check else "synthetic image")
     return (
         f"{output}: {file_format.title}, {megabytes:.1f} MB, {trained.weights} weights of step {trained.step:,}\n"
         f"weights: {trained.why}\n"
         f"input:  {INPUT}, {dtype} (N, 3, {size}, {size}), RGB from 0 to {255 if dtype == 'uint8' else 1}\n"
         f"output: {OUTPUT}, float32 (N, {trained.num_classes})\n"
-        f"check:  at most {difference:.1e} from the network's on {len(pixels)} {'' if check else 'synthetic '}images"
+        f"check:  at most {difference:.1e} from the network's on {images}"
     )
 
 

@@ -89,6 +89,7 @@ PANELS = (
     _loss("Training loss, auxiliary head 1", "aux1_loss"),
     _accuracy("Top-1 accuracy", "top1"),
     _accuracy("Top-5 accuracy", "top5"),
+    _accuracy("Mean recall of the classes", "mean_recall")._replace(unit="mean of the classes, %"),
     Panel("Gradient norm", "L2 norm", "train", ("gradient_norm",), may_be_log=True),
     Panel("Throughput", "images/s", "train", ("images_per_second",), top=0),
     Panel("Data wait", "% of the time", "train", ("data_wait_percent",), top=5),

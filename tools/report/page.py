@@ -13,6 +13,7 @@ from tools.report.charts import colors, draw_svgs
 from tools.report.runs import Floats, Run, Split, differing_settings
 
 NONE = "-"
+MOST_CLASSES = 50  # in the table of recalls
 CSS = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
        padding: 0 20px 40px; max-width: 1640px }
@@ -55,6 +56,7 @@ def page(runs: Sequence[Run]) -> bytes:
         f"<h2>Charts</h2><div class=legend>{legend}</div>",
         f"<div class=charts>{''.join(_chart(title, svg) for title, svg in draw_svgs(runs))}</div>",
         "<p>Long curves show means over equal intervals. With up to 3 runs, a pale band shows the range of the values.</p>",
+        *_recall_of_classes(runs),
     ]
     if len(runs) > 1:
         differing = differing_settings(runs)
@@ -101,6 +103,8 @@ RESULTS = (
     *_score("top-1, raw (%)", "top1"),
     *_score("top-5, EMA (%)", "ema_top5"),
     *_score("top-5, raw (%)", "top5"),
+    *_score("mean recall, EMA (%)", "ema_mean_recall"),
+    *_score("mean recall, raw (%)", "mean_recall"),
     *_score("validation loss (nats)", "loss", ".4f", np.argmin),
     Column("images/s", _median("images_per_second"), "median"),
     Column("data wait (%)", _median("data_wait_percent"), "median"),
@@ -136,6 +140,31 @@ def _table_of_runs(kind: str, columns: Sequence[Column], runs: Sequence[Run]) ->
         for run, color in _colored(runs)
     ]
     return _table(kind, heads, rows)
+
+
+def _recall_of_classes(runs: Sequence[Run]) -> list[str]:
+    """Builds a heading and a table with one row per class, the worst first, and two columns per run."""
+    shown = [(run, color, run.recall) for run, color in _colored(runs) if run.recall]
+    if not shown:
+        return []
+    worst: dict[str, float] = {}
+    for _, _, (last, _) in shown:
+        for name, value in last.of_classes.items():
+            worst[name] = min(value, worst.get(name, value))
+    names = sorted(worst, key=worst.__getitem__)[:MOST_CLASSES]
+    which = f"The table has the {len(names)} of {len(worst):,} classes with the lowest." if len(names) < len(worst) else ""
+    heads = [
+        "<th></th>" + "".join(f"<th colspan=2>{_label(run, color)}</th>" for run, color, _ in shown),
+        "<th>class</th>"
+        + "".join(f"<th>final (epoch {last.epoch})</th><th>best.pt (epoch {best.epoch})</th>" for *_, (last, best) in shown),
+    ]
+    rows = []
+    for name in names:
+        values = [recall.of_classes.get(name) for *_, pair in shown for recall in pair]
+        cells = (NONE if value is None else f"{value:.2f}" for value in values)
+        rows.append(f"<th>{_text(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells))
+    about = f"<p>Recall is the percentage of a class's validation images that the averaged weights recognize. {which}</p>"
+    return ["<h2>Recall of the classes</h2>", about, _table("recall", heads, rows)]
 
 
 def _table_of_settings(kind: str, names: Sequence[str], runs: Sequence[Run]) -> str:

@@ -7,24 +7,27 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.json_file import as_object, read_json, read_json_lines
+from pipelines.json_file import as_object, get, read_json, read_json_lines
 from pipelines.printable import printable
+from pipelines.shards.labels import class_names
 
 Split = Literal["train", "valid"]
 Floats = NDArray[np.float64]
-LOCATION_SETTINGS = ("run_dir", "resume")  # they say where the run is stored, not what it does
+# In config.json, and no settings to compare: where the run is stored, and lists that may be long.
+OTHER_ENTRIES = ("run_dir", "resume", "classes", "class_weights")
+NUMBER_OR_NONE = (int, float, type(None))
 # The metrics to plot or list; lines may hold others.
 METRICS: dict[Split, tuple[str, ...]] = {
     "train": (
         *("loss", "main_loss", "aux2_loss", "aux1_loss", "lr", "gradient_norm", "scale", "skipped_steps"),
         *("images_per_second", "data_wait_percent", "gpu_memory_gigabytes", "bad_samples"),
     ),
-    "valid": ("top1", "top5", "ema_top1", "ema_top5", "loss"),
+    "valid": ("top1", "top5", "ema_top1", "ema_top5", "mean_recall", "ema_mean_recall", "loss"),
 }
 
 
@@ -37,6 +40,13 @@ class Series:
     values: Floats
 
 
+class Recall(NamedTuple):
+    """The recall of the averaged weights in a validation, in percent by the name of the class, if the class has samples."""
+
+    epoch: int
+    of_classes: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run, up to its last complete line."""
@@ -46,6 +56,7 @@ class Run:
     settings: dict[str, str]  # "data.crop.scale" -> "[0.5, 1.0]"
     series: dict[tuple[Split, str], Series]  # all METRICS; without values, the arrays are empty
     newest: dict[Split, dict[str, Any]]  # the last line of each split; empty if there is none
+    recall: tuple[Recall, Recall] | None  # of the last and of the best validation, if they are known
     written: float  # when metrics.jsonl was last written, in seconds since 1970
 
     def last(self, split: Split, name: str) -> float | None:
@@ -119,7 +130,7 @@ def _read_run(path: Path, name: str) -> Run:
     for file in (metrics, config):
         if not file.is_file():
             raise ValueError(f"{path}: there is no {file.name} in it; name a run folder, which has one")
-    written, lines = metrics.stat().st_mtime, _read_lines(metrics)
+    written, lines, settings = metrics.stat().st_mtime, _read_lines(metrics), as_object(read_json(config), str(config))
     if not lines:
         raise EmptyRunError(f"{metrics}: the run has not written a line yet; it does so after its first --log-every steps")
     by_split: dict[Split, list[dict[str, Any]]] = {"train": [], "valid": []}
@@ -130,9 +141,10 @@ def _read_run(path: Path, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        settings=_read_settings(config),
+        settings=_flat_settings(settings, config),
         series={(split, name): _series(by_split[split], name) for split, names in METRICS.items() for name in names},
         newest={split: split_lines[-1] if split_lines else {} for split, split_lines in by_split.items()},
+        recall=_read_recall(by_split["valid"], get(settings, "classes", "a list of texts", str(config), default=None)),
         written=written,
     )
 
@@ -144,6 +156,21 @@ def _series(lines: Sequence[dict[str, Any]], name: str) -> Series:
         np.array([line["epoch"] for line in lines], np.int64),
         np.array([line[name] for line in lines], np.float64),
     )
+
+
+def _read_recall(lines: Sequence[dict[str, Any]], classes: list[str] | None) -> tuple[Recall, Recall] | None:
+    """Returns the recall of the classes in the last validation and in that of best.pt (the highest top-1, raw or EMA)."""
+    lines = [line for line in lines if line.get("ema_recall")]
+    if not lines:
+        return None
+    best = max(lines, key=lambda line: max(line.get("top1") or 0, line.get("ema_top1") or 0))
+    return _recall(lines[-1], classes), _recall(best, classes)
+
+
+def _recall(line: dict[str, Any], classes: list[str] | None) -> Recall:
+    values = line["ema_recall"]
+    named = zip(class_names(classes, len(values)), values, strict=True)
+    return Recall(line["epoch"], {name: value for name, value in named if _is_finite(value)})
 
 
 def _is_finite(value: float | None) -> bool:
@@ -169,14 +196,18 @@ def _problem(line: Any) -> str:
         number = line.get(name, 0 if (split, name) == ("valid", "step") else None)
         if type(number) is not int or not 0 <= number < 2**53:  # true is an int, too
             return f'"{name}" has to be a whole number from 0'
-    wrong = [name for name in METRICS[split] if type(line.get(name)) not in (int, float, type(None))]
-    return f'"{wrong[0]}" is not a number' if wrong else ""
+    wrong = [name for name in METRICS[split] if type(line.get(name)) not in NUMBER_OR_NONE]
+    if wrong:
+        return f'"{wrong[0]}" is not a number'
+    recall = line.get("ema_recall", [])
+    is_right = isinstance(recall, list) and all(type(value) in NUMBER_OR_NONE for value in recall)
+    return "" if is_right else '"ema_recall" is not a list of numbers'
 
 
-def _read_settings(path: Path) -> dict[str, str]:
-    config = as_object(read_json(path), str(path))
+def _flat_settings(config: dict[str, Any], path: Path) -> dict[str, str]:
+    settings = {name: value for name, value in config.items() if name not in OTHER_ENTRIES}
     try:
-        return {name: value for name, value in _flatten(config).items() if name not in LOCATION_SETTINGS}
+        return _flatten(settings)
     except RecursionError:
         raise ValueError(f"{path}: not usable JSON (lists or objects are nested too deeply)") from None
 

@@ -12,6 +12,7 @@ from tools.cli import command_line, run_command
 from tools.parse import parse as parse_words
 from tools.run.config import Config
 from tools.run.recipes import DEMO_DATA, RECIPES
+from tools.run.trackers.build import require_installed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     arguments = command_line(arguments)
     if any(argument.split("=")[0] == "--evaluate" for argument in arguments):
         raise ValueError("--evaluate is a command of its own now: evaluate CHECKPOINT SHARDS")
+    if sum(argument.split("=")[0] == "--log" for argument in arguments) > 1:  # tyro would take the last
+        raise ValueError("--log is given more than once; name both after one: --log wandb mlflow")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--recipe", "--run-dir", "--config", "--write-config"):
         names = dict.fromkeys((flag, f"--{flag[2:].replace('-', '_')}"))  # tyro takes both spellings
@@ -82,15 +85,16 @@ def _recipe(given: str | None, path: Path | None) -> str:
 
 
 def _require_inputs(config: Config) -> None:
-    """Raises a `ValueError` if the settings lack data or weights that they need."""
+    """Raises a `ValueError` if the settings lack data, weights or packages that they need."""
     is_given = {split: getattr(config.data, split) not in ("", str(DEMO_DATA)) for split in ("train", "valid")}
     if is_given["train"] != is_given["valid"]:
         given, missing = ("train", "valid") if is_given["train"] else ("valid", "train")
         raise ValueError(f"--data.{given} is given and --data.{missing} is not; training needs both")
     if config.recipe == "finetune" and config.init_from is None:
-        raise ValueError("--recipe finetune needs --init-from, the initial weights")
+        raise ValueError("--recipe finetune needs --init-from, the initial weights, such as --init-from torchvision")
     if not config.data.train and config.recipe not in (None, "demo"):
         raise ValueError(f"--recipe {config.recipe} needs --data.train and --data.valid")
+    require_installed(config.log)
 
 
 def _read(arguments: Sequence[str], base: Config, path: Path | None) -> Config:

@@ -43,7 +43,7 @@ class Config(StepConfig):
     mix: MixConfig = field(default_factory=MixConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init_from: Path | None = None
-    """Initialize from this checkpoint or torchvision state dict. The last layers are reset if the classes differ."""
+    """Start from this checkpoint or state dict; torchvision: from its published weights. Layers for other classes are reset."""
     init_from_partial: bool = False
     """Load the tensors of --init-from that fit and reset the others, instead of refusing the file."""
     init_from_weights: Literal["auto", "ema", "raw"] = "auto"
@@ -60,6 +60,8 @@ class Config(StepConfig):
     """auto: continue the run in --run-dir from its last checkpoint, or start it if there is none."""
     log_every: int | None = None
     """Steps between two log lines. By default 20; in short epochs a fifth of the epoch."""
+    log: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Send settings and metrics to Weights & Biases, MLflow or both, too. Without a network, they stay in the run folder."""
     profile: int | None = None
     """Trace this many steps, starting with the eleventh. The run folder receives trace.json, and a summary in profile.txt."""
 

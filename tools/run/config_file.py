@@ -22,7 +22,8 @@ from tools.run.settings_text import read_entries, shown, yaml_text
 
 Settings = TypeVar("Settings")
 
-OF_ONE_RUN = ("transform_input", "run_dir", "resume")  # in config.json: what the run found out, its folder, how it was started
+# In config.json: what the run found out, its folder, how it was started.
+OF_ONE_RUN = ("transform_input", "classes", "class_weights", "run_dir", "resume")
 TOP = """\
 # All settings of train.py. Read them with --config FILE. Flags override them, and settings that are left out have the
 # values of the recipe, or else their defaults. Paths are relative to the folder in which train.py is started.

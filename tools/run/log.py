@@ -12,17 +12,20 @@ import torch
 
 from model.distributed import World
 from model.evaluation import Evaluation
+from model.factory import describe_statistics
 from model.job import HEADS, Job
 from pipelines.bad_samples.quarantine import FILE_NAME as QUARANTINE
 from pipelines.loader import Loader
 from pipelines.meter import WARM_UP_BATCHES, Meter, Rates, verdict
-from pipelines.printable import counted
+from pipelines.printable import counted, printable
+from pipelines.shards.labels import class_names
 from pipelines.shards.shard_set import ShardSet
 from tools.cli import log_to
 from tools.run.config import Config
 from tools.run.data import Shards
 from tools.run.recipes import DEMO_DATA
 from tools.run.run_folder import RunFolder
+from tools.run.sharing import Sharing
 
 log = logging.getLogger("train")
 
@@ -40,18 +43,28 @@ def log_start(job: Job, shards: Shards, path: Path, torch_threads: int, loader_t
     """Reports the data, the device, the batch size, and the learning rate."""
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
     log.info(
-        "%d classes, %s training and %s validation samples; %d torch and %d data threads, %s, %s; writing to %s",
-        *(shards.num_classes, f"{shards.train.num_samples:,}", f"{shards.valid.num_samples:,}"),
+        "%s, %s training and %s validation samples; %d torch and %d data threads, %s, %s; writing to %s",
+        *(counted(shards.num_classes, "class", "classes"), f"{shards.train.num_samples:,}", f"{shards.valid.num_samples:,}"),
         *(torch_threads, loader_threads, device, job.precision, path),
     )
     log.info("%s", describe_steps(job))
+    if job.class_weights is not None:
+        log.info("%s", describe_class_weights(job.class_weights.tolist(), job.classes))
+
+
+def describe_class_weights(weights: Sequence[float], classes: Sequence[str] | None) -> str:
+    """Names the smallest and the largest weight of a class."""
+    pairs = [*zip(weights, map(printable, class_names(classes, len(weights))), strict=True)]
+    (smallest, common), (largest, rare) = min(pairs), max(pairs)
+    return f"class weights in the loss from {smallest:.3g} ({common}) to {largest:.3g} ({rare})"
 
 
 def describe_steps(job: Job) -> str:
     """Describes the global batch size and the learning rate scaled to it."""
     config, optim = job.config, job.config.optim
     images = config.global_batch_size(job.world.size)
-    parts = f"{config.batch_size} images x {config.accumulate_steps} batches x {job.world.size} processes"
+    batches, processes = counted(config.accumulate_steps, "batch", "batches"), counted(job.world.size, "process", "processes")
+    parts = f"{counted(config.batch_size, 'image')} x {batches} x {processes}"
     scaled, reference = optim.scaled(optim.peak_lr, images), optim.reference_batch_size
     lr = f"{optim.peak_lr:g} x {images} / {reference} = {scaled:g}" if reference else f"{scaled:g}, not scaled"
     return f"global batch size {images} ({parts}); learning rate {lr}"
@@ -61,16 +74,17 @@ def log_schedule(job: Job, config: Config) -> None:
     """Reports the settings that depend on the number of steps, and warns of a run with few steps."""
     steps, num_steps = job.steps_per_epoch, config.epochs * job.steps_per_epoch
     log.info(
-        "%d steps an epoch, %d in all: warm-up over %d steps, a log line every %d steps, running statistics with momentum %g",
-        *(steps, num_steps, config.optim.warmup_steps(epochs=config.epochs, steps_per_epoch=steps)),
-        *(config.log_every, config.model.norm_momentum),
+        "%s an epoch, %s in all: warm-up over %s, a log line every %s, %s",
+        *(counted(steps, "step"), f"{num_steps:,}"),
+        counted(config.optim.warmup_steps(epochs=config.epochs, steps_per_epoch=steps), "step"),
+        *("step" if config.log_every == 1 else f"{config.log_every} steps", describe_statistics(job.model)),
     )
     is_random = job.step == 0 and config.init_from is None  # a resumed run has weights
     if num_steps < FEW_STEPS and is_random and config.recipe != "demo":
         log.info(
-            "%d steps are few for training from random weights; with published ones, a small data set usually ends better: "
-            "--recipe finetune --init-from googlenet-1378be20.pth (see docs/recipes.md)",
-            num_steps,
+            "%s few for training from random weights; with published ones, a small data set usually ends better: "
+            "--recipe finetune --init-from torchvision (see docs/recipes.md)",
+            counted(num_steps, "step is", "steps are"),
         )
 
 
@@ -88,6 +102,7 @@ class TrainingLog:
     def __init__(self, job: Job, meter: Meter, folder: RunFolder, *, every: int, max_nonfinite_steps: int) -> None:
         self._job, self._meter, self._folder = job, meter, folder
         self._every, self._max_nonfinite_steps = every, max_nonfinite_steps
+        self._sharing = Sharing(job.world)
 
     def step(self, loader: Loader, lr: float) -> None:
         """Reports the steps since the last log line, if one is due. The host waits for the device only then.
@@ -132,7 +147,7 @@ class TrainingLog:
             "epoch %d/%d  step %d/%d  loss %.3f  lr %.4g  %.1f images/s  data wait %.1f %%  %s left%s",
             *(job.epoch, job.config.epochs, i, job.steps_per_epoch, losses[0] / steps if steps else math.nan, lr),
             *(total.images_per_second, total.data_wait_percent, self._time_left()),
-            f"  {skipped:.0f} steps skipped" if skipped else "",
+            f"  {counted(int(skipped), 'step')} skipped" if skipped else "",
         )
         if in_a_row >= self._max_nonfinite_steps:
             raise ValueError(
@@ -165,16 +180,20 @@ class TrainingLog:
             *(job.epoch, job.config.epochs, pace.images_per_second, WARM_UP_BATCHES, warm_up.seconds, warm_up.wait_seconds),
             verdict(job.device.type, pace.data_wait_percent, launch_bound_percent=pace.launch_bound_percent),
         )
+        self._sharing.epoch()
 
     def validation(self, evaluation: Evaluation, bad_samples: int) -> None:
         """Reports the scores, and writes images of mistakes."""
         job, scores = self._job, evaluation.scores()
+        mean_recall = f"  mean recall {scores['mean_recall']:.1f} %, EMA {scores['ema_mean_recall']:.1f} %"
         log.info(
-            "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f",
+            "epoch %d/%d  valid: top-1 %.1f %%, EMA %.1f %%  top-5 %.1f %%, EMA %.1f %%  loss %.3f%s",
             *(job.epoch, job.config.epochs, *(scores[name] for name in ("top1", "ema_top1", "top5", "ema_top5", "loss"))),
+            mean_recall if job.class_weights is not None or evaluation.is_imbalanced else "",
         )
+        recall = [value if value is None else round(value, 2) for value in evaluation.recall("ema_top1")]
         metrics = {"split": "valid", "epoch": job.epoch, "step": job.step, **scores, "bad_samples": bad_samples}
-        self._folder.write(metrics, job.step)
+        self._folder.write(metrics | {"ema_recall": recall}, job.step)
         self._folder.write_evaluation(evaluation, job.classes, job.step)
 
 
@@ -184,8 +203,8 @@ def log_end(job: Job, num_bad: int, meter: Meter, path: Path, commands: Sequence
     num_bad = sum(job.world.gather(num_bad))
     if num_bad:
         log.warning(
-            "%d bad samples were left out, see %s; --data.quarantine %s leaves them out of later runs from the start",
-            *(num_bad, path / QUARANTINE, path),
+            "%s left out, see %s; --data.quarantine %s leaves them out of later runs from the start",
+            *(counted(num_bad, "bad sample was", "bad samples were"), path / QUARANTINE, path),
         )
     if job.world.is_main:
         print(report(job.scores, rates, path, job.seconds, commands))

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from model.distributed import World
+from pipelines.printable import counted
 
 log = logging.getLogger("train")
 
@@ -33,7 +34,8 @@ def profiled(num_steps: int | None, run_path: Path, world: World) -> Iterator[Ca
         table = profiler.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=80)
         (run_path / TABLE_NAME).write_text(table)
         num_traced = profiler.step_num - SKIPPED_STEPS
-        log.info("the trace of %d steps is in %s, and a summary in %s", num_traced, run_path / FILE_NAME, TABLE_NAME)
+        steps = counted(num_traced, "step")
+        log.info("the trace of %s is in %s, and a summary in %s", steps, run_path / FILE_NAME, TABLE_NAME)
 
     steps = schedule(skip_first=SKIPPED_STEPS - 1, wait=0, warmup=1, active=num_steps, repeat=1)
     # There is only one cycle, so no events accumulate. Without acc_events, torch 2.11 warns about that.
@@ -41,4 +43,4 @@ def profiled(num_steps: int | None, run_path: Path, world: World) -> Iterator[Ca
         yield profiler.step
     if num_traced < num_steps:
         needed = SKIPPED_STEPS + num_steps
-        log.warning("--profile %d needs %d steps; %d were traced", num_steps, needed, num_traced)
+        log.warning("--profile %d needs %d steps; %s traced", num_steps, needed, counted(num_traced, "was", "were"))

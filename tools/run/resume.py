@@ -9,8 +9,11 @@ from typing import Any
 from model.checkpoint import load_checkpoint
 from model.distributed import World
 from model.job import Job
+from pipelines.json_file import shown
 from pipelines.loader import Loader, state_for_others
 from pipelines.meter import Meter, Rates
+from pipelines.printable import printable
+from pipelines.shards.labels import class_names
 from tools.run.checkpoints import newest_checkpoint
 from tools.run.config import Config
 from tools.run.run_folder import METRICS, flat
@@ -21,11 +24,13 @@ log = logging.getLogger("train")
 # These settings may change on resuming. They do not change the global batches, except by the samples left out, nor the
 # arithmetic beyond rounding.
 FREE_SETTINGS = (
-    *("run_dir", "resume", "recipe", "checkpoint", "log_every", "device", "torch_threads", "profile", "max_nonfinite_steps"),
+    *("run_dir", "resume", "recipe", "checkpoint", "log_every", "log", "profile"),
+    *("device", "torch_threads", "max_nonfinite_steps"),
     *("data.train", "data.valid"),  # the shards may have moved; the loader compares their content
     "precision",  # a device may have another default; the job compares the arithmetic that it leads to
     *("batch_size", "accumulate_steps"),  # another world size may make the same steps: the images per step are compared
     *("init_from", "init_from_partial", "init_from_weights"),  # the state contains their effect
+    "model.class_weights",  # the file may have moved; the weights themselves are compared
     *(f"data.{name}" for name in ("threads", "prefetch", "hw_decoder_load")),
     *(f"data.{name}" for name in ("index_dir", "cache_dir", "cache_gigabytes")),
     *(f"data.{name}" for name in ("on_error", "max_bad_fraction", "max_pixels", "quarantine", "timeout")),
@@ -36,6 +41,16 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Returns the settings as JSON values, as config.json and the checkpoints hold them."""
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return settings
+
+
+def settings_of_run(config: Config, job: Job) -> dict[str, Any]:
+    """Returns the settings, and what the run found out, as config.json and the checkpoints hold them."""
+    classes = None if job.classes is None else [*job.classes]
+    return settings_of(config) | {"transform_input": job.transform_input, "classes": classes, "class_weights": _weights(job)}
+
+
+def _weights(job: Job) -> list[float] | None:
+    return None if job.class_weights is None else job.class_weights.tolist()
 
 
 def find_saved_state(path: Path, config: Config, world: World) -> dict[str, Any] | None:
@@ -70,9 +85,10 @@ def restore(saved: dict[str, Any], job: Job, loader: Loader, meter: Meter) -> No
     """Restores the state of a checkpoint.
 
     Raises:
-        ValueError: The data or the precision differ.
+        ValueError: The data, the weights of the classes, or the precision differ.
     """
     require_ranks(saved, job, loader)
+    _require_class_weights(saved, job)
     ranks = saved["ranks"]
     if len(ranks) == job.world.size:
         own = ranks[job.world.rank]
@@ -104,6 +120,25 @@ def check_same_run(path: Path, saved: dict[str, Any], config: Config) -> None:
             f"--resume auto: {path} has other settings: {'; '.join(changed)}; set what it had before, or start a new run from "
             f"its weights: the same command without --resume, with --init-from {path / 'last.pt'} and another --run-dir"
         )
+
+
+def _require_class_weights(saved: dict[str, Any], job: Job) -> None:
+    """Compares the weights of the classes, which depend on a file or on the training labels."""
+    before, now = saved["config"].get("class_weights"), _weights(job)
+    are_weights = isinstance(before, list) and all(type(weight) is float for weight in before)
+    if (before is None and now is None) or (are_weights and before == now):
+        return
+    if are_weights and now is not None and len(before) == len(now):
+        number = [one == other for one, other in zip(before, now, strict=True)].index(False)
+        name = printable(class_names(job.classes, job.num_classes)[number])
+        change = f"class {name} had the weight {shown(before[number])} in the loss, and now has {now[number]}"
+    else:
+        texts = ["no class weights" if weights is None else f"the class weights {shown(weights)}" for weights in (before, now)]
+        change = f"the run was started with {texts[0]}, and now has {texts[1]}"
+    raise ValueError(
+        f"--resume auto: {change}; set --model.class-weights to what it was, a file with the content that it had, or start in "
+        f"another --run-dir with --init-from {saved['path']}"
+    )
 
 
 def _may_have_epochs(saved: dict[str, Any], config: Config) -> bool:

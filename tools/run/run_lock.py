@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from model.distributed import World
-from pipelines.files import close_locked, open_locked
+from pipelines.files import close_locked, make_writable, open_locked
 
 log = logging.getLogger("train")
 
@@ -34,7 +34,8 @@ def sole_run(path: Path, world: World, *, waits: bool) -> Iterator[None]:
         waits: Whether to wait `WAIT_SECONDS` for another run to end.
 
     Raises:
-        ValueError: Another run is at work in the folder. Only rank 0 raises it; the other ranks exit with the same status.
+        ValueError: The folder cannot be written to, or another run is at work in it. Then only rank 0 raises it; the other
+            ranks exit with the same status.
     """
     missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)] if world.is_main else []
     lock, holder = _lock(path, waits) if world.is_main else (None, "")
@@ -55,12 +56,7 @@ def sole_run(path: Path, world: World, *, waits: bool) -> Iterator[None]:
 
 def _lock(path: Path, waits: bool) -> tuple[FileIO | None, str]:
     """Locks a run folder. Returns the lock, and a description of the process that has it instead, or ""."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        taken = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        problem = f"cannot be made ({error.strerror})" if taken.is_dir() else f"{taken} is not a folder"
-        raise ValueError(f"--run-dir {path}: {problem}; name another one") from error
+    make_writable(path, "name another folder with --run-dir")
     deadline: float | None = None
     while True:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.location import refuse_other_notations
-from pipelines.printable import printable
+from pipelines.printable import counted, printable
 from pipelines.remote.object_store import is_url
 from pipelines.shards.find_tars import INFO_FILE
 from tools.shards.build import ShardReport, ShardTask, build_shard
@@ -54,8 +54,9 @@ class Summary:
 
     def __str__(self) -> str:
         count, megabytes = sum(self.shard_lengths), self.image_bytes / 1e6
-        shards = f"{len(self.shard_lengths)} shard{'s' if len(self.shard_lengths) > 1 else ''}"
-        lines = [f"{self.split}: {count:,} images of {self.num_classes} classes in {shards}, {megabytes:,.1f} MB"]
+        images, classes = counted(count, "image"), counted(self.num_classes, "class", "classes")
+        shards = counted(len(self.shard_lengths), "shard")
+        lines = [f"{self.split}: {images} of {classes} in {shards}, {megabytes:,.1f} MB"]
         if not self.num_built:
             lines[0] += "; already complete, nothing to do"
         else:
@@ -64,14 +65,15 @@ class Summary:
         if self.changes:
             lines.append(f"encoded: {_listed(self.changes)}")
         if self.rejected:
-            lines.append(f"left out: {sum(self.rejected.values()):,} files ({_listed(self.rejected)}); see {REJECTED_FILE}")
+            files = counted(sum(self.rejected.values()), "file")
+            lines.append(f"left out: {files} ({_listed(self.rejected)}); see {REJECTED_FILE}")
         return "\n".join([*lines, *(f"warning: {note}" for note in self.notes)])
 
 
 def _listed(counts: Mapping[str, int]) -> str:
     """Returns the most frequent of these texts with their counts: a reason may name a label, and differ for each sample."""
     shown = sorted(collections.Counter(counts).most_common(TEXTS_SHOWN))
-    more = [f"{len(counts) - len(shown):,} other texts"] if len(counts) > len(shown) else []
+    more = [counted(len(counts) - len(shown), "other text")] if len(counts) > len(shown) else []
     return "; ".join([*(f"{number:,} {what}" for what, number in shown), *more])
 
 
@@ -158,7 +160,8 @@ def _emptied_classes(plan: Plan, rejected: Set[str]) -> list[str]:
     pairs = zip(plan.labels, plan.listing.extents.names, strict=True)
     left = set(plan.labels) - {label for label, name in pairs if name not in rejected}
     names = [plan.classes[label] for label in sorted(left)]
-    return [f"no image is left of {len(names)} classes, which keep their numbers: {_some(names)}"] if names else []
+    classes = counted(len(names), "class, which keeps its number", "classes, which keep their numbers")
+    return [f"no image is left of {classes}: {_some(names)}"] if names else []
 
 
 def check_locations(source: str, destination: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tools.shards.convert import Summary, convert
+from pipelines.machine import num_cpus
+from tools.shards.convert import Summary, check_locations, convert
 from tools.shards.drawing import FIGURES, draw_jpeg
-from tools.shards.parallel import num_cpus, run
+from tools.shards.parallel import run
 from tools.shards.plan import Options
+from tools.shards.storage import open_storage
 
 CHUNK = 250  # images per task
 
@@ -27,6 +29,8 @@ def make_demo(dst: str | Path, train_samples: int, valid_samples: int, seed: int
     for split, num_samples in splits.items():
         if num_samples < len(FIGURES):
             raise ValueError(f"--{split}-samples {num_samples}: at least one for each of the {len(FIGURES)} classes is needed")
+    check_locations(".", str(dst))
+    open_storage(str(dst))  # before the drawing, which takes a while
     with tempfile.TemporaryDirectory(prefix="googlenet-dali-") as images:
         for number, (split, num_samples) in enumerate(splits.items()):
             folder = Path(images) / split

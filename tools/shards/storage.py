@@ -19,6 +19,8 @@ from pipelines.remote.retrying import retrying
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+READ_ONLY = ("data", "gist", "git", "github", "http", "https", "libarchive", "tar", "zip")  # kinds of URLs of fsspec
+
 T = TypeVar("T")
 
 
@@ -164,12 +166,13 @@ Storage = LocalStorage | RemoteStorage
 
 
 def open_storage(location: str) -> Storage:
-    """Opens the folder of a path or a URL (`s3://`, `gs://`, or any other that fsspec knows), and creates it if needed.
+    """Opens the folder of a path or a URL (`s3://`, `gs://`, or any other that fsspec writes), and creates it if needed.
 
     Raises:
         ValueError: It is not writable, or a package is missing.
     """
     if is_url(location):
+        _require_writable_kind(location)
         remote = RemoteStorage(location.rstrip("/"))
         try:
             remote.sizes()
@@ -181,6 +184,17 @@ def open_storage(location: str) -> Storage:
     path = Path(location)
     make_writable(path, "name another folder")
     return LocalStorage(path)
+
+
+def _require_writable_kind(url: str) -> None:
+    """Raises a `ValueError` for a URL that only names what can be read: a request to it would be repeated for minutes."""
+    from fsspec import available_protocols
+
+    kind = url.partition("://")[0]
+    if kind in READ_ONLY or kind not in available_protocols():
+        raise ValueError(
+            f"{url}: shards cannot be written there; name a local folder, or a URL that begins with s3:// or gs://"
+        )
 
 
 def write_text(storage: Storage, name: str, text: str, durable: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The checks: training steps, the validation loop, and operations that are known to make the host wait or not."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ BATCH_SIZE, SIZE = 8, 64
 WORLD = alone(DEVICE)
 
 
-def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **options: Any) -> Job:
+def make_job(
+    autocast_dtype: torch.dtype | None, num_classes: int = 1000, class_weights: Sequence[float] | None = None, **options: Any
+) -> Job:
     job = build_job(
         StepConfig(
             epochs=2,
@@ -40,6 +42,7 @@ def make_job(autocast_dtype: torch.dtype | None, num_classes: int = 1000, **opti
         WORLD,
         num_classes=num_classes,
         classes=None,
+        class_weights=class_weights,
         autocast_dtype=autocast_dtype,
         steps_per_epoch=10,
     )
@@ -65,6 +68,8 @@ def check_steps() -> dict[str, Report]:
         "cutmix": check_step(torch.bfloat16, MixConfig(cutmix_alpha=1.0)),
         "two batches": check_step(torch.bfloat16, accumulate_steps=2),
         "deterministic": check_step(torch.bfloat16, deterministic=True),
+        "weighted": check_step(torch.bfloat16, class_weights=[1.0] * 1000),
+        "weighted mixup": check_step(torch.bfloat16, MixConfig(mixup_alpha=0.2), class_weights=[1.0] * 1000),
     }
 
 

@@ -5,7 +5,7 @@ import errno
 import os
 from pathlib import Path
 
-from pipelines.printable import printable
+from pipelines.printable import counted, printable
 from tools.shards.sources.label_file import LabelFile
 from tools.shards.sources.listing import (
     WHOLE_FILE,
@@ -53,13 +53,15 @@ def list_class_folders(folder: Path) -> Listing:
     listing = named_classes(str(folder), extents, class_names)
     listing.left_out = left_out
     if len(entries) > len(names):
-        listing.notes.append(f"skipped {len(entries) - len(names):,} files in {folder} that are in no class folder")
+        number = len(entries) - len(names)
+        are = "is" if number == 1 else "are"
+        listing.notes.append(f"skipped {counted(number, 'file')} in {folder} that {are} in no class folder")
     if len(listing.classes) == 1 and len({name.split("/", 2)[1] for name in extents.names if name.count("/") > 1}) > 1:
         only = printable(listing.classes[0])
         listing.notes.append(f"the only class is {only}; if the classes are the folders in it, convert {folder}/{only}")
     if without:
         shown = ", ".join(map(printable, without[:NAMES_SHOWN])) + (", ..." if len(without) > NAMES_SHOWN else "")
-        listing.notes.append(f"skipped {len(without):,} class folders without images: {shown}")
+        listing.notes.append(f"skipped {counted(len(without), 'class folder')} without images: {shown}")
     return listing
 
 

@@ -65,7 +65,8 @@ class LabelFile:
             named.append(extents[place])
         listing = labelled(location, named, [labels[place] for place in sorted(labels)])
         if len(named) < len(extents):
-            listing.notes.append(f"skipped {len(extents) - len(named):,} images in {location} that {self.path} does not name")
+            skipped = counted(len(extents) - len(named), "image")
+            listing.notes.append(f"skipped {skipped} in {location} that {self.path} does not name")
         return listing
 
     def _in_order(self, images: "_Images", table: Table) -> dict[int, str]:

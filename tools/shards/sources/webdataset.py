@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from pipelines.printable import printable
+from pipelines.printable import counted, printable
 from pipelines.shards.find_tars import read_info
 from pipelines.shards.index import Component, Sample, as_component, group_samples, split_name
 from pipelines.shards.labels import (
@@ -92,7 +92,8 @@ def list_webdataset(
         raise ValueError(f"{location}: none of its {len(left_out):,} samples has an image and a valid label; {first}")
     listing = _listing(location, listed, reader)
     if num_joined:
-        notes.append(f"the members of {num_joined:,} samples form no WebDataset samples, and were joined by their names")
+        samples = counted(num_joined, "sample")
+        notes.append(f"the members of {samples} form no WebDataset samples, and were joined by their names")
     listing.left_out, listing.notes = left_out, [*listing.notes, *notes]
     return listing
 

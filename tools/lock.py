@@ -1,4 +1,4 @@
-"""Writes requirements with hashes from a report of pip: `python -m tests.faults.lock REPORT.json requirements.lock`.
+"""Writes requirements with hashes from a report of pip: `python -m tools.lock REPORT.json requirements.lock`.
 
 `make lock` asks pip what it would install with constraints.txt on this system, with this Python.
 """

@@ -1,0 +1,1 @@
+"""Logs a run to Weights & Biases and to MLflow, from a thread for each."""
