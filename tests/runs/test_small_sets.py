@@ -46,3 +46,18 @@ def test_the_loss_does_not_explode_and_the_classes_are_learned(two_kinds: Path, 
         "6 steps an epoch, 60 in all: warm-up over 30 steps, a log line every step, running statistics with momentum 0.5\n"
         "60 steps are few for training from random weights; "
     ) in done.stdout
+
+
+def test_the_loss_does_not_explode_in_fine_tuning(two_kinds: Path, tmp_path: Path) -> None:
+    """The recipe that the log suggests for small sets has batches and a warm-up for them."""
+    options = ("--data.train", two_kinds, "--data.valid", two_kinds, "--image-size", 32, "--device", "cpu")
+    first = train_command(*options, "--epochs", 1, "--run-dir", tmp_path / "first", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    initial = ("--recipe", "finetune", "--init-from", tmp_path / "first" / "last.pt")
+    done = train_command(*options, *initial, "--epochs", 10, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    valid = [line for line in all_metrics(tmp_path / "run") if line["split"] == "valid"]
+    assert max(line["loss"] for line in valid) < 2 * np.log(2)
+    assert valid[-1]["loss"] < np.log(2)  # of a guess
+    assert "global batch size 16 " in done.stdout
+    assert "60 in all: warm-up over 30 steps" in done.stdout

@@ -46,8 +46,7 @@ RECIPES = {
         recipe="finetune",
         data=DataConfig(crop=RandomResizedCrop(scale=(0.35, 1.0))),
         model=ModelConfig(aux_logits=False, ema_decay=0.99),
-        optim=OptimConfig(lr=0.02, reference_batch_size=256, weight_decay=5e-5, warmup_epochs=1),
-        epochs=30,
-        batch_size=64,
+        optim=OptimConfig(lr=0.02, reference_batch_size=256, weight_decay=5e-5),
+        epochs=30,  # batch and warm-up follow the size of the data set, which is often small
     ),
 }
