@@ -43,7 +43,7 @@ def with_headers_read(encoded: DataNode, max_pixels: int) -> DataNode:
     return fn.reshape(encoded, shape=size)
 
 
-# The dynamic executor can give its output buffers away. With the static one they would have to be copied.
+# The dynamic executor frees buffers as soon as the next operator has read them, so a pipeline needs less memory.
 @pipeline_def(exec_dynamic=True)
 def image_pipeline(
     config: "DataConfig", spec: "LoaderSpec", preprocessing: operators.Preprocessing, finish: Finish | None, until: Stage
