@@ -33,8 +33,8 @@ def way_out(folder: Path) -> str:
     ("more", "changes"),
     [
         (("--seed", 5), "--seed 0 before, --seed 5 now"),
-        (("--epochs", 4), "--optim.lr 0.0035 before, --optim.lr 0.007 now; --epochs 2 before, --epochs 4 now"),
-        (("--epochs", 4, "--optim.lr", 0.0035), "--epochs 2 before, --epochs 4 now"),
+        (("--epochs", 4), "--optim.lr 0.002333 before, --optim.lr 0.004667 now; --epochs 2 before, --epochs 4 now"),
+        (("--epochs", 4, "--optim.lr", 0.002333), "--epochs 2 before, --epochs 4 now"),
         (("--grad-clip", 1), "no --grad-clip before, --grad-clip 1.0 now"),
         (("--deterministic",), "--no-deterministic before, --deterministic now"),
         (("--model.aux-logits",), "--model.no-aux-logits before, --model.aux-logits now"),
