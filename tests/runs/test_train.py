@@ -65,7 +65,7 @@ def test_config_checkpoints_and_report(finished: tuple[Path, str], shards: Path)
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
     assert config["optim"]["lr"] == pytest.approx(0.05 * 14 / 300, rel=1e-3)  # a run of 14 steps
-    assert "learning rate 0.0035 x 8 / 64 = 0.0004375" in printed
+    assert "learning rate 0.002333 x 8 / 64 = 0.000291625" in printed
     assert config["data"]["valid"] == f"{shards}/valid-*.tar"
     last = load_checkpoint(run / "last.pt")
     assert (last["epoch"], last["step"]) == (2, 14)
