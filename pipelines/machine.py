@@ -1,7 +1,8 @@
-"""The CPU cores that this process may use."""
+"""The CPUs that this process may use, and whether others use them."""
 
 import math
 import os
+import time
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -13,6 +14,16 @@ def num_cpus() -> int:
     A part of a CPU counts as one, because threads that sleep while they wait use all of a quota.
     """
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota())))
+
+
+def others_are_busy() -> bool:
+    """Whether other threads want at least an eighth of the CPUs now, by five looks in ten milliseconds."""
+    fewest = len(os.sched_getaffinity(0))
+    for _ in range(5):
+        runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])  # with this thread
+        fewest = min(fewest, runnable - 1)
+        time.sleep(0.002)
+    return fewest >= max(1, len(os.sched_getaffinity(0)) // 8)
 
 
 def _quota() -> float:

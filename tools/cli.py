@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TextIO
 
 from pipelines.location import expand_arguments
+from pipelines.machine import others_are_busy
 from pipelines.printable import printable, printable_text
+
+SHORT_SPIN = "3000"  # turns: as fast as the default on a quiet machine, and faster on a busy one
 
 
 def command_line(arguments: Sequence[str] | None) -> list[str]:
@@ -56,14 +59,15 @@ def reason_of(error: OSError) -> str:
     return ": ".join([*([" -> ".join(files)] if files else []), str(error.strerror)])
 
 
-def _let_threads_sleep() -> None:
-    """Lets the threads of OpenMP, which torch uses on a CPU, sleep while they wait for each other.
+def _choose_how_threads_wait() -> None:
+    """Sets how the threads of OpenMP, which torch uses on a CPU, wait for each other. The settings of the user come first.
 
-    By default they spin: a core works for nothing while another thread of the same step waits for a core that some other
-    program has. OpenMP reads this setting when torch is imported. Settings of the user come first.
+    By default they spin for milliseconds: a core works for nothing while another thread of the same step waits for a core that
+    some other program has. OpenMP reads the setting when torch is imported. docs/performance.md has the measurements.
     """
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
+        name, value = ("OMP_WAIT_POLICY", "passive") if others_are_busy() else ("GOMP_SPINCOUNT", SHORT_SPIN)
+        os.environ[name] = value
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:
@@ -77,7 +81,7 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted", *,
         interrupted: Message after Ctrl-C.
         exits: Whether to end the process also on success.
     """
-    _let_threads_sleep()
+    _choose_how_threads_wait()
     for stream in (sys.stdout, sys.stderr):  # file names may contain bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

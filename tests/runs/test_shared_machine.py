@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from model.distributed import alone
+from tools import cli
 from tools.run import sharing
 
 ROOT = Path(__file__).parents[2]
@@ -53,16 +55,34 @@ def test_others_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert rest.endswith("times as fast")
 
 
-@pytest.mark.parametrize(
-    ("variables", "policy"),
-    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "1000"}, None)],
-)
-@pytest.mark.parametrize("command", [["train.py", "--data.train", "x", "--data.valid", "x"], ["-m", "tools.predict", "x", "x"]])
-def test_threads_sleep_while_they_wait(command: list[str], variables: dict[str, str], policy: str | None) -> None:
-    """OpenMP prints its settings when torch loads it. Those of the user come first."""
+def settings_of_openmp(variables: dict[str, str]) -> dict[str, str]:
+    """Returns the settings that OpenMP prints when a command imports torch."""
     clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "train.py", "--data.train", "x", "--data.valid", "x"]
     environment = {**clean, **variables, "OMP_DISPLAY_ENV": "verbose"}
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    shown = done.stderr.count(f"OMP_WAIT_POLICY = '{policy}'") if policy else done.stderr.count("GOMP_SPINCOUNT = '1000'")
-    assert shown == 1, done.stderr
+    return dict(re.findall(r"(\w+) = '(\w+)'", done.stderr))
+
+
+def test_threads_sleep_while_they_wait_on_a_busy_machine() -> None:
+    with strangers(2 * len(os.sched_getaffinity(0))):
+        time.sleep(1)
+        assert settings_of_openmp({})["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_the_users_setting_comes_first() -> None:
+    with strangers(2 * len(os.sched_getaffinity(0))):
+        time.sleep(1)
+        assert settings_of_openmp({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "ACTIVE"
+        assert settings_of_openmp({"GOMP_SPINCOUNT": "77"})["GOMP_SPINCOUNT"] == "77"
+
+
+def test_threads_spin_for_a_short_time_on_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "others_are_busy", lambda: False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit):
+        cli.run_command(lambda: 0)
+    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ["GOMP_SPINCOUNT"]) == (None, cli.SHORT_SPIN)

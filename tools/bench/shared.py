@@ -12,14 +12,19 @@ from pathlib import Path
 
 from pipelines.machine import num_cpus
 from tools.bench.command import check_json, run_measurement
+from tools.cli import SHORT_SPIN
 from tools.shards.parallel import require_positive
 from tools.throughput.hardware import versions
 from tools.throughput.process import run_measured
 from tools.throughput.report import RATE, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, take_turns
 
-# How threads of OpenMP wait for each other: as the commands of this project set it, and without any setting.
-WAITS = {"asleep": {"OMP_WAIT_POLICY": "passive"}, "spinning": {"OMP_WAIT_POLICY": ""}}
+# How threads of OpenMP wait for each other: as the commands set it on a busy and on a quiet machine, and OpenMP's default.
+WAITS = {
+    "asleep": {"GOMP_SPINCOUNT": "0"},
+    "spinning shortly": {"GOMP_SPINCOUNT": SHORT_SPIN},
+    "spinning": {"GOMP_SPINCOUNT": "300000"},
+}
 COLUMNS = (
     RATE,
     Column("ratio", "of the quiet rate", ".3f", interval=True, of="images_per_second"),
@@ -39,7 +44,7 @@ def shared(
 ) -> int:
     """Measure training steps on a CPU while other processes are busy.
 
-    Torch's threads sleep or spin while they wait for each other. Ratios are to sleeping threads on the quiet machine. A fair
+    Torch's threads sleep or spin while they wait for each other. Ratios are to OpenMP's default without busy processes. A fair
     share is CPUs / (CPUs + busy processes).
 
     Args:
@@ -60,7 +65,7 @@ def shared(
     task = json_module.dumps([batch_size, image_size, threads, seconds])
     names = {(wait, number): f"{wait}, {number} busy" for wait, number in itertools.product(WAITS, busy)}
     outcomes = take_turns({name: functools.partial(_turn, task, *case) for case, name in names.items()}, rounds)
-    quiet = outcomes.get(names.get(("asleep", 0), ""))
+    quiet = outcomes.get(names.get(("spinning", 0), ""))
     rows = [Row.of(name, outcomes[name], COLUMNS, quiet, name=name) for name in names.values()]
     settings = {"batch_size": batch_size, "image_size": image_size, "torch_threads": threads, "seconds": seconds}
     Report(
