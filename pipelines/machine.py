@@ -18,12 +18,13 @@ def num_cpus() -> int:
 
 def others_are_busy() -> bool:
     """Whether other threads want at least an eighth of the CPUs now, by five looks in ten milliseconds."""
-    fewest = len(os.sched_getaffinity(0))
+    needed = max(1, len(os.sched_getaffinity(0)) // 8)
     for _ in range(5):
         runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])  # with this thread
-        fewest = min(fewest, runnable - 1)
+        if runnable - 1 < needed:
+            return False
         time.sleep(0.002)
-    return fewest >= max(1, len(os.sched_getaffinity(0)) // 8)
+    return True
 
 
 def _quota() -> float:
@@ -35,9 +36,8 @@ def _quota() -> float:
             continue
         root = next((place for place in (CGROUPS / controllers, CGROUPS) if controllers and place.is_dir()), CGROUPS)
         own = root / path.lstrip("/")
-        for group in (own, *own.parents):  # in a container, the path may be the host's, and its files be at the root
-            if group.is_relative_to(root):
-                quotas.append(_quota_of(group))
+        # In a container, the path may be the host's, and its files be at the root.
+        quotas += [_quota_of(group) for group in (own, *own.parents) if group.is_relative_to(root)]
     return min(quotas)
 
 
