@@ -33,7 +33,7 @@ class DataConfig:
     threads: int | None = None
     """CPU threads (pillow: worker processes) that load data. The default depends on the device: see docs/performance.md."""
     prefetch: int | None = None
-    """Batches that DALI decodes ahead. Each takes memory. By default 2, as in DALI."""
+    """Batches that DALI decodes ahead. Each takes memory. By default 2, as in DALI, and on a CPU 3."""
     hw_decoder_load: float | None = None
     """Fraction of the images, 0 to 1, for the GPU's hardware JPEG decoder, if it has one. By default 0.65, as in DALI."""
     crop: RandomResizedCrop = RandomResizedCrop()

@@ -51,6 +51,10 @@ class LoaderSpec:
         """Returns the number of CPU threads or worker processes to use."""
         return self.num_threads if self.num_threads is not None else config.threads or 4
 
+    def prefetch(self, config: "DataConfig") -> int:
+        """Returns the number of batches that DALI works on at a time. On a CPU, one more is being resized and normalized."""
+        return config.prefetch or (3 if self.device.type == "cpu" else 2)  # 2 is DALI's own default
+
     def deal(self, order: Order) -> Deal:
         """Returns this rank's share of an order."""
         return Deal(order, self.is_train, self.batch_size, self.rank, self.world_size)

@@ -67,7 +67,7 @@ def test_dali_and_pillow_are_where_they_belong() -> None:
     as_a_peer = "tools/throughput/loaders.py"
     assert importers("nvidia.dali", *CODE) == {
         "pipelines/augment.py",
-        *(f"pipelines/dali/{name}.py" for name in ("graph", "draws", "image_pipeline", "operators")),
+        *(f"pipelines/dali/{name}.py" for name in ("graph", "draws", "part", "operators")),
         as_a_peer,
         "tools/bench/remote.py",
     }

@@ -1,31 +1,19 @@
-"""The last node of a graph on the CPU: resizes, flips and normalizes each image into its place in the batch, in one thread."""
+"""What a CPU does after the graph: resizes, flips and normalizes each image into its place in the batch."""
 
-import ctypes
 import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+from torch.utils.dlpack import from_dlpack
 
 from pipelines.dali.cpu_resize import Resize
 
-_openmp = ctypes.CDLL(torch._C.__file__)  # finds the symbols of the OpenMP library that torch uses
-
-
-def use_one_thread() -> None:
-    """Lets torch's operators run in the calling thread alone. Other threads keep their number."""
-    torch.get_num_threads()  # torch's first use in a thread sets the number
-    _openmp.omp_set_num_threads(1)
-
 
 class Finish:
-    """Resizes, flips and normalizes the images of each batch. A graph calls it as its last node.
-
-    The images are written where `expect` says, so nothing is copied afterwards.
+    """Resizes, flips and normalizes images in the calling thread.
 
     Args:
         resize: Resizes the images.
@@ -34,33 +22,30 @@ class Finish:
     """
 
     def __init__(self, resize: Resize, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.resize = resize
+        self._resize = resize
         # A row of pixels: torch repeats a row much faster than a pixel of three numbers.
         with torch.inference_mode(False):
             self._factor = (1 / (255 * torch.tensor(std))).repeat(resize.size)
             self._offset = (-torch.tensor(mean) / torch.tensor(std)).repeat(resize.size)
-            self._nothing = torch.zeros(1, dtype=torch.uint8)
-        self._expected = deque[Tensor]()
 
-    def expect(self, target: Tensor) -> None:
-        """Sets the memory for the images of the next batch that is not expected yet, float32 `(N, size, size, 3)`."""
-        self._expected.append(target)
+    def __call__(self, outputs: Sequence[Any], target: Tensor) -> None:
+        """Finishes the images of a graph.
 
-    def __call__(self, *inputs: Sequence[Any]) -> list[Any]:
-        """Takes one sequence of DLPack capsules for each argument of `resize.resized`. DALI needs some result."""
-        use_one_thread()
-        for place, sample in zip(self._expected.popleft(), zip(*inputs, strict=True), strict=True):
-            self._normalize(self.resize.resized(*map(from_dlpack, sample)), place)
-        return [to_dlpack(self._nothing) for _ in inputs[0]]
+        Args:
+            outputs: The graph's outputs: DALI's lists of tensors, as operators.py describes them.
+            target: Memory for the images, float32 `(N, size, size, 3)`.
+        """
+        for image, place in zip(resized(self._resize, outputs), target, strict=True):
+            place.copy_(image)
+            rows = place.view(self._resize.size, -1)
+            torch.addcmul(self._offset, rows, self._factor, out=rows)
 
-    def _normalize(self, image: Tensor, place: Tensor) -> None:
-        place.copy_(image)
-        rows = place.view(self.resize.size, -1)
-        torch.addcmul(self._offset, rows, self._factor, out=rows)
 
-    def forget(self) -> None:
-        """Forgets the batches that were not finished."""
-        self._expected.clear()
+def resized(resize: Resize, outputs: Sequence[Any]) -> Iterator[Tensor]:
+    """Yields the images of a graph, uint8 `(size, size, 3)`. `outputs` are DALI's lists of tensors, as for `Finish`."""
+    images, *others = outputs
+    for image, *other in zip(images, *(each.as_array().tolist() for each in others), strict=True):
+        yield resize.resized(from_dlpack(image), *other)
 
 
 class BatchMemory:

@@ -1,9 +1,9 @@
 """Resizes on the CPU with torch: the same antialiased bilinear filter as Pillow's, several times faster than DALI's.
 
-torch's `interpolate` is vectorized for 8-bit pixels and runs in the thread that calls it. A graph calls this module with the
-images of its part of a batch as DLPack capsules, and torch releases the GIL while it computes.
+torch's `interpolate` is vectorized for 8-bit pixels and releases the GIL while it computes.
 """
 
+import ctypes
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +19,14 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 # such a place ends FURTHEST pixels before the crop.
 WHOLE, FURTHEST = 0.002, 4096
 
+_openmp = ctypes.CDLL(torch._C.__file__)  # finds the symbols of the OpenMP library that torch uses
+
+
+def use_one_thread() -> None:
+    """Lets torch's operators run in the calling thread alone. Other threads keep their number."""
+    torch.get_num_threads()  # torch's first use in a thread sets the number
+    _openmp.omp_set_num_threads(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resize(ABC):
@@ -30,23 +38,24 @@ class Resize(ABC):
 
     size: int
 
-    def __call__(self, *inputs: Sequence[Any]) -> list[Any]:
-        """Resizes a batch, as a node of a graph. Takes one sequence of DLPack capsules for each argument of `resized`."""
-        return [to_dlpack(self.resized(*map(from_dlpack, sample)).contiguous()) for sample in zip(*inputs, strict=True)]
-
     @abstractmethod
-    def resized(self, image: Tensor, other: Tensor) -> Tensor:
+    def resized(self, image: Tensor, other: Any) -> Tensor:
         """Resizes one image, given another property of it."""
 
 
 class WholeResize(Resize):
     """Resizes the whole image, whatever its proportions."""
 
-    def resized(self, image: Tensor, mirror: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Sequence[Any]) -> list[Any]:
+        """Resizes a batch, as a node of a graph. `images` and the results are DLPack capsules."""
+        use_one_thread()  # without AVX2, torch resizes in several
+        return [to_dlpack(self.resized(from_dlpack(image)).contiguous()) for image in images]
+
+    def resized(self, image: Tensor, mirror: int = 0) -> Tensor:
         """Resizes one image, and mirrors left and right if `mirror` is 1."""
         if image.shape[:2] != (self.size, self.size):  # an augmentation before this has resized it
             image = _resized(image, (self.size, self.size), None)
-        return image.flip(1) if mirror is not None and mirror.item() else image
+        return image.flip(1) if mirror else image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +72,17 @@ class CenterCropResize(Resize):
 
     def regions(self, shapes: Sequence[Any]) -> list[Any]:
         """Returns the part of each image that is needed, as int32 top, left, bottom and right. `shapes` are `(H, W, C)`."""
-        sides = [self._sides(from_dlpack(shape)) for shape in shapes]
+        sides = [self._sides(from_dlpack(shape).tolist()) for shape in shapes]
         return [to_dlpack(torch.tensor([y.start, x.start, y.stop, x.stop], dtype=torch.int32)) for y, x in sides]
 
-    def resized(self, image: Tensor, shape: Tensor) -> Tensor:
+    def resized(self, image: Tensor, shape: Sequence[int]) -> Tensor:
         """Resizes the part of an image that `regions` returned, given the shape `(H, W, C)` of the whole image."""
         y, x = self._sides(shape)
         resized = _resized(image, (y.margin + self.size, x.margin + self.size), (1 / y.scale, 1 / x.scale))
         return resized[y.margin :, x.margin :]
 
-    def _sides(self, shape: Tensor) -> "tuple[_Side, _Side]":
-        height, width, _ = shape.tolist()
+    def _sides(self, shape: Sequence[int]) -> "tuple[_Side, _Side]":
+        height, width, _ = shape
         shorter = min(height, width)
         return _side(height, shorter, self.size, self.resize_shorter), _side(width, shorter, self.size, self.resize_shorter)
 

@@ -12,7 +12,7 @@ from nvidia.dali.pipeline import pipeline_def
 
 from pipelines.augment import HorizontalFlip
 from pipelines.dali import operators
-from pipelines.dali.cpu_finish import Finish
+from pipelines.dali.cpu_resize import Resize
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
@@ -46,15 +46,17 @@ def with_headers_read(encoded: DataNode, max_pixels: int) -> DataNode:
 # The dynamic executor frees buffers as soon as the next operator has read them, so a pipeline needs less memory.
 @pipeline_def(exec_dynamic=True)
 def image_pipeline(
-    config: "DataConfig", spec: "LoaderSpec", preprocessing: operators.Preprocessing, finish: Finish | None, until: Stage
-) -> DataNode:
-    """Turns the encoded images that are fed as `ENCODED` into images `(H, W, 3)` of the dtype and on the device of `spec`.
+    config: "DataConfig", spec: "LoaderSpec", preprocessing: operators.Preprocessing, resize: Resize | None, until: Stage
+) -> operators.Images:
+    """Turns the encoded images that are fed as `ENCODED` into images `(H, W, 3)`.
+
+    On a GPU, they have the size and dtype of `spec`. On a CPU they are uint8, and `Finish` resizes and normalizes them later.
 
     Args:
         config: Names the crop and the augmentations.
         spec: Describes the images.
         preprocessing: Says how to resize for validation, and how to normalize.
-        finish: The last node on a CPU, which writes the images into memory of its own. `None` on a GPU.
+        resize: Resizes on a CPU; `None` on a GPU.
         until: For measurements, the graph ends with this stage.
     """
     # The bytes are not copied, so the caller must keep them in place.
@@ -62,7 +64,7 @@ def image_pipeline(
     image = with_headers_read(encoded, config.max_pixels)
     if until == "headers":
         return image
-    options: dict[str, Any] = {"size": spec.image_size, "dtype": DTYPES[spec.dtype], "finish": finish, "until": until}
+    options: dict[str, Any] = {"size": spec.image_size, "dtype": DTYPES[spec.dtype], "resize": resize, "until": until}
     if spec.is_train:
         return operators.training_images(image, config, preprocessing, **options)
     return operators.validation_images(image, preprocessing, **options, hw_decoder_load=config.hw_decoder_load)

@@ -54,7 +54,7 @@ class DALILoader(Loader):
         assert spec.num_classes is not None
         self._config, self._spec = config, spec
         self._quarantine = Quarantine(shards, config, spec.quarantine)
-        self._source = ReadAhead(shards, config, deal, spec.num_classes)
+        self._source = ReadAhead(shards, config, deal, spec.num_classes, spec.prefetch(config))
         self._recovery = Recovery(self._quarantine, deal, self._source.reader, self._source.tars, config.max_pixels)
         self._watchdog = Watchdog(config.timeout, "--data.timeout")
         self._hand_over = HandOver(spec.device)

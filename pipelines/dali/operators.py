@@ -1,26 +1,26 @@
 """The pieces of the DALI graph that are not an augmentation: decoding, resizing and normalization.
 
-CPU and GPU differ in how they resize and normalize. On a CPU, torch does both (cpu_resize.py, cpu_finish.py). Both filter
-bilinearly with antialiasing, as Pillow's bilinear filter does.
+CPU and GPU differ in how they resize and normalize. On a CPU, torch does both after the graph (cpu_finish.py), and resizes
+within it only before an augmentation. Both filter bilinearly with antialiasing, as Pillow's bilinear filter does.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from pipelines.augment import HorizontalFlip
-from pipelines.dali.cpu_finish import Finish
-from pipelines.dali.cpu_resize import CenterCropResize
+from pipelines.dali.cpu_resize import CenterCropResize, Resize, WholeResize
 from pipelines.loader import MEAN, STD, resize_shorter_for
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
 
 Stage = Literal["decode", "resize", "normalize"]
+Images: TypeAlias = DataNode | tuple[DataNode, DataNode]  # with another property of each image
 Color = tuple[float, float, float]  # red, green and blue, in [0, 1]
 
 
@@ -50,9 +50,9 @@ def training_images(
     *,
     size: int,
     dtype: DALIDataType,
-    finish: Finish | None,
+    resize: Resize | None,
     until: Stage = "normalize",
-) -> DataNode:
+) -> Images:
     """Decodes, crops, augments and normalizes images.
 
     Args:
@@ -61,23 +61,25 @@ def training_images(
         preprocessing: Normalizes.
         size: Image side, in pixels.
         dtype: Dtype of the normalized images, on a GPU.
-        finish: The last node on a CPU. Without it, the images are made on a GPU.
+        resize: Resizes on a CPU. Without it, the images are made on a GPU.
         until: Last stage, for measurements. "decode" gives uint8 images of any size, "resize" uint8 images of `size`.
 
     Returns:
-        Images HWC. On a CPU, `finish` has the normalized ones.
+        Images HWC. On a CPU they are not normalized, nor resized unless an augmentation needed it; the second output is 1 for
+        images to mirror.
     """
-    options = _decoder_options(finish, config.hw_decoder_load, is_whole=False)
+    options = _decoder_options(resize, config.hw_decoder_load, is_whole=False)
     # Decodes only the part of a JPEG that the crop needs.
     images = fn.decoders.image_random_crop(
         encoded, random_area=config.crop.scale, random_aspect_ratio=config.crop.ratio, **options
     )
     if until == "decode":
         return images
-    if finish is None:
+    if resize is None:
         images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-    elif until == "resize" or not are_only_flipped(config):
-        images = _by_torch(finish.resize, images, layout="HWC")  # otherwise `finish` resizes them
+    elif not are_only_flipped(config):
+        assert isinstance(resize, WholeResize)
+        images = _by_torch(resize, images, layout="HWC")
     if until == "resize":
         return images
     mirror: DataNode | None = None
@@ -86,9 +88,9 @@ def training_images(
             mirror = augmentation.draw()
         else:
             images = augmentation(images)
-    if finish is None:
+    if resize is None:
         return _normalize(images, dtype, preprocessing, mirror=0 if mirror is None else mirror)
-    return _by_torch(finish, images) if mirror is None else _by_torch(finish, images, mirror)
+    return images if mirror is None else (images, mirror)
 
 
 def validation_images(
@@ -97,10 +99,10 @@ def validation_images(
     *,
     size: int,
     dtype: DALIDataType,
-    finish: Finish | None,
+    resize: Resize | None,
     until: Stage = "normalize",
     hw_decoder_load: float | None = None,
-) -> DataNode:
+) -> Images:
     """Decodes and normalizes images, after torchvision's `Resize(resize_shorter)` and `CenterCrop(size)`.
 
     Args:
@@ -108,27 +110,25 @@ def validation_images(
         preprocessing: Names `resize_shorter`, and normalizes.
         size: Image side, in pixels.
         dtype: Dtype of the normalized images, on a GPU.
-        finish: As for `training_images`.
+        resize: As for `training_images`.
         until: As for `training_images`.
         hw_decoder_load: See `DataConfig`.
 
     Returns:
-        Images HWC. On a CPU, `finish` has the normalized ones.
+        Images HWC. On a CPU, the parts of images that the crop needs, and the shapes of the whole images.
     """
     shape = fn.peek_image_shape(encoded)
-    if finish is None:
-        images = fn.decoders.image(encoded, **_decoder_options(finish, hw_decoder_load, is_whole=True))
+    if resize is None:
+        images = fn.decoders.image(encoded, **_decoder_options(resize, hw_decoder_load, is_whole=True))
         if until == "decode":
             return images
         images = resample_center(images, shape, size, preprocessing.shorter(size))
         return _normalize(images, dtype, preprocessing) if until == "normalize" else images
-    assert isinstance(finish.resize, CenterCropResize)
-    region = _by_torch(finish.resize.regions, shape)
-    options = _decoder_options(finish, None, is_whole=False)
+    assert isinstance(resize, CenterCropResize)
+    region = _by_torch(resize.regions, shape)
+    options = _decoder_options(resize, None, is_whole=False)
     images = fn.decoders.image_slice(encoded, start=region[:2], end=region[2:], axis_names="HW", **options)
-    if until == "decode":
-        return images
-    return _by_torch(finish.resize if until == "resize" else finish, images, shape)
+    return images if until == "decode" else (images, shape)
 
 
 def resample_center(images: DataNode, shape: DataNode, size: int, resize_shorter: int) -> DataNode:
@@ -159,14 +159,14 @@ def are_only_flipped(config: "DataConfig") -> bool:
     return len(config.augment) <= 1 and all(isinstance(step, HorizontalFlip) for step in config.augment)
 
 
-def _decoder_options(finish: Finish | None, hw_decoder_load: float | None, *, is_whole: bool) -> dict[str, Any]:
-    """Returns the options of DALI's decoders for RGB images: on a CPU if there is a `finish`.
+def _decoder_options(resize: Resize | None, hw_decoder_load: float | None, *, is_whole: bool) -> dict[str, Any]:
+    """Returns the options of DALI's decoders for RGB images: on a CPU if there is a `resize`.
 
     A GPU decodes whole images with interpolated chroma, as libjpeg-turbo does on CPUs and in other programs. nvJPEG's default
     repeats chroma pixels. Decoding a part of an image with interpolation needs nvJPEG 13.2. With an older version (DALI for
     CUDA 12 ships 12.4) nvImageCodec would decode that part on the CPU.
     """
-    if finish is not None:
+    if resize is not None:
         return {"device": "cpu", "output_type": types.RGB}
     load = {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
     # "mixed" is DALI's name for decoding that starts on the CPU and ends on the GPU.

@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from pipelines.bad_samples.quarantine import RowId
-from pipelines.dali.image_pipeline import PREFETCH
 from pipelines.remote.cache import ShardCache, open_cache
 from pipelines.shards.deal import Deal, Plan
 from pipelines.shards.extents import Extents
@@ -27,18 +26,19 @@ class ReadAhead:
 
     Args:
         shards: Shards of the split.
-        config: Names the cache folder, and how far to read ahead.
+        config: Names the cache folder.
         deal: This rank's share of the samples.
         num_classes: Labels must be below this number.
+        prefetch: Batches that DALI works on at a time.
 
     Attributes:
         tars: The open tars.
         reader: Reads them.
     """
 
-    def __init__(self, shards: ShardSet, config: "DataConfig", deal: Deal, num_classes: int) -> None:
+    def __init__(self, shards: ShardSet, config: "DataConfig", deal: Deal, num_classes: int, prefetch: int) -> None:
         self._deal = deal
-        self._depth = (config.prefetch or PREFETCH) + READ_AHEAD
+        self._depth = prefetch + READ_AHEAD
         self._opened = contextlib.ExitStack()
         self._cache: ShardCache | None = None
         self.tars: Tars

@@ -50,19 +50,28 @@ def test_batches_stay_after_the_loader_is_closed(shards: Path) -> None:
     assert all(torch.equal(one, copy) for one, copy in zip(batches, copies, strict=True))
 
 
-def test_a_thread_of_dali_starts_none_of_torch(shards: Path) -> None:
-    """Each thread that normalizes images would have its own threads for large images. They take the name of their parent."""
+@pytest.mark.parametrize("augment", ["HorizontalFlip()", "ColorJitter(brightness=0.4)"])
+def test_the_threads_of_a_loader_start_none_of_torch(shards: Path, augment: str) -> None:
+    """Each thread that resizes or normalizes large images would have its own threads for that."""
     script = f"""
-import os, torch
-torch.set_num_threads(4)
+import os, sys, torch
+from pipelines.augment import ColorJitter, HorizontalFlip
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+torch.set_num_threads(int(sys.argv[1]))
+before = len(os.listdir("/proc/self/task"))
 spec = LoaderSpec(split="train", batch_size=4, image_size=256, device=torch.device("cpu"), num_threads=2)
-with build_loader(DataConfig(train={str(shards)!r}), spec) as loader:
+with build_loader(DataConfig(train={str(shards)!r}, augment=({augment},)), spec) as loader:
     for _ in loader:
         pass
-    names = [open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")]
-    print(names.count("[DALI] Executor"), torch.get_num_threads())
+    print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2 4\n", "")
+    counts = []
+    for torch_threads in (1, 4):
+        command = [sys.executable, "-c", script, str(torch_threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        threads, of_torch = done.stdout.split()
+        assert of_torch == str(torch_threads)
+        counts.append(threads)
+    assert counts[0] == counts[1]

@@ -1,9 +1,11 @@
 """Images and labels from the DALI pipeline."""
 
+import contextlib
 import io
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,8 @@ from PIL import Image
 from pipelines.augment import AUGMENTATIONS, RandomResizedCrop
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.dali.cpu_resize import CenterCropResize, WholeResize
+from pipelines.dali.image_pipeline import ImagePipeline
 from pipelines.dali.operators import resample_center
 from pipelines.loader import MEAN, STD, Loader, resize_shorter_for
 from pipelines.pillow import resized_center_crop
@@ -106,6 +110,19 @@ def test_threads_change_nothing(shards: Path, split: Literal["train", "valid"]) 
             epochs.append([batch["image"] for batch in loader])
     assert all(torch.equal(one, other) for one, other in zip(*epochs, strict=True))
     assert len(epochs[0]) > 1
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_threads_resize_at_the_same_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, split: str) -> None:
+    """Python nodes of DALI's graphs run one after the other, also those of different graphs."""
+    kind = WholeResize if split == "train" else CenterCropResize
+    resized, both = kind.resized, threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(kind, "resized", lambda *arguments: (both.wait(), resized(*arguments))[1])
+    write_image(tmp_path / "1.png", 1)
+    spec = LoaderSpec(split=split, batch_size=4, image_size=32, device=CPU, num_threads=2)  # type: ignore[arg-type]
+    with contextlib.closing(ImagePipeline(DataConfig(), spec)) as pipeline:
+        pipeline.feed([np.fromfile(tmp_path / "1.png", np.uint8)] * 4, 0, 0)
+        assert len(pipeline.images()) == 4
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

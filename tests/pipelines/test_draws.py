@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from pipelines.augment import AUGMENTATIONS, Augmentation
 from pipelines.config import DataConfig
+from pipelines.dali.cpu_resize import WholeResize
 from pipelines.dali.draws import DRAWING
 from pipelines.dali.image_pipeline import ImagePipeline
+from pipelines.dali.operators import Preprocessing
+from pipelines.dali.part import Graph
 from pipelines.spec import LoaderSpec
 from tests.conftest import write_image
 
@@ -101,8 +104,9 @@ ImagePipeline(DataConfig(augment=(Noise(),)), spec)
 
 def test_no_operator_draws_by_itself() -> None:
     """In a graph with every augmentation, each random operator is fed the state of its generator."""
-    [part] = pipeline(2, num_threads=1)._parts
-    drawing = [instance for instance in part.pipeline._ops if instance._op.schema.HasRandomStateArg()]
-    assert len(drawing) == len(part.draws.names) > 12
+    config, spec = DataConfig(augment=EVERY), LoaderSpec(split="train", batch_size=2, device=torch.device("cpu"))
+    graph = Graph(config, spec, Preprocessing(), WholeResize(size=32), "normalize", batch_size=2, num_threads=1)
+    drawing = [instance for instance in graph._pipeline._ops if instance._op.schema.HasRandomStateArg()]
+    assert len(drawing) == len(graph._draws.names) > 12
     # The functions were restored after the graph was built.
     assert all(getattr(module, name).__module__.startswith("nvidia.") for module, name in DRAWING)

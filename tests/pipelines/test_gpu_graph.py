@@ -23,12 +23,10 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from pipelines.augment import HorizontalFlip, RandomResizedCrop
 from pipelines.config import DataConfig
 from pipelines.dali import operators
-from pipelines.dali.cpu_finish import Finish
-from pipelines.dali.cpu_resize import WholeResize
+from pipelines.dali.cpu_resize import CenterCropResize, Resize
 from pipelines.dali.draws import draws_from_outside
 from pipelines.dali.graph import DTYPES, ENCODED, Stage, has_conditionals, image_pipeline
 from pipelines.dali.operators import Preprocessing
-from pipelines.loader import MEAN, STD
 from pipelines.spec import LoaderSpec
 from tests.pipelines.test_augment import EVERY
 
@@ -158,7 +156,7 @@ def image_graph(
     train: bool,
     dtype: torch.dtype = torch.float16,
     until: Stage = "normalize",
-    finish: Finish | None = None,
+    resize: Resize | None = None,
     **settings: Any,
 ) -> Graph:
     """Returns the graph of a loader, as `ImagePipeline` defines it."""
@@ -166,7 +164,7 @@ def image_graph(
     split = "train" if train else "valid"
     spec = LoaderSpec(split=split, batch_size=4, image_size=224, device=torch.device("cuda"), dtype=dtype)  # type: ignore[arg-type]
     options = OPTIONS | {"enable_conditionals": has_conditionals(config, spec)}
-    return graph_of(lambda: image_pipeline(config, spec, Preprocessing(), finish, until, **options))
+    return graph_of(lambda: image_pipeline(config, spec, Preprocessing(), resize, until, **options))
 
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
@@ -275,4 +273,4 @@ def test_deprecated_names_are_caught(images: Callable[[DataNode], DataNode]) -> 
 def test_python_functions_are_caught() -> None:
     """The graph for a CPU has some. On a GPU each batch would wait for Python."""
     with pytest.raises(RuntimeError, match=r"Could not serialize the operator: `nvidia\.dali\.fn\.dl_tensor_python_function`"):
-        image_graph(True, finish=Finish(WholeResize(size=224), MEAN, STD))
+        image_graph(False, resize=CenterCropResize(size=224, resize_shorter=256))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from nvidia.dali import backend
 
-from pipelines.dali.image_pipeline import PREFETCH
 from tests.helpers.loader_contract import make_loader, same, saved, take
 
 CPU = torch.device("cpu")
@@ -38,8 +37,8 @@ def test_resumed_with_another_depth(shards: Path, split: str, before: int | None
             assert same(take(resumed, 2), batches[position : position + 2]), position
 
 
-def test_prefetch_is_dalis_without_the_setting(shards: Path) -> None:
-    for prefetch, depth in ((None, PREFETCH), (5, 5)):
+def test_on_a_cpu_dali_works_on_a_batch_more_than_its_default(shards: Path) -> None:
+    for prefetch, depth in ((None, 3), (5, 5)):
         with make_loader(shards, "dali", "train", CPU, data={"prefetch": prefetch}) as loader:
             take(loader, 1)
             assert loader._pipeline.queue_depth == depth  # type: ignore[attr-defined]

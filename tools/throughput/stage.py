@@ -65,7 +65,7 @@ def _part(task: StageTask) -> Generator[int, None, None]:
 
 def stage_batches(task: StageTask) -> Generator[Sequence[Any], None, None]:
     """Yields the images of batches as a stage leaves them, epoch after epoch; each is valid until the next is asked for."""
-    from pipelines.dali.image_pipeline import PREFETCH, ImagePipeline
+    from pipelines.dali.image_pipeline import ImagePipeline
     from pipelines.shards.extents import Extents
     from pipelines.shards.order import choose_order
     from pipelines.shards.reader import Fetched, Reader
@@ -74,7 +74,7 @@ def stage_batches(task: StageTask) -> Generator[Sequence[Any], None, None]:
     spec, shards = task.spec, task.data.open_shards(task.spec.split)
     plans = spec.deal(choose_order(task.data, shards, spec.is_train, spec.seed)).plans(0, 0, 0)
     with contextlib.closing(Reader(shards, Extents(shards), Tars(shards), shards.num_classes())) as reader:
-        reading = deque(reader.submit(next(plans)) for _ in range(task.data.prefetch or PREFETCH))
+        reading = deque(reader.submit(next(plans)) for _ in range(spec.prefetch(task.data)))
         while task.stage == "read":
             fetched = reading.popleft().result()
             yield fetched.images
