@@ -38,6 +38,7 @@ from pipelines.mix import MixConfig, mix
 from tools.cli import run_command
 from tools.run.class_weights import read_class_weights
 from tools.run.config import Config
+from tools.run.cpu_precision import with_precision
 from tools.run.data import count_steps, open_splits, preprocessing
 from tools.run.log import TrainingLog, configure_logging, log_end, log_schedule, log_start, next_commands
 from tools.run.preemption import EXIT_CODE, INTERRUPTED, Preemption
@@ -64,6 +65,7 @@ def run(config: Config) -> int:
         config = with_defaults(config, world, shards.train.num_samples)
         saved = find_saved_state(path, config, world)
         started = time.monotonic()
+        config = with_precision(config, world, saved)
         autocast_dtype = choose_autocast_dtype(config.precision, world.device)
         torch_threads, loader_threads = share_threads(config.torch_threads, config.data.threads, world.device, world.local_size)
         torch.set_num_threads(torch_threads)

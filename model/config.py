@@ -164,7 +164,7 @@ class StepConfig:
     image_size: int = 224
     """Side of the training images, in pixels; at least 32."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Numeric precision. auto: bf16 on GPUs that support it, otherwise fp16 with loss scaling; fp32 on a CPU."""
+    """Numeric precision. auto: bf16 on GPUs that support it, otherwise fp16 with loss scaling; on a CPU bf16 if much faster."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """Mode of torch.compile for the training step. reduce-overhead uses CUDA graphs."""
     deterministic: bool = False

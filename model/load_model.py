@@ -55,6 +55,7 @@ class Description:
         preprocessing: How images become its input.
         epoch: Epoch of the checkpoint, from 1.
         step: Optimizer steps before the checkpoint.
+        is_bf16: Whether training computed in bfloat16.
         better: The weights with the higher top-1 in the last validation, the averaged ones if both are equal or unknown.
         why_better: The reason, for the output of commands.
     """
@@ -67,6 +68,7 @@ class Description:
     preprocessing: Preprocessing
     epoch: int
     step: int
+    is_bf16: bool
     better: Weights
     why_better: str
 
@@ -168,6 +170,7 @@ def describe(path: Path, state: dict[str, Any], way_out: str = WAY_OUT) -> Descr
         ),
         epoch=take("epoch", _whole(0, 2**63), "a whole number of at least 0"),
         step=take("step", _whole(0, 2**63), "a whole number of at least 0"),
+        is_bf16=state.get("autocast_dtype") == "torch.bfloat16",
         better=better,
         why_better=why_better,
     )

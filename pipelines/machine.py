@@ -16,6 +16,12 @@ def num_cpus() -> int:
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota())))
 
 
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16 arithmetic: AVX512-BF16 or AMX, or BF16 on ARM."""
+    flags = {word for line in Path("/proc/cpuinfo").read_text().splitlines() for word in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def others_are_busy() -> bool:
     """Whether other threads want at least an eighth of the CPUs now, by five looks in ten milliseconds."""
     needed = max(1, len(os.sched_getaffinity(0)) // 8)

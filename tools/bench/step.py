@@ -15,6 +15,7 @@ from model.loss import training_loss
 from model.optim import build_scheduler
 from tools.bench.command import check_json, run_measurement
 from tools.run.config import Config
+from tools.run.cpu_precision import with_precision
 from tools.run.resources import choose_autocast_dtype, with_batch_size
 from tools.shards.parallel import require_positive
 from tools.throughput.hardware import versions
@@ -66,8 +67,8 @@ def step(
     if torch_threads is not None:
         torch.set_num_threads(torch_threads)
     world = alone(chosen)
-    config = with_batch_size(config, world, MANY_SAMPLES)
-    autocast_dtype = choose_autocast_dtype(precision, chosen)
+    config = with_precision(with_batch_size(config, world, MANY_SAMPLES), world)
+    autocast_dtype = choose_autocast_dtype(config.precision, chosen)
     loops = [make(config, world, autocast_dtype, steps) for make in (make_barest, make_trainer)]
     barest, trainer = (measured(loop, steps, chosen) for loop in loops)
     outcomes = take_turns({"barest loop": barest, "trainer": trainer}, rounds)

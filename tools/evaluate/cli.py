@@ -55,7 +55,7 @@ class Evaluate:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Numeric precision, as --precision of train.py."""
+    """Numeric precision, as --precision of train.py. auto: on a CPU with bf16 instructions, the precision of training."""
     threads: int | None = None
     """CPU threads for decoding. By default, torch and the loader share the cores."""
     torch_threads: int | None = None

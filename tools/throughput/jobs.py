@@ -19,6 +19,7 @@ from pipelines.meter import WARM_UP_BATCHES, Meter, Rates
 from pipelines.shards.shard_set import ShardSet
 from pipelines.synthetic import SyntheticLoader
 from tools.run.config import Config
+from tools.run.cpu_precision import with_precision
 from tools.run.resources import choose_autocast_dtype, image_dtype, share_threads
 from tools.throughput.loops import take_step
 from tools.throughput.process import run_measured
@@ -49,6 +50,7 @@ class JobTurns:
     """
 
     def __init__(self, config: Config, shards: ShardSet, device: torch.device, steps: int) -> None:
+        config = with_precision(config, alone(device))
         self.config, self.device, self._shards = config, device, shards
         self._num_batches = steps * config.accumulate_steps
         self.torch_threads, self.data_threads = share_threads(config.torch_threads, config.data.threads, device, 1)
