@@ -52,8 +52,8 @@ class LoaderSpec:
         return self.num_threads if self.num_threads is not None else config.threads or 4
 
     def prefetch(self, config: "DataConfig") -> int:
-        """Returns the number of batches that DALI works on at a time. On a CPU, one more is being resized and normalized."""
-        return config.prefetch or (3 if self.device.type == "cpu" else 2)  # 2 is DALI's own default
+        """Returns the number of batches that DALI works on at a time. On a CPU, one of them is being finished."""
+        return config.prefetch or (3 if self.device.type == "cpu" else 2)  # 2 is DALI's default
 
     def deal(self, order: Order) -> Deal:
         """Returns this rank's share of an order."""

@@ -29,8 +29,8 @@ class ImagePipeline:
     """The pipeline of a loader. It is fed batches of encoded images, and returns images of one size in the same order.
 
     DALI runs the CPU operators of a graph one after the other, and after each, threads wait for the slowest. So on a CPU a
-    batch is divided into parts, and each part has a graph with one thread. A thread that has finished its part of a batch
-    begins with its part of the next one.
+    batch is divided into parts, and each part has a graph with one thread, and a thread that finishes the graph's images. Each
+    goes on with its part of the next batch as soon as it can.
 
     Args:
         config: Names the crop and the augmentations.

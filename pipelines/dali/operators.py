@@ -62,7 +62,7 @@ def training_images(
         size: Image side, in pixels.
         dtype: Dtype of the normalized images, on a GPU.
         resize: Resizes on a CPU. Without it, the images are made on a GPU.
-        until: Last stage, for measurements. "decode" gives uint8 images of any size, "resize" uint8 images of `size`.
+        until: Last stage, for measurements. "decode" gives uint8 images of any size; on a GPU, "resize" gives those of `size`.
 
     Returns:
         Images HWC. On a CPU they are not normalized, nor resized unless an augmentation needed it; the second output is 1 for

@@ -135,8 +135,8 @@ class GraphThread:
         # The thread does not refer to this object. So it also ends if nothing else does.
         self._thread = threading.Thread(target=_run, args=(graph, finish, self._work), name="finish images", daemon=True)
         self._end = weakref.finalize(self, self._work.put, None)
-        _running[self._thread] = self._work
         self._thread.start()
+        _running[self._thread] = self._work
 
     def feed(self, work: Work) -> None:
         """Starts work."""
@@ -156,26 +156,40 @@ class GraphThread:
 
 
 def _run(graph: Graph, finish: Callable[[Sequence[Any], Work], Any], work: _Queue) -> None:
-    """Finishes the work that comes until there is None."""
-    use_one_thread()
+    """Finishes the work that comes until there is None. After an error, refuses it."""
     under_way = deque[tuple[Work, Future[Any]]]()
     try:
+        if not _finish_all(graph, finish, work, under_way):
+            while (more := under_way.popleft() if under_way else work.get()) is not None:
+                more[1].set_exception(RuntimeError("an error stopped the graph"))
+    finally:
+        _running.pop(threading.current_thread(), None)
+        graph.close()
+
+
+def _finish_all(
+    graph: Graph,
+    finish: Callable[[Sequence[Any], Work], Any],
+    work: _Queue,
+    under_way: deque[tuple[Work, Future[Any]]],
+) -> bool:
+    """Finishes the work that comes until there is None; returns False after an error, which the oldest work gets.
+
+    Only that one: the error refers to all who have passed it on, and they hold the results to come.
+    """
+    try:
+        use_one_thread()
         while _feed(graph, work, under_way):
             outputs = graph.outputs()
             if not _feed(graph, work, under_way):  # the graph decodes while this thread finishes
                 break
-            done, result = under_way[0]
-            result.set_result(finish(outputs, done))
+            under_way[0][1].set_result(finish(outputs, under_way[0][0]))
             under_way.popleft()
-            del outputs, done, result  # the thread may wait long for more work
-    except BaseException as error:  # the caller of `GraphThread.outputs` gets it
-        for _, result in under_way:
-            result.set_exception(error)
-        while (more := work.get()) is not None:
-            more[1].set_exception(error)
-    finally:
-        graph.close()
-        _running.pop(threading.current_thread())
+            del outputs  # the thread may wait long for more work
+    except BaseException as error:
+        under_way.popleft()[1].set_exception(error)
+        return False
+    return True
 
 
 def _feed(graph: Graph, work: _Queue, under_way: deque[tuple[Work, Future[Any]]]) -> bool:

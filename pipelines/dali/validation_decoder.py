@@ -75,7 +75,7 @@ class ValidationDecoder:
             try:
                 return self._run([images[i] for i in good]), bad
             except RuntimeError as error:
-                self._pipeline = self._make()  # a pipeline that stopped cannot be used again
+                self._renew()
                 found = self._undecodable([images[i] for i in good])
                 if not found:
                     raise OSError(describe(error)) from error
@@ -100,6 +100,11 @@ class ValidationDecoder:
         try:
             self._run(images)
         except RuntimeError:
-            self._pipeline = self._make()
+            self._renew()
             return True
         return False
+
+    def _renew(self) -> None:
+        """Replaces a pipeline that was stopped by an error, and so cannot be used again."""
+        self._pipeline.close()
+        self._pipeline = self._make()

@@ -1,11 +1,13 @@
 """Images and labels from the DALI pipeline."""
 
 import contextlib
+import gc
 import io
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +160,37 @@ sys.exit(str(failures) if failures else None)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipeline_that_an_error_stopped_ends_without_the_garbage_collector() -> None:
+    """`predict` replaces one for each batch with an image that cannot be decoded."""
+    before = threading.active_count()
+    gc.disable()
+    try:
+        for _ in range(3):
+            spec = LoaderSpec(split="valid", batch_size=4, image_size=32, device=CPU, num_threads=2)
+            pipeline = ImagePipeline(DataConfig(), spec)
+            for _ in range(2):
+                pipeline.feed([np.zeros(9, np.uint8)] * 4, 0, 0)
+            try:
+                pipeline.images()
+            except RuntimeError:
+                del pipeline
+        deadline = time.monotonic() + 60
+        while threading.active_count() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+def test_a_stopped_pipeline_refuses_more() -> None:
+    spec = LoaderSpec(split="valid", batch_size=4, image_size=32, device=CPU, num_threads=1)
+    with contextlib.closing(ImagePipeline(DataConfig(), spec)) as pipeline:
+        for _ in range(3):
+            pipeline.feed([np.zeros(9, np.uint8)] * 4, 0, 0)
+            with pytest.raises(RuntimeError):
+                pipeline.images()
 
 
 def test_formats_and_colour_modes(tmp_path: Path) -> None:

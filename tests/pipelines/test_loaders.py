@@ -3,10 +3,16 @@
 import gc
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pipelines.config import DataConfig
+from pipelines.dali.cpu_resize import WholeResize
+from pipelines.dali.operators import Preprocessing
+from pipelines.dali.part import Graph
+from pipelines.spec import LoaderSpec
 from tests.helpers.loader_contract import NUM_VALID, LoaderContract, ShardLoaderContract, make_loader
 
 
@@ -38,14 +44,23 @@ def test_pillow_workers(shards: Path) -> None:
         assert sum(len(batch["target"]) for batch in loader) == NUM_VALID
 
 
-def test_a_fork_leaves_the_pipelines_of_its_parent_alone(shards: Path) -> None:
-    """The workers of a DataLoader are forks. Their garbage collector may find a pipeline that nobody closed."""
-    loader = make_loader(shards, "dali", "valid", torch.device("cpu"))
-    loader.next()
+@pytest.mark.parametrize("what", ["loader", "graph"])
+def test_a_fork_leaves_the_pipelines_of_its_parent_alone(shards: Path, what: str) -> None:
+    """The workers of a DataLoader are forks. Their garbage collector may find a pipeline that nobody closed.
+
+    On a CPU, a thread holds the graphs. On a GPU, nothing but the loader does.
+    """
+    device = torch.device("cpu")
+    if what == "loader":
+        unclosed: Any = make_loader(shards, "dali", "valid", device)
+        unclosed.next()
+    else:
+        spec, resize = LoaderSpec(split="train", batch_size=4, device=device), WholeResize(size=32)
+        unclosed = Graph(DataConfig(), spec, Preprocessing(), resize, "normalize", batch_size=4, num_threads=1)
     gc.disable()  # the worker finds it, not this process
     try:
-        loader.itself = loader  # type: ignore[attr-defined]
-        del loader
+        unclosed.itself = unclosed
+        del unclosed
         worker = multiprocessing.get_context("fork").Process(target=gc.collect)
         worker.start()
         worker.join(60)

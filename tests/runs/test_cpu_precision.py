@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import ModelConfig
 from model.distributed import alone
+from pipelines.config import DataConfig
 from tests.helpers.command import run_main
 from tests.helpers.runs import all_metrics, arguments, finish, start
 from tests.helpers.runs import alone as command_of
@@ -19,6 +21,7 @@ from tools.run.cpu_precision import speed_of_bf16, with_precision
 
 CPU = alone(torch.device("cpu"))
 FAST, SLOW = {"is_able": True, "speed": 1.8}, {"is_able": True, "speed": 1.1}
+UNABLE = {"is_able": False, "speed": 1.8}
 
 
 @pytest.fixture
@@ -36,11 +39,14 @@ def imitate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ("cpu", "settings", "expected"),
     [
         (FAST, {}, "bf16"),
-        (SLOW, {}, "auto"),
-        ({"is_able": False, "speed": 1.8}, {}, "auto"),
+        (SLOW, {}, "fp32"),
+        (UNABLE, {}, "fp32"),
         (FAST, {"precision": "fp32"}, "fp32"),
-        (FAST, {"image_size": 32}, "auto"),
-        (FAST, {"deterministic": True}, "auto"),
+        (SLOW, {"precision": "bf16"}, "bf16"),
+        (FAST, {"image_size": 32}, "fp32"),
+        (FAST, {"image_size": 32, "data": DataConfig(size_schedule=("2:64",))}, "bf16"),
+        (FAST, {"deterministic": True}, "fp32"),
+        (FAST, {"model": ModelConfig(arch="torchvision.models:resnet18")}, "fp32"),
     ],
 )
 def test_a_new_run(imitate: Callable[..., None], cpu: dict[str, Any], settings: dict[str, Any], expected: str) -> None:
@@ -53,8 +59,12 @@ def test_a_gpu_chooses_for_itself(imitate: Callable[..., None]) -> None:
     assert with_precision(Config(), alone(torch.device("cuda", 0))).precision == "auto"
 
 
-@pytest.mark.parametrize(("dtype", "cpu", "expected"), [("None", FAST, "auto"), ("torch.bfloat16", SLOW, "bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "cpu", "expected"),
+    [("None", FAST, "fp32"), ("torch.bfloat16", SLOW, "bf16"), ("torch.bfloat16", UNABLE, "fp32")],
+)
 def test_a_run_goes_on_as_it_began(imitate: Callable[..., None], dtype: str, cpu: dict[str, Any], expected: str) -> None:
+    """The last case is refused later: the run would be five times as slow, which the user has to ask for."""
     imitate(**cpu)
     assert with_precision(Config(), CPU, {"autocast_dtype": dtype}).precision == expected
 
@@ -90,8 +100,9 @@ def test_runs_that_are_resumed_repeated_and_scored(shards: Path, tmp_path: Path,
     resumed = finish(start([*slow, *arguments(shards, tmp_path / "run", *options, "--epochs", 1)], tmp_path))
     assert "resuming" in resumed
     assert "CPU, bfloat16" in resumed
-    monkeypatch.setattr("tools.evaluate.evaluate.has_bf16", lambda: True)
-    done = run_main(evaluate.main, tmp_path / "run" / "last.pt", shards, "--device", "cpu", "--torch-threads", 1, "--json")
+    monkeypatch.setattr(cpu_precision, "has_bf16", lambda: True)
+    options = ["--device", "cpu", "--torch-threads", 1, "--batch-size", 16, "--json"]
+    done = run_main(evaluate.main, tmp_path / "run" / "last.pt", shards, *options)
     assert done.status == 0, done.stderr
     scores = json.loads(done.stdout)
     assert {name: first[name] for name in scores if name in first} == {name: scores[name] for name in scores if name in first}

@@ -42,7 +42,7 @@ def shared(
     rounds: int = 8,
     json: Path | None = None,
 ) -> int:
-    """Measure training steps on a CPU while other processes are busy.
+    """Measure training steps in float32 on a CPU while other processes are busy.
 
     Torch's threads sleep or spin while they wait for each other. Ratios are to OpenMP's default without busy processes. A fair
     share is CPUs / (CPUs + busy processes).

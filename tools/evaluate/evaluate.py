@@ -16,8 +16,8 @@ from model.evaluation import COUNTS, Evaluation, evaluate
 from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
-from pipelines.machine import has_bf16
 from pipelines.printable import printable
+from tools.run.cpu_precision import all_have_bf16
 from tools.run.data import require_same_classes
 from tools.run.resources import choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
 
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
         raw, ema, chosen = load_both(checkpoint, world.device, arch)
         torch_threads, loader_threads = share_threads(torch_threads, data.threads, world.device, world.local_size)
         torch.set_num_threads(torch_threads)
-        if precision == "auto" and world.device.type == "cpu" and ema.is_bf16 and has_bf16():
+        if precision == "auto" and world.device.type == "cpu" and ema.is_bf16 and all_have_bf16(world):
             precision = "bf16"  # the scores are those of training
         autocast_dtype = choose_autocast_dtype(precision, world.device)
         shards = data.open_shards("valid")
