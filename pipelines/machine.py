@@ -1,8 +1,7 @@
-"""The CPUs that this process may use, and whether others use them."""
+"""The CPUs that this process may use."""
 
 import math
 import os
-import time
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -20,17 +19,6 @@ def has_bf16() -> bool:
     """Whether the CPU has instructions for bfloat16 arithmetic: AVX512-BF16 or AMX, or BF16 on ARM."""
     flags = {word for line in Path("/proc/cpuinfo").read_text().splitlines() for word in line.split()}
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def others_are_busy() -> bool:
-    """Whether other threads want at least an eighth of the CPUs now, by five looks in ten milliseconds."""
-    needed = max(1, len(os.sched_getaffinity(0)) // 8)
-    for _ in range(5):
-        runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])  # with this thread
-        if runnable - 1 < needed:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def _quota() -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TextIO
 
 from pipelines.location import expand_arguments
-from pipelines.machine import others_are_busy
 from pipelines.printable import printable, printable_text
 
 SHORT_SPIN = "3000"  # turns: as fast as the default on a quiet machine, and faster on a busy one
@@ -63,11 +62,11 @@ def _choose_how_threads_wait() -> None:
     """Sets how the threads of OpenMP, which torch uses on a CPU, wait for each other. The settings of the user come first.
 
     By default they spin for milliseconds: a core works for nothing while another thread of the same step waits for a core that
-    some other program has. OpenMP reads the setting when torch is imported. docs/performance.md has the measurements.
+    some other program has. OpenMP reads the setting when torch is imported. tools/run/sharing.py shortens the spinning further
+    while there are such programs. docs/performance.md has the measurements.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
-        name, value = ("OMP_WAIT_POLICY", "passive") if others_are_busy() else ("GOMP_SPINCOUNT", SHORT_SPIN)
-        os.environ[name] = value
+        os.environ["GOMP_SPINCOUNT"] = SHORT_SPIN
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted", *, exits: bool = True) -> None:

@@ -3,7 +3,6 @@
 torch's `interpolate` is vectorized for 8-bit pixels and releases the GIL while it computes.
 """
 
-import ctypes
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,18 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
+from pipelines.openmp import use_threads
+
 # Resizing a part of an image gives the same pixels as resizing all of it if the part begins at a pixel boundary of both the
 # original and the resized image. A distance of WHOLE from a boundary, in pixels of the original, is near enough. The search for
 # such a place ends FURTHEST pixels before the crop.
 WHOLE, FURTHEST = 0.002, 4096
-
-_openmp = ctypes.CDLL(torch._C.__file__)  # finds the symbols of the OpenMP library that torch uses
-
-
-def use_one_thread() -> None:
-    """Lets torch's operators run in the calling thread alone. Other threads keep their number."""
-    torch.get_num_threads()  # torch's first use in a thread sets the number
-    _openmp.omp_set_num_threads(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +41,7 @@ class WholeResize(Resize):
 
     def __call__(self, images: Sequence[Any]) -> list[Any]:
         """Resizes a batch, as a node of a graph. `images` and the results are DLPack capsules."""
-        use_one_thread()  # without AVX2, torch resizes in several
+        use_threads(1)  # without AVX2, torch resizes in several
         return [to_dlpack(self.resized(from_dlpack(image)).contiguous()) for image in images]
 
     def resized(self, image: Tensor, mirror: int = 0) -> Tensor:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.dali.cpu_resize import Resize, use_one_thread
+from pipelines.dali.cpu_resize import Resize
 from pipelines.dali.draws import draws_from_outside
 from pipelines.dali.graph import ENCODED, Stage, has_conditionals, image_pipeline
 from pipelines.dali.operators import Preprocessing
+from pipelines.openmp import use_threads
 
 if TYPE_CHECKING:
     from pipelines.config import DataConfig
@@ -163,8 +164,8 @@ def _run(graph: Graph, finish: Callable[[Sequence[Any], Work], Any], work: _Queu
             while (more := under_way.popleft() if under_way else work.get()) is not None:
                 more[1].set_exception(RuntimeError("an error stopped the graph"))
     finally:
-        _running.pop(threading.current_thread(), None)
         graph.close()
+        _running.pop(threading.current_thread(), None)
 
 
 def _finish_all(
@@ -178,7 +179,7 @@ def _finish_all(
     Only that one: the error refers to all who have passed it on, and they hold the results to come.
     """
     try:
-        use_one_thread()
+        use_threads(1)
         while _feed(graph, work, under_way):
             outputs = graph.outputs()
             if not _feed(graph, work, under_way):  # the graph decodes while this thread finishes

@@ -7,14 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.distributed import alone
 from tools import cli
 from tools.run import sharing
 
@@ -43,7 +43,7 @@ def test_others_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     num_cpus = len(os.sched_getaffinity(0))
     with strangers(2 * num_cpus), caplog.at_level(logging.WARNING):
         time.sleep(1)  # until they are busy
-        measured = sharing.Sharing(alone(torch.device("cpu")))
+        measured = sharing.Sharing(1)
         for _ in range(2):
             time.sleep(1.5)
             measured.epoch()
@@ -65,24 +65,70 @@ def settings_of_openmp(variables: dict[str, str]) -> dict[str, str]:
     return dict(re.findall(r"(\w+) = '(\w+)'", done.stderr))
 
 
-def test_threads_sleep_while_they_wait_on_a_busy_machine() -> None:
-    with strangers(2 * len(os.sched_getaffinity(0))):
+def test_threads_spin_for_a_short_time_and_the_users_setting_comes_first() -> None:
+    assert settings_of_openmp({})["GOMP_SPINCOUNT"] == cli.SHORT_SPIN
+    assert settings_of_openmp({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert settings_of_openmp({"GOMP_SPINCOUNT": "77"})["GOMP_SPINCOUNT"] == "77"
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do from when others come to when they go. OpenMP's own threads are then more than there are CPUs."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", cli.SHORT_SPIN)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(sharing, "LOOK_SECONDS", 0.2)
+    usage = sharing.Cores(run=1.0, others=0.0, idle=1.0)
+    monkeypatch.setattr(sharing.Clock, "lap", lambda clock: (0.2, usage))
+    count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+    with sharing.considerate_threads(torch.device("cpu")):
+        before = count()
+        usage = sharing.Cores(run=1.0, others=1.0, idle=0.0)
+        wait_until(lambda: count() >= before + len(os.sched_getaffinity(0)))
+        usage = sharing.Cores(run=1.0, others=0.35, idle=0.5)
+        time.sleep(0.5)
+        assert "hold threads of OpenMP" in names()
+        usage = sharing.Cores(run=1.0, others=0.0, idle=1.0)
+        wait_until(lambda: "hold threads of OpenMP" not in names())
+        wait_until(lambda: count() == before)
+        usage = sharing.Cores(run=1.0, others=1.0, idle=0.0)
+        wait_until(lambda: "hold threads of OpenMP" in names())
+    assert not {"hold threads of OpenMP", "watch other programs"} & {*names()}
+
+
+@pytest.mark.parametrize(
+    ("device", "variables"),
+    [("cuda", {"GOMP_SPINCOUNT": cli.SHORT_SPIN}), ("cpu", {"GOMP_SPINCOUNT": "77"}), ("cpu", {"OMP_WAIT_POLICY": "active"})],
+)
+def test_nobody_watches_where_nothing_is_to_be_changed(
+    monkeypatch: pytest.MonkeyPatch, device: str, variables: dict[str, str]
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with sharing.considerate_threads(torch.device(device)):
+        assert "watch other programs" not in names()
+
+
+def test_the_clock_tells_who_uses_the_cores() -> None:
+    num_cpus = len(os.sched_getaffinity(0))
+    clock = sharing.Clock(1)
+    with strangers(2 * num_cpus):
         time.sleep(1)
-        assert settings_of_openmp({})["OMP_WAIT_POLICY"] == "PASSIVE"
-
-
-def test_the_users_setting_comes_first() -> None:
-    with strangers(2 * len(os.sched_getaffinity(0))):
-        time.sleep(1)
-        assert settings_of_openmp({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "ACTIVE"
-        assert settings_of_openmp({"GOMP_SPINCOUNT": "77"})["GOMP_SPINCOUNT"] == "77"
-
-
-def test_threads_spin_for_a_short_time_on_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "others_are_busy", lambda: False)
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # restored afterwards
-        monkeypatch.delenv(name)
-    with pytest.raises(SystemExit):
-        cli.run_command(lambda: 0)
-    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ["GOMP_SPINCOUNT"]) == (None, cli.SHORT_SPIN)
+        clock.lap()
+        time.sleep(1.5)
+        seconds, cores = clock.lap()
+    assert seconds == pytest.approx(1.5, abs=1)
+    assert cores.others > 0.5 * num_cpus
+    assert cores.idle < 0.25 * num_cpus
+    assert cores.run < 0.5 * num_cpus

@@ -19,11 +19,11 @@ from tools.throughput.process import run_measured
 from tools.throughput.report import RATE, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, take_turns
 
-# How threads of OpenMP wait for each other: as the commands set it on a busy and on a quiet machine, and OpenMP's default.
+# How threads of OpenMP wait for each other: as in train.py, by OpenMP's default, and always asleep.
 WAITS = {
-    "asleep": {"GOMP_SPINCOUNT": "0"},
-    "spinning shortly": {"GOMP_SPINCOUNT": SHORT_SPIN},
+    "as train.py": {"GOMP_SPINCOUNT": SHORT_SPIN},
     "spinning": {"GOMP_SPINCOUNT": "300000"},
+    "asleep": {"GOMP_SPINCOUNT": "0"},
 }
 COLUMNS = (
     RATE,
@@ -44,8 +44,8 @@ def shared(
 ) -> int:
     """Measure training steps in float32 on a CPU while other processes are busy.
 
-    Torch's threads sleep or spin while they wait for each other. Ratios are to OpenMP's default without busy processes. A fair
-    share is CPUs / (CPUs + busy processes).
+    Torch's threads sleep or spin while they wait for each other. In train.py, they sleep while others use the CPUs. Ratios are
+    to OpenMP's default without busy processes. A fair share is CPUs / (CPUs + busy processes).
 
     Args:
         busy: Numbers of busy processes.

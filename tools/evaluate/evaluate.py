@@ -20,6 +20,7 @@ from pipelines.printable import printable
 from tools.run.cpu_precision import all_have_bf16
 from tools.run.data import require_same_classes
 from tools.run.resources import choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
+from tools.run.sharing import considerate_threads
 
 
 def evaluate_checkpoint(
@@ -40,7 +41,7 @@ def evaluate_checkpoint(
     Raises:
         ValueError: The checkpoint, the shards, or the settings cannot be used.
     """
-    with join_world(device) as world:
+    with join_world(device) as world, considerate_threads(world.device, world.local_size):
         if not world.is_main:
             logging.getLogger("train").setLevel(logging.WARNING)
         raw, ema, chosen = load_both(checkpoint, world.device, arch)

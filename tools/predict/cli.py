@@ -65,6 +65,7 @@ class Predict:
         from model.load_model import load_model
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict
+        from tools.run.sharing import considerate_threads
 
         device = choose_device(self.device)
         trained = load_model(self.checkpoint, self.weights, device, Arch(self.arch, self.options))
@@ -80,12 +81,13 @@ class Predict:
             num_threads=self.threads,
             max_pixels=self.max_pixels,
         )
-        for prediction in predictions:
-            if prediction.problem:
-                print(printable(f"{prediction.image.name}: {prediction.problem}"), file=sys.stderr)
-            if prediction.scores:
-                print(prediction.as_json() if self.json else prediction.as_text(), flush=True)
-                count += 1
+        with considerate_threads(device):
+            for prediction in predictions:
+                if prediction.problem:
+                    print(printable(f"{prediction.image.name}: {prediction.problem}"), file=sys.stderr)
+                if prediction.scores:
+                    print(prediction.as_json() if self.json else prediction.as_text(), flush=True)
+                    count += 1
         if not count:
             print("error: no image could be predicted", file=sys.stderr)
         return 0 if count else 1

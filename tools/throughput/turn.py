@@ -118,10 +118,10 @@ def check(task: Task, images: Any, labels: Any) -> None:
         raise ValueError(f"gives values from {least:.2f} to {most:.2f}; normalized values are from {low:.2f} to {high:.2f}")
 
 
-def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of all its descendants that still run."""
+def cpu_seconds(parent: int | None = None) -> float:
+    """Returns the CPU time of a process, by default this one, and of all its descendants that still run."""
     ticks = 0
-    for pid in family(os.getpid()):
+    for pid in family(parent or os.getpid()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             # The name in front may contain anything. Fields 14 and 15 of proc_pid_stat(5) are user and system time.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
