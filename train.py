@@ -39,6 +39,7 @@ from pipelines.loader import Loader
 from pipelines.meter import Meter
 from pipelines.mix import MixConfig, mix
 from tools.cli import run_command
+from tools.considerate import considerate_threads
 from tools.run.class_weights import read_class_weights
 from tools.run.config import Config
 from tools.run.cpu_precision import with_precision
@@ -51,7 +52,6 @@ from tools.run.resume import find_saved_state, restore, settings_of_run
 from tools.run.run_folder import RunFolder
 from tools.run.run_lock import sole_run
 from tools.run.saver import Saver
-from tools.run.sharing import considerate_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -62,7 +62,7 @@ def _choose_how_threads_wait() -> None:
     """Sets how the threads of OpenMP, which torch uses on a CPU, wait for each other. The settings of the user come first.
 
     By default they spin for milliseconds: a core works for nothing while another thread of the same step waits for a core that
-    some other program has. OpenMP reads the setting when torch is imported. tools/run/sharing.py shortens the spinning further
+    some other program has. OpenMP reads the setting when torch is imported. tools/considerate.py shortens the spinning further
     while there are such programs. docs/performance.md has the measurements.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:

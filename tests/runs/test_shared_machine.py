@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import cli
+from tools import cli, considerate
 from tools.run import sharing
 
 ROOT = Path(__file__).parents[2]
@@ -86,21 +86,21 @@ def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) ->
     """They do from when others come to when they go. OpenMP's own threads are then more than there are CPUs."""
     monkeypatch.setenv("GOMP_SPINCOUNT", cli.SHORT_SPIN)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(sharing, "LOOK_SECONDS", 0.2)
-    usage = sharing.Cores(run=1.0, others=0.0, idle=1.0)
-    monkeypatch.setattr(sharing.Clock, "lap", lambda clock: (0.2, usage))
+    monkeypatch.setattr(considerate, "LOOK_SECONDS", 0.2)
+    usage = considerate.Cores(run=1.0, others=0.0, idle=1.0)
+    monkeypatch.setattr(considerate.Clock, "lap", lambda clock: (0.2, usage))
     count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
-    with sharing.considerate_threads(torch.device("cpu")):
+    with considerate.considerate_threads(torch.device("cpu")):
         before = count()
-        usage = sharing.Cores(run=1.0, others=1.0, idle=0.0)
+        usage = considerate.Cores(run=1.0, others=1.0, idle=0.0)
         wait_until(lambda: count() >= before + len(os.sched_getaffinity(0)))
-        usage = sharing.Cores(run=1.0, others=0.35, idle=0.5)
+        usage = considerate.Cores(run=1.0, others=0.35, idle=0.5)
         time.sleep(0.5)
         assert "hold threads of OpenMP" in names()
-        usage = sharing.Cores(run=1.0, others=0.0, idle=1.0)
+        usage = considerate.Cores(run=1.0, others=0.0, idle=1.0)
         wait_until(lambda: "hold threads of OpenMP" not in names())
         wait_until(lambda: count() == before)
-        usage = sharing.Cores(run=1.0, others=1.0, idle=0.0)
+        usage = considerate.Cores(run=1.0, others=1.0, idle=0.0)
         wait_until(lambda: "hold threads of OpenMP" in names())
     assert not {"hold threads of OpenMP", "watch other programs"} & {*names()}
 
@@ -116,13 +116,13 @@ def test_nobody_watches_where_nothing_is_to_be_changed(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with sharing.considerate_threads(torch.device(device)):
+    with considerate.considerate_threads(torch.device(device)):
         assert "watch other programs" not in names()
 
 
 def test_the_clock_tells_who_uses_the_cores() -> None:
     num_cpus = len(os.sched_getaffinity(0))
-    clock = sharing.Clock(1)
+    clock = considerate.Clock(1)
     with strangers(2 * num_cpus):
         time.sleep(1)
         clock.lap()

@@ -11,8 +11,8 @@ import time
 import torch
 
 from model.distributed import alone
+from tools.considerate import considerate_threads
 from tools.run.config import Config
-from tools.run.sharing import considerate_threads
 from tools.throughput.loops import make_trainer
 
 

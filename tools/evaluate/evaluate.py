@@ -17,10 +17,10 @@ from model.load_model import load_both
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.printable import printable
+from tools.considerate import considerate_threads
 from tools.run.cpu_precision import all_have_bf16
 from tools.run.data import require_same_classes
 from tools.run.resources import choose_autocast_dtype, choose_batch_size, image_dtype, share_threads
-from tools.run.sharing import considerate_threads
 
 
 def evaluate_checkpoint(

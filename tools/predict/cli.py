@@ -63,9 +63,9 @@ class Predict:
         self._check()
         from model.distributed import choose_device
         from model.load_model import load_model
+        from tools.considerate import considerate_threads
         from tools.predict.inputs import open_inputs
         from tools.predict.predict import predict
-        from tools.run.sharing import considerate_threads
 
         device = choose_device(self.device)
         trained = load_model(self.checkpoint, self.weights, device, Arch(self.arch, self.options))
