@@ -111,7 +111,7 @@ def run(config: Config) -> int:
         log_start(job, shards, path, torch_threads, loader_threads)
         log_schedule(job, config)
         log = TrainingLog(job, meter, folder, every=config.log_every or 1, max_nonfinite_steps=config.max_nonfinite_steps)
-        stack.enter_context(considerate_threads(world.device, world.local_size))
+        stack.enter_context(considerate_threads(world.device, world.size))
         with profiled(config.profile, path, world) as profiler_step:
             train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step))
         if saver.must_stop:

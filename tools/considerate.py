@@ -5,18 +5,17 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from pipelines.machine import busy_and_idle, cpu_seconds, num_cpus
 from pipelines.openmp import use_threads
 from tools.cli import SHORT_SPIN
-from tools.throughput.turn import CLOCK_TICKS, cpu_seconds
 
-# Judgments. Others disturb if they use so many cores and leave so small a part of all idle.
-FEWEST_OTHERS, MOST_IDLE = 0.4, 0.1
-GONE = 0.3  # others do not disturb any more; less than above, because threads that sleep leave others more
+# Judgments. Others disturb if they use so many cores, or such a part of all, and leave so small a part idle.
+FEWEST_OTHERS, SMALLEST_PART, MOST_IDLE = 0.4, 0.05, 0.1
+GONE = 0.75  # of that: they do not disturb any more. It is less, because threads that sleep leave others more.
 LOOK_SECONDS = 1.0
 
 
@@ -28,42 +27,51 @@ class Cores(NamedTuple):
     idle: float
 
     @property
+    def disturbance(self) -> float:
+        """What others use, relative to what disturbs."""
+        return self.others / max(FEWEST_OTHERS, SMALLEST_PART * sum(self))
+
+    @property
     def is_shared(self) -> bool:
-        return self.others >= FEWEST_OTHERS and self.idle <= MOST_IDLE * sum(self)
+        return self.disturbance >= 1 and self.idle <= MOST_IDLE * sum(self)
 
 
 class Clock:
-    """Tells from the kernel's clocks who uses the cores of this process.
+    """Tells from the kernel's clocks how the CPUs of this process are used."""
 
-    Args:
-        local_size: Processes of the run on this machine. If there are several, all that their parent has started are the run.
-    """
+    def __init__(self) -> None:
+        self._last = self._now()
 
-    def __init__(self, local_size: int) -> None:
-        self._pid = os.getpid() if local_size == 1 else os.getppid()
-        self.lap()
+    def lap(self) -> tuple[float, float, float, float]:
+        """Returns the seconds since the last call, and CPU seconds: of this process and its descendants, of all, and idle."""
+        before, self._last = self._last, self._now()
+        seconds, own, busy, idle = (new - old for new, old in zip(self._last, before, strict=True))
+        return seconds, own, busy, idle
 
-    def lap(self) -> tuple[float, Cores]:
-        """Returns the seconds since the last call, and the cores that were used meanwhile."""
-        now = time.monotonic(), cpu_seconds(self._pid), *_busy_and_idle()
-        before, self._last = getattr(self, "_last", now), now
-        seconds, own, busy, idle = (new - old for new, old in zip(now, before, strict=True))
-        return seconds, Cores(*((used / seconds if seconds else 0.0) for used in (own, busy - own, idle)))
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        return time.monotonic(), cpu_seconds(), *busy_and_idle()
 
 
 @contextlib.contextmanager
-def considerate_threads(device: torch.device, local_size: int = 1) -> Iterator[None]:
+def considerate_threads(device: torch.device, num_processes: int = 1) -> Iterator[None]:
     """Context in which torch's threads on a CPU sleep instead of spinning while other programs want the cores.
 
     A thread that spins keeps a core from the thread that it waits for. But sleeping costs a third of the rate of small steps
-    if nobody else is there (docs/performance.md). Settings of the user for OpenMP come first.
+    if nobody else is there (docs/performance.md). Settings of the user for OpenMP come first. Nothing is done in runs of
+    several processes, which would take each other for others, nor under a CPU quota, of which /proc knows nothing.
+
+    Args:
+        device: Device that the command computes on.
+        num_processes: Processes of the run.
     """
     is_chosen = os.environ.get("GOMP_SPINCOUNT") == SHORT_SPIN and "OMP_WAIT_POLICY" not in os.environ
-    if device.type != "cpu" or not is_chosen:
+    is_limited = num_cpus() < len(os.sched_getaffinity(0))
+    if device.type != "cpu" or num_processes > 1 or is_limited or not is_chosen:
         yield
         return
     end = threading.Event()
-    watch = threading.Thread(target=_watch, args=(Clock(local_size), end), name="watch other programs", daemon=True)
+    watch = threading.Thread(target=_watch, args=(Clock(), end), name="watch other programs", daemon=True)
     watch.start()
     try:
         yield
@@ -77,11 +85,12 @@ def _watch(clock: Clock, end: threading.Event) -> None:
     with contextlib.ExitStack() as sleeping:
         is_sleeping = False
         while not end.wait(LOOK_SECONDS):
-            _, cores = clock.lap()
+            seconds, own, busy, idle = clock.lap()
+            cores = Cores(own / seconds, (busy - own) / seconds, idle / seconds)
             if not is_sleeping and cores.is_shared:
                 sleeping.enter_context(_threads_sleep())
                 is_sleeping = True
-            elif is_sleeping and cores.others < GONE:
+            elif is_sleeping and cores.disturbance < GONE:
                 sleeping.close()
                 is_sleeping = False
 
@@ -91,7 +100,7 @@ def _threads_sleep() -> Iterator[None]:
     """Context in which OpenMP's threads spin for a moment only before they sleep.
 
     While a process has more OpenMP threads than CPUs, libgomp spins for at most 100 turns (GOMP_SPINCOUNT in its manual). So
-    this starts as many as there are CPUs, which have nothing to do.
+    this starts the threads that are missing, which have nothing to do.
     """
     end = threading.Event()
     idle = threading.Thread(target=_hold_threads, args=(end,), name="hold threads of OpenMP", daemon=True)
@@ -104,17 +113,8 @@ def _threads_sleep() -> Iterator[None]:
 
 
 def _hold_threads(end: threading.Event) -> None:
-    number = len(os.sched_getaffinity(0))
+    # libgomp does not count this thread, so to have one more than CPUs takes two more.
+    number = max(2, len(os.sched_getaffinity(0)) - torch.get_num_threads() + 2)
     use_threads(number)
     torch.zeros(number << 16, dtype=torch.uint8).add_(1)  # enough for torch to use them all
     end.wait()
-
-
-def _busy_and_idle() -> tuple[float, float]:
-    """Returns the seconds that the cores of this process were busy and idle (man 5 proc_stat). Stolen time is busy."""
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    # user, nice, system, idle, iowait, irq, softirq, steal; guests' time follows, and is part of the user's
-    times = [[int(ticks) for ticks in row[1:9]] for row in rows if row[0] in cores]
-    idle = sum(row[3] + row[4] for row in times)
-    return (sum(map(sum, times)) - idle) / CLOCK_TICKS, idle / CLOCK_TICKS

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.distributed import alone
+from pipelines.machine import cpu_seconds
 from tools import cli, considerate
 from tools.run import sharing
 
@@ -24,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 @contextlib.contextmanager
 def strangers(number: int) -> Iterator[None]:
     """Context with busy processes that are no descendants of this one."""
-    busy = f"{sys.executable} -c 'while True: pass'"
+    # They end by themselves if this process is killed.
+    script = "import time; end = time.monotonic() + 120\nwhile time.monotonic() < end: pass"
+    busy = shlex.join([sys.executable, "-c", script])
     started = subprocess.run(
         ["sh", "-c", " ".join(f"{busy} > /dev/null 2>&1 & echo $!;" for _ in range(number))],
         capture_output=True,
@@ -35,7 +40,8 @@ def strangers(number: int) -> Iterator[None]:
         yield
     finally:
         for pid in started.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def test_others_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,7 +49,7 @@ def test_others_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     num_cpus = len(os.sched_getaffinity(0))
     with strangers(2 * num_cpus), caplog.at_level(logging.WARNING):
         time.sleep(1)  # until they are busy
-        measured = sharing.Sharing(1)
+        measured = sharing.Sharing(alone(torch.device("cpu")))
         for _ in range(2):
             time.sleep(1.5)
             measured.epoch()
@@ -87,48 +93,83 @@ def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("GOMP_SPINCOUNT", cli.SHORT_SPIN)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(considerate, "LOOK_SECONDS", 0.2)
-    usage = considerate.Cores(run=1.0, others=0.0, idle=1.0)
-    monkeypatch.setattr(considerate.Clock, "lap", lambda clock: (0.2, usage))
-    count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+    laps, usage = [0], (1.0, 1.0, 1.0, 1.0)  # seconds; CPU seconds of the run, busy, idle
+
+    def lap(clock: considerate.Clock) -> tuple[float, float, float, float]:
+        laps[0] += 1
+        return usage
+
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def wait_for_laps(number: int) -> None:
+        start = laps[0]
+        wait_until(lambda: laps[0] >= start + number)
+
+    monkeypatch.setattr(considerate.Clock, "lap", lap)
+    monkeypatch.setattr(considerate, "num_cpus", lambda: len(os.sched_getaffinity(0)))
     with considerate.considerate_threads(torch.device("cpu")):
         before = count()
-        usage = considerate.Cores(run=1.0, others=1.0, idle=0.0)
-        wait_until(lambda: count() >= before + len(os.sched_getaffinity(0)))
-        usage = considerate.Cores(run=1.0, others=0.35, idle=0.5)
-        time.sleep(0.5)
+        usage = (1.0, 1.0, 2.0, 0.0)
+        wait_until(lambda: count() >= before + 2)
+        usage = (1.0, 1.0, 1.35, 0.5)  # less than before, and not yet gone
+        wait_for_laps(3)
         assert "hold threads of OpenMP" in names()
-        usage = considerate.Cores(run=1.0, others=0.0, idle=1.0)
-        wait_until(lambda: "hold threads of OpenMP" not in names())
-        wait_until(lambda: count() == before)
-        usage = considerate.Cores(run=1.0, others=1.0, idle=0.0)
+        usage = (1.0, 1.0, 1.0, 1.0)
+        wait_until(lambda: "hold threads of OpenMP" not in names() and count() <= before)
+        usage = (1.0, 1.0, 2.0, 0.0)
         wait_until(lambda: "hold threads of OpenMP" in names())
     assert not {"hold threads of OpenMP", "watch other programs"} & {*names()}
 
 
 @pytest.mark.parametrize(
-    ("device", "variables"),
-    [("cuda", {"GOMP_SPINCOUNT": cli.SHORT_SPIN}), ("cpu", {"GOMP_SPINCOUNT": "77"}), ("cpu", {"OMP_WAIT_POLICY": "active"})],
+    ("device", "num_processes", "variables"),
+    [
+        ("cuda", 1, {"GOMP_SPINCOUNT": cli.SHORT_SPIN}),
+        ("cpu", 2, {"GOMP_SPINCOUNT": cli.SHORT_SPIN}),
+        ("cpu", 1, {"GOMP_SPINCOUNT": "77"}),
+        ("cpu", 1, {"OMP_WAIT_POLICY": "active"}),
+    ],
 )
 def test_nobody_watches_where_nothing_is_to_be_changed(
-    monkeypatch: pytest.MonkeyPatch, device: str, variables: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, device: str, num_processes: int, variables: dict[str, str]
 ) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with considerate.considerate_threads(torch.device(device)):
+    with considerate.considerate_threads(torch.device(device), num_processes):
         assert "watch other programs" not in names()
+
+
+@pytest.mark.parametrize(
+    ("run", "others", "idle", "expected"),
+    [
+        (1.6, 0.4, 0.0, True),
+        (1.7, 0.3, 0.0, False),
+        (1.0, 0.7, 0.3, False),  # cores are free
+        (94.0, 1.0, 1.0, False),  # a hundredth of many cores
+        (85.0, 10.0, 1.0, True),
+    ],
+)
+def test_what_disturbs(run: float, others: float, idle: float, expected: bool) -> None:
+    assert considerate.Cores(run, others, idle).is_shared == expected
 
 
 def test_the_clock_tells_who_uses_the_cores() -> None:
     num_cpus = len(os.sched_getaffinity(0))
-    clock = considerate.Clock(1)
     with strangers(2 * num_cpus):
         time.sleep(1)
-        clock.lap()
+        clock = considerate.Clock()
         time.sleep(1.5)
-        seconds, cores = clock.lap()
-    assert seconds == pytest.approx(1.5, abs=1)
-    assert cores.others > 0.5 * num_cpus
-    assert cores.idle < 0.25 * num_cpus
-    assert cores.run < 0.5 * num_cpus
+        seconds, own, busy, idle = clock.lap()
+    assert seconds >= 1.5
+    assert busy - own > 0.5 * num_cpus * seconds
+    assert idle < 0.25 * num_cpus * seconds
+    assert 0 <= own < 0.5 * num_cpus * seconds
+
+
+def test_the_cpu_time_of_children_that_have_ended_counts() -> None:
+    before = cpu_seconds()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert cpu_seconds() - before >= 0.45

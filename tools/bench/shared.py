@@ -52,7 +52,7 @@ def shared(
         batch_size: Images per step.
         image_size: Image side, in pixels.
         torch_threads: Threads of torch; by default one per CPU.
-        seconds: Time of a turn, after the first step.
+        seconds: Time of a turn, after two seconds in which train.py sees the others.
         rounds: Turns of each row.
         json: File for all figures.
     """

@@ -11,7 +11,7 @@ import time
 import torch
 
 from model.distributed import alone
-from tools.considerate import considerate_threads
+from tools.considerate import LOOK_SECONDS, considerate_threads
 from tools.run.config import Config
 from tools.throughput.loops import make_trainer
 
@@ -24,6 +24,9 @@ def main() -> None:
     run = make_trainer(config, alone(device), None, 1)
     run()
     with considerate_threads(device):
+        settled = time.perf_counter() + 2 * LOOK_SECONDS
+        while time.perf_counter() < settled:
+            run()
         started, cpu = time.perf_counter(), time.process_time()
         for steps in itertools.count(1):  # noqa: B007  (used below)
             run()

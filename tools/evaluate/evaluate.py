@@ -41,7 +41,7 @@ def evaluate_checkpoint(
     Raises:
         ValueError: The checkpoint, the shards, or the settings cannot be used.
     """
-    with join_world(device) as world, considerate_threads(world.device, world.local_size):
+    with join_world(device) as world, considerate_threads(world.device, world.size):
         if not world.is_main:
             logging.getLogger("train").setLevel(logging.WARNING)
         raw, ema, chosen = load_both(checkpoint, world.device, arch)

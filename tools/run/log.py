@@ -102,7 +102,7 @@ class TrainingLog:
     def __init__(self, job: Job, meter: Meter, folder: RunFolder, *, every: int, max_nonfinite_steps: int) -> None:
         self._job, self._meter, self._folder = job, meter, folder
         self._every, self._max_nonfinite_steps = every, max_nonfinite_steps
-        self._sharing = Sharing(job.world.local_size)
+        self._sharing = Sharing(job.world)
 
     def step(self, loader: Loader, lr: float) -> None:
         """Reports the steps since the last log line, if one is due. The host waits for the device only then.
@@ -180,8 +180,7 @@ class TrainingLog:
             *(job.epoch, job.config.epochs, pace.images_per_second, WARM_UP_BATCHES, warm_up.seconds, warm_up.wait_seconds),
             verdict(job.device.type, pace.data_wait_percent, launch_bound_percent=pace.launch_bound_percent),
         )
-        if job.world.is_main:
-            self._sharing.epoch()
+        self._sharing.epoch()
 
     def validation(self, evaluation: Evaluation, bad_samples: int) -> None:
         """Reports the scores, and writes images of mistakes."""

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import socket
 
-from tools.considerate import Clock
+from model.distributed import World
+from tools.considerate import Clock, Cores
 
 log = logging.getLogger("train")
 
@@ -11,18 +13,21 @@ FEWEST_SECONDS = 20.0  # a judgment: in shorter epochs nobody minds
 
 
 class Sharing:
-    """Says once if other programs use the cores of this run.
+    """Says once if other programs use the cores of this run. All ranks call its methods together.
 
     Args:
-        local_size: Processes of the run on this machine.
+        world: This process and the others, whose work on the same machine is that of the run.
     """
 
-    def __init__(self, local_size: int) -> None:
-        self._clock, self._is_said = Clock(local_size), False
+    def __init__(self, world: World) -> None:
+        self._world, self._clock, self._is_said = world, Clock(), False
 
     def epoch(self) -> None:
         """Warns of other programs if they took cores since the last call, and begins anew."""
-        seconds, cores = self._clock.lap()
+        seconds, own, busy, idle = self._clock.lap()
+        host = socket.gethostname()
+        run = sum(of_rank for name, of_rank in self._world.gather((host, own)) if name == host)
+        cores = Cores(run / seconds, (busy - run) / seconds, idle / seconds)
         if seconds >= FEWEST_SECONDS and not self._is_said and cores.is_shared:
             num_cores = len(os.sched_getaffinity(0))
             log.warning(

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.files import make_writable
+from pipelines.machine import family
 from tools.throughput.rounds import Turn, TurnError
-from tools.throughput.turn import family
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {

@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.machine import cpu_seconds
+
 WARM_UP_BATCHES = 4  # after the first batch: queues fill up, and memory is allocated
 TOLERANCE = 0.05  # of normalized values, for differences in interpolation and rounding
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 # Endless batches, epoch after epoch; the last batch of an epoch may be smaller. Images: torch float32 `(N, 3, size, size)`;
 # labels: N integers. Closing the generator ends its threads and processes.
@@ -116,23 +116,3 @@ def check(task: Task, images: Any, labels: Any) -> None:
     least, most = images.min().item(), images.max().item()
     if not (low - TOLERANCE <= least < 0 and most <= high + TOLERANCE):  # pixels from 0 to 1 or to 255 are never negative
         raise ValueError(f"gives values from {least:.2f} to {most:.2f}; normalized values are from {low:.2f} to {high:.2f}")
-
-
-def cpu_seconds(parent: int | None = None) -> float:
-    """Returns the CPU time of a process, by default this one, and of all its descendants that still run."""
-    ticks = 0
-    for pid in family(parent or os.getpid()):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # The name in front may contain anything. Fields 14 and 15 of proc_pid_stat(5) are user and system time.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / CLOCK_TICKS
-
-
-def family(pid: int) -> Iterator[int]:
-    """Yields a process and all its descendants. Some may have ended already."""
-    yield pid
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in path.read_text().split():
-                yield from family(int(child))

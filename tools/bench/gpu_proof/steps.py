@@ -22,7 +22,7 @@ from model.distributed import choose_device
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import STD, Batch
-from pipelines.machine import num_cpus
+from pipelines.machine import cpu_seconds, num_cpus
 from tools.bench.gpu_proof.plan import Figures, Setup
 from tools.bench.gpu_proof.testing import run_tests
 from tools.bench.linked import LinkedShards, photograph
@@ -33,7 +33,6 @@ from tools.shards.shape import Shape
 from tools.throughput.model import make_case
 from tools.throughput.process import ROOT
 from tools.throughput.stage import StageTask, stage_batches
-from tools.throughput.turn import cpu_seconds
 
 LOADS = (0.0, 0.65, 1.0)  # shares of the hardware decoder
 BUSY = "nvidia-smi --query-gpu=utilization.gpu,utilization.jpeg --format=csv,noheader,nounits"
