@@ -26,6 +26,11 @@ class Cores(NamedTuple):
     others: float
     idle: float
 
+    @classmethod
+    def used(cls, seconds: float, own: float, busy: float, idle: float) -> "Cores":
+        """Returns the cores from what `Clock.lap` measured."""
+        return cls(own / seconds, (busy - own) / seconds, idle / seconds)
+
     @property
     def disturbance(self) -> float:
         """What others use, relative to what disturbs."""
@@ -85,8 +90,7 @@ def _watch(clock: Clock, end: threading.Event) -> None:
     with contextlib.ExitStack() as sleeping:
         is_sleeping = False
         while not end.wait(LOOK_SECONDS):
-            seconds, own, busy, idle = clock.lap()
-            cores = Cores(own / seconds, (busy - own) / seconds, idle / seconds)
+            cores = Cores.used(*clock.lap())
             if not is_sleeping and cores.is_shared:
                 sleeping.enter_context(_threads_sleep())
                 is_sleeping = True

@@ -27,7 +27,7 @@ class Sharing:
         seconds, own, busy, idle = self._clock.lap()
         host = socket.gethostname()
         run = sum(of_rank for name, of_rank in self._world.gather((host, own)) if name == host)
-        cores = Cores(run / seconds, (busy - run) / seconds, idle / seconds)
+        cores = Cores.used(seconds, run, busy, idle)
         if seconds >= FEWEST_SECONDS and not self._is_said and cores.is_shared:
             num_cores = len(os.sched_getaffinity(0))
             log.warning(
