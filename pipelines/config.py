@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.augment import HorizontalFlip, RandomResizedCrop
+from pipelines.augment import Augmentation, HorizontalFlip, RandomResizedCrop
 from pipelines.bad_samples.limits import MAX_PIXELS, TIMEOUT_SECONDS, check_max_pixels
-from pipelines.notation import AugmentationList
 from pipelines.shards.shard_set import ShardSet, open_shards
 
 OF_DALI = ("prefetch", "hw_decoder_load", "size_schedule")
@@ -37,7 +36,7 @@ class DataConfig:
     hw_decoder_load: float | None = None
     """Fraction of the images, 0 to 1, for the GPU's hardware JPEG decoder, if it has one. By default 0.65, as in DALI."""
     crop: RandomResizedCrop = RandomResizedCrop()
-    augment: AugmentationList = (HorizontalFlip(),)
+    augment: tuple[Augmentation, ...] = (HorizontalFlip(),)
     """Augmentations after the crop, in this order; may be empty. docs/augmentation.md lists the parameters."""
     size_schedule: tuple[str, ...] = ()
     """Training image sizes as EPOCH:SIZE (1:128 11:176 21:224). Until the first epoch listed, --image-size applies."""

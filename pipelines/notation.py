@@ -1,9 +1,7 @@
 """Reads and writes augmentations as `--data.augment` lists them: `rotate`, `random-erasing:area=0.1..0.2,probability=1`."""
 
 import dataclasses
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipelines.augment import AUGMENTATIONS, Augmentation
 
@@ -59,16 +57,3 @@ def _converted(text: str, kind: Any, place: str) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"{place}: {'an integer' if kind is int else 'a number'} is needed, not {text!r}") from None
-
-
-# One specification for the whole list: if each entry had its own, tyro would replace an entry's error message with another.
-AugmentationList = Annotated[
-    tuple[Augmentation, ...],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"[{{{','.join(sorted(AUGMENTATIONS))}}}[:PARAMETER=VALUE,...] ...]",
-        instance_from_str=lambda words: tuple(parse_augmentation(word) for word in words),
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(entry, Augmentation) for entry in value),
-        str_from_instance=lambda augmentations: [write_augmentation(augmentation) for augmentation in augmentations],
-    ),
-]

@@ -71,6 +71,8 @@ class CenterCropResize(Resize):
     def resized(self, image: Tensor, shape: Sequence[int]) -> Tensor:
         """Resizes the part of an image that `regions` returned, given the shape `(H, W, C)` of the whole image."""
         y, x = self._sides(shape)
+        if y.scale == x.scale == 1:  # the region is the crop
+            return image
         resized = _resized(image, (y.margin + self.size, x.margin + self.size), (1 / y.scale, 1 / x.scale))
         return resized[y.margin :, x.margin :]
 
@@ -100,6 +102,8 @@ class _Side(NamedTuple):
 def _side(length: int, shorter: int, size: int, resize_shorter: int) -> _Side:
     resized = length * resize_shorter // shorter
     scale, corner = length / resized, round((resized - size) / 2)
+    if scale == 1:
+        return _Side(corner, corner + size, scale, margin=0)
     support = max(1.0, scale)  # reach of the filter on each side of a pixel's center; centers lie at 0.5
 
     def distance(position: int) -> float:

@@ -37,6 +37,7 @@ from pipelines.loader import MEAN, STD
 from pipelines.notation import parse_augmentation, write_augmentation
 from tests.conftest import write_image
 from tests.helpers.runs import environment
+from tools.augmentation_lists import AUGMENTATION_LISTS
 from tools.shards.convert import convert
 from tools.shards.plan import Options
 
@@ -227,7 +228,7 @@ def test_automatic_augmentations_change_most_images_and_stay_images(stored: Path
 
 
 def parse(*arguments: str) -> DataConfig:
-    return tyro.cli(DataConfig, args=arguments)
+    return tyro.cli(DataConfig, args=arguments, registry=AUGMENTATION_LISTS)
 
 
 def test_the_command_line() -> None:
@@ -319,8 +320,9 @@ def test_the_example_of_contributing_works_as_it_is_written(stored: Path, tmp_pa
 import torch, tyro
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from tools.augmentation_lists import AUGMENTATION_LISTS
 arguments = ["--train", {str(stored / "shards")!r}, "--augment", *{words.split()!r}]
-config = tyro.cli(DataConfig, args=arguments)
+config = tyro.cli(DataConfig, args=arguments, registry=AUGMENTATION_LISTS)
 spec = LoaderSpec(split="train", batch_size={COUNT}, image_size=32, device=torch.device("cpu"), num_threads=1)
 with build_loader(config, spec) as loader:
     [batch] = loader

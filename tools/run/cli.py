@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from tools.augmentation_lists import AUGMENTATION_LISTS
 from tools.cli import command_line, run_command
 from tools.parse import parse as parse_words
 from tools.run.config import Config
@@ -120,7 +121,9 @@ def _read_flags(arguments: Sequence[str], base: Config) -> Config:
     def read(words: list[str]) -> Config:
         default = object.__new__(_Flags)  # not checked: flags may replace what a check would refuse
         vars(default).update(vars(base), config=None, write_config=None)
-        flags = tyro.cli(_Flags, args=words, prog="train.py", description=Config.__doc__, default=default)
+        flags = tyro.cli(
+            _Flags, args=words, prog="train.py", description=Config.__doc__, default=default, registry=AUGMENTATION_LISTS
+        )
         return Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
 
     return parse_words(read, arguments)

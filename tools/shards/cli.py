@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipelines.augment import RandomResizedCrop
+from pipelines.augment import Augmentation, RandomResizedCrop
 from pipelines.bad_samples.limits import MAX_PIXELS
 from pipelines.config import DataConfig
 from pipelines.mix import MixConfig
-from pipelines.notation import AugmentationList
 from pipelines.printable import printable_text
+from tools.augmentation_lists import AUGMENTATION_LISTS
 from tools.cli import run_command
 from tools.parse import parse
 from tools.shards.build import RejectedError
@@ -199,7 +199,7 @@ class Preview(_ReadShards):
     seed: int = 0
     """Seed of the choice of samples and of the augmentation."""
     crop: RandomResizedCrop = DataConfig.crop
-    augment: AugmentationList = DataConfig.augment
+    augment: tuple[Augmentation, ...] = DataConfig.augment
     """Augmentations of training images after the crop, in this order, as in train.py --data.augment. The list may be empty."""
     mix: MixConfig = MixConfig()
 
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         verb: Verb = parse(
-            lambda words: tyro.cli(Verb, prog="shards", description=DESCRIPTION, args=words),
+            lambda words: tyro.cli(Verb, prog="shards", description=DESCRIPTION, args=words, registry=AUGMENTATION_LISTS),
             arguments,
         )
         return verb.run()
