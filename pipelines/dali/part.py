@@ -180,12 +180,15 @@ def _finish_all(
     """
     try:
         use_threads(1)
-        while _feed(graph, work, under_way):
+        is_first = True  # the first batch is there sooner if it has the CPUs to itself
+        while _feed(graph, work, under_way, only_one=is_first):
             outputs = graph.outputs()
-            if not _feed(graph, work, under_way):  # the graph decodes while this thread finishes
+            # Then the graph decodes while this thread finishes.
+            if not _feed(graph, work, under_way, only_one=is_first):
                 break
             under_way[0][1].set_result(finish(outputs, under_way[0][0]))
             under_way.popleft()
+            is_first = False
             del outputs  # the thread may wait long for more work
     except BaseException as error:
         under_way.popleft()[1].set_exception(error)
@@ -193,9 +196,9 @@ def _finish_all(
     return True
 
 
-def _feed(graph: Graph, work: _Queue, under_way: deque[tuple[Work, Future[Any]]]) -> bool:
+def _feed(graph: Graph, work: _Queue, under_way: deque[tuple[Work, Future[Any]]], *, only_one: bool) -> bool:
     """Feeds the graph with the work that has come. Waits for some if there is none under way. Returns whether to go on."""
-    while not under_way or not work.empty():
+    while not under_way or not (only_one or work.empty()):
         more = work.get()
         if more is None:
             return False
