@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.bad_samples.decoder_check import end_silence
+from pipelines.bad_samples.silence import end_silence
 from pipelines.printable import printable
 
 INTERRUPTED_SECONDS = 5.0  # after Ctrl-C, until a blocked read is abandoned with its process

@@ -1,10 +1,7 @@
 """Tells, outside of a pipeline, whether the training decoder can decode an image."""
 
-import contextlib
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 # nvImageCodec logs each image that it cannot decode to standard error. Here that is a result, not an accident.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -14,6 +11,7 @@ from nvidia import nvimgcodec
 from pipelines.bad_samples import png
 from pipelines.bad_samples.kinds import JPEG_2000, Kind, misread_kind, why_unknown, why_unsafe
 from pipelines.bad_samples.limits import too_many_pixels
+from pipelines.bad_samples.silence import decoders_silenced
 
 # nvImageCodec's names of codecs, and the extensions that the reader looks for.
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "tiff": "tif", "pnm": "ppm"}
@@ -139,35 +137,3 @@ def _stopping_alone(images: Sequence[int], stops: Callable[[Sequence[int]], bool
         return list(images)
     halves = images[: len(images) // 2], images[len(images) // 2 :]
     return [i for half in halves if stops(half) for i in _stopping_alone(half, stops)]
-
-
-_silence = threading.Lock()
-_num_silencing = 0
-_stderr = -1
-
-
-@contextlib.contextmanager
-def decoders_silenced() -> Iterator[None]:
-    """Drops what libjpeg and libpng write to the process's standard error. Several threads may be inside."""
-    global _num_silencing, _stderr
-    with _silence:
-        if not _num_silencing:
-            sys.stderr.flush()
-            _stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 2)
-            os.close(null)
-        _num_silencing += 1
-    try:
-        yield
-    finally:
-        with _silence:
-            _num_silencing -= 1
-            if not _num_silencing:
-                os.dup2(_stderr, 2)
-                os.close(_stderr)
-
-
-def end_silence() -> None:
-    """Restores standard error in a process that is about to end, for its last words."""
-    if _num_silencing:  # without the lock, which a blocked thread may hold
-        os.dup2(_stderr, 2)

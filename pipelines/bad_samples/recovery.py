@@ -1,4 +1,7 @@
-"""Replaces the bad samples of a batch before it is decoded, and finds those at which the decoder stopped."""
+"""Replaces the bad samples of a batch before it is decoded, and finds those at which the decoder stopped.
+
+decoder_check.py has a decoder of its own, which takes time to import. It is imported when a sample has to be judged.
+"""
 
 import dataclasses
 import itertools
@@ -8,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.bad_samples.decoder_check import undecodable, why_unusable
 from pipelines.bad_samples.quarantine import Quarantine, RowId
 from pipelines.shards.deal import Deal, Plan
 from pipelines.shards.reader import Bytes, Fetched, Reader
@@ -99,6 +101,8 @@ class Recovery:
         Raises:
             ValueError: A tar changed, or there are too many bad samples.
         """
+        from pipelines.bad_samples.decoder_check import undecodable
+
         reasons = undecodable(
             [batch.images[slot].tobytes() for slot in batch.kept],
             lambda chosen: stops(_only(batch.images, {batch.kept[i] for i in chosen})),
@@ -136,6 +140,8 @@ class Recovery:
         """Adds the images that must not reach the decoder to the samples that cannot be used."""
         for slot, image in enumerate(fetched.images):
             if image[:2].tobytes() in JUDGED:
+                from pipelines.bad_samples.decoder_check import why_unusable
+
                 reason = why_unusable(image.tobytes(), self._max_pixels, "--data.max-pixels")
                 if reason:
                     fetched.reasons.setdefault(slot, reason)

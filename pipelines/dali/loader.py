@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from pipelines.bad_samples.decoder_check import decoders_silenced
 from pipelines.bad_samples.quarantine import Quarantine
 from pipelines.bad_samples.recovery import Recovery, UsableBatch
+from pipelines.bad_samples.silence import decoders_silenced
 from pipelines.dali.graph import DALI_VERSION
 from pipelines.dali.image_pipeline import ImagePipeline, describe
 from pipelines.dali.read_ahead import ReadAhead

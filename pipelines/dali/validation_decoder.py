@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pipelines.bad_samples.cut_short import why_cut_short
-from pipelines.bad_samples.decoder_check import decoders_silenced, undecodable, why_unusable
+from pipelines.bad_samples.decoder_check import undecodable, why_unusable
 from pipelines.bad_samples.limits import MAX_PIXELS
+from pipelines.bad_samples.silence import decoders_silenced
 from pipelines.config import DataConfig
 from pipelines.dali.image_pipeline import ImagePipeline, describe
 from pipelines.dali.operators import Color, Preprocessing
