@@ -111,9 +111,9 @@ def run(config: Config) -> int:
         log_start(job, shards, path, torch_threads, loader_threads)
         log_schedule(job, config)
         log = TrainingLog(job, meter, folder, every=config.log_every or 1, max_nonfinite_steps=config.max_nonfinite_steps)
-        stack.enter_context(considerate_threads(world.device, world.size))
+        adapt_threads = stack.enter_context(considerate_threads(world.device, world.size, is_fixed=config.has_fixed_threads))
         with profiled(config.profile, path, world) as profiler_step:
-            train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step))
+            train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step, adapt_threads))
         if saver.must_stop:
             return EXIT_CODE
         num_bad = train_loader.num_bad_samples + valid_loader.num_bad_samples
@@ -141,6 +141,7 @@ class Run:
     log: TrainingLog
     mix: MixConfig
     profiler_step: Callable[[], None]
+    adapt_threads: Callable[[], None]
 
 
 def train(run: Run) -> None:
@@ -170,6 +171,7 @@ def train_epoch(run: Run, progress: "tqdm[None]") -> None:
     for batch in run.meter.batches(run.train_loader):
         if job.step == end:  # the remaining batches are too few for a step
             continue
+        run.adapt_threads()
         number = (job.step * job.config.accumulate_steps + job.micro_step) * job.world.size + job.world.rank
         image, target = mix(
             run.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=number, seed=job.config.seed

@@ -1,10 +1,11 @@
-"""What other programs take from the CPUs of a command, and how torch's threads wait for each other then."""
+"""What other programs take from the CPUs of a command, and how many threads torch uses then, and how they wait."""
 
 import contextlib
 import os
+import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from tools.cli import SHORT_SPIN
 FEWEST_OTHERS, SMALLEST_PART, MOST_IDLE = 0.4, 0.05, 0.1
 GONE = 0.75  # of that: they do not disturb any more. It is less, because threads that sleep leave others more.
 LOOK_SECONDS = 1.0
+# Judgments. A number of threads is tried for so many seconds and steps. The better one is kept for so many times as long as the
+# trials took, so they cost a small part of the time.
+TRIAL_SECONDS, TRIAL_STEPS, TRIALS_APART = 2.0, 3, 10
 
 
 class Cores(NamedTuple):
@@ -58,35 +62,90 @@ class Clock:
         return time.monotonic(), cpu_seconds(), *busy_and_idle()
 
 
-@contextlib.contextmanager
-def considerate_threads(device: torch.device, num_processes: int = 1) -> Iterator[None]:
-    """Context in which torch's threads on a CPU sleep instead of spinning while other programs want the cores.
+class Threads:
+    """How many threads torch uses in the thread that made this object: those set then, or fewer if that is faster.
 
-    A thread that spins keeps a core from the thread that it waits for. But sleeping costs a third of the rate of small steps
-    if nobody else is there (docs/performance.md). Settings of the user for OpenMP come first. Nothing is done in runs of
-    several processes, which would take each other for others, nor under a CPU quota, of which /proc knows nothing.
+    Beside other programs, more threads get a larger share of the cores, but all wait for the one that lacks a core.
+    What counts more depends on the cores, the others and the size of a step, so both are tried by turns.
+
+    Args:
+        is_fixed: Whether the number has to stay.
+    """
+
+    def __init__(self, *, is_fixed: bool) -> None:
+        self.free: float | None = None  # cores that others leave; None if there are no others
+        self._most, self._is_fixed = torch.get_num_threads(), is_fixed
+        self._fewer, self._last = 1, time.monotonic()
+        self._numbers: Generator[int, float, None] | None = None
+
+    def adapt(self) -> None:
+        """Sets the number for the next step. Only the thread that made this object calls it, after each step."""
+        passed, self._last = time.monotonic() - self._last, time.monotonic()
+        free = self.free  # which another thread may set
+        if free is None or self._is_fixed or self._most == 1:
+            number, self._numbers = self._most, None
+        else:
+            self._fewer = max(1, min(self._most - 1, round(free)))
+            if self._numbers is None:
+                self._numbers = self._tried_by_turns()
+                number = next(self._numbers)
+            else:
+                number = self._numbers.send(passed)
+        if number != torch.get_num_threads():
+            torch.set_num_threads(number)
+
+    def _tried_by_turns(self) -> Generator[int, float, None]:
+        """Yields the number for each step, and is sent the seconds that the step took."""
+        while True:
+            step_seconds, trial_seconds = dict[int, float](), 0.0
+            for number in (self._most, self._fewer):
+                yield number  # the first step prepares kernels for this number
+                trial = [(yield number)]
+                while sum(trial) < TRIAL_SECONDS or len(trial) < TRIAL_STEPS:
+                    trial.append((yield number))
+                step_seconds[number] = statistics.median(trial)
+                trial_seconds += sum(trial)
+            best = min(step_seconds, key=step_seconds.__getitem__)
+            end = time.monotonic() + TRIALS_APART * trial_seconds
+            while time.monotonic() < end:
+                yield best
+
+
+@contextlib.contextmanager
+def considerate_threads(device: torch.device, num_processes: int = 1, *, is_fixed: bool = True) -> Iterator[Callable[[], None]]:
+    """Context in which torch is considerate of other programs that want the cores.
+
+    Its threads on a CPU sleep instead of spinning then: a thread that spins keeps a core from the thread that it waits for. But
+    sleeping costs a third of the rate of small steps if nobody else is there (docs/performance.md). It also has fewer
+    threads if that is faster. Settings of the user for OpenMP come first. Nothing is done in runs of several processes, which
+    would take each other for others, nor under a CPU quota, of which /proc knows nothing.
 
     Args:
         device: Device that the command computes on.
         num_processes: Processes of the run.
+        is_fixed: Whether the number of threads has to stay, because results depend on it in their last bits.
+
+    Yields:
+        A function to call after each step, which sets the number of threads for the next one.
     """
     is_chosen = os.environ.get("GOMP_SPINCOUNT") == SHORT_SPIN and "OMP_WAIT_POLICY" not in os.environ
     is_limited = num_cpus() < len(os.sched_getaffinity(0))
+    threads = Threads(is_fixed=is_fixed)
     if device.type != "cpu" or num_processes > 1 or is_limited or not is_chosen:
-        yield
+        yield threads.adapt
         return
     end = threading.Event()
-    watch = threading.Thread(target=_watch, args=(Clock(), end), name="watch other programs", daemon=True)
+    watch = threading.Thread(target=_watch, args=(Clock(), threads, end), name="watch other programs", daemon=True)
     watch.start()
     try:
-        yield
+        yield threads.adapt
     finally:
         end.set()
         watch.join()
 
 
-def _watch(clock: Clock, end: threading.Event) -> None:
-    """Lets threads sleep while others use the cores."""
+def _watch(clock: Clock, threads: Threads, end: threading.Event) -> None:
+    """Looks for others that use the cores."""
     with contextlib.ExitStack() as sleeping:
         is_sleeping = False
         while not end.wait(LOOK_SECONDS):
@@ -97,6 +156,7 @@ def _watch(clock: Clock, end: threading.Event) -> None:
             elif is_sleeping and cores.disturbance < GONE:
                 sleeping.close()
                 is_sleeping = False
+            threads.free = sum(cores) - cores.others if is_sleeping else None
 
 
 @contextlib.contextmanager
@@ -117,8 +177,7 @@ def _threads_sleep() -> Iterator[None]:
 
 
 def _hold_threads(end: threading.Event) -> None:
-    # libgomp does not count this thread, so to have one more than CPUs takes two more.
-    number = max(2, len(os.sched_getaffinity(0)) - torch.get_num_threads() + 2)
+    number = len(os.sched_getaffinity(0)) + 2  # libgomp does not count this thread, so they are one more than the CPUs
     use_threads(number)
     torch.zeros(number << 16, dtype=torch.uint8).add_(1)  # enough for torch to use them all
     end.wait()

@@ -77,6 +77,17 @@ def test_threads_spin_for_a_short_time_and_the_users_setting_comes_first() -> No
     assert settings_of_openmp({"GOMP_SPINCOUNT": "77"})["GOMP_SPINCOUNT"] == "77"
 
 
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Context in which torch uses so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def names() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
@@ -89,10 +100,14 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do from when others come to when they go. OpenMP's own threads are then more than there are CPUs."""
+    """They do from when others come to when they go. OpenMP's own threads are then more than there are CPUs.
+
+    Meanwhile there are fewer of them.
+    """
     monkeypatch.setenv("GOMP_SPINCOUNT", cli.SHORT_SPIN)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(considerate, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(considerate, "TRIAL_SECONDS", 0.1)
     laps, usage = [0], (1.0, 1.0, 1.0, 1.0)  # seconds; CPU seconds of the run, busy, idle
 
     def lap(clock: considerate.Clock) -> tuple[float, float, float, float]:
@@ -108,15 +123,22 @@ def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(considerate.Clock, "lap", lap)
     monkeypatch.setattr(considerate, "num_cpus", lambda: len(os.sched_getaffinity(0)))
-    with considerate.considerate_threads(torch.device("cpu")):
+    with torch_threads(2), considerate.considerate_threads(torch.device("cpu"), is_fixed=False) as adapt:
         before = count()
+        adapt()
+        assert torch.get_num_threads() == 2
         usage = (1.0, 1.0, 2.0, 0.0)
         wait_until(lambda: count() >= before + 2)
+        wait_for_laps(2)
+        wait_until(lambda: (adapt(), torch.get_num_threads())[1] == 1)
         usage = (1.0, 1.0, 1.35, 0.5)  # less than before, and not yet gone
         wait_for_laps(3)
         assert "hold threads of OpenMP" in names()
         usage = (1.0, 1.0, 1.0, 1.0)
         wait_until(lambda: "hold threads of OpenMP" not in names() and count() <= before)
+        wait_for_laps(2)
+        adapt()
+        assert torch.get_num_threads() == 2
         usage = (1.0, 1.0, 2.0, 0.0)
         wait_until(lambda: "hold threads of OpenMP" in names())
     assert not {"hold threads of OpenMP", "watch other programs"} & {*names()}
@@ -154,6 +176,36 @@ def test_nobody_watches_where_nothing_is_to_be_changed(
 )
 def test_what_disturbs(run: float, others: float, idle: float, expected: bool) -> None:
     assert considerate.Cores(run, others, idle).is_shared == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds_of_step", "is_fixed", "expected"),
+    [({16: 1.0, 12: 0.8}, False, 12), ({16: 1.0, 12: 1.2}, False, 16), ({16: 1.0, 12: 0.8}, True, 16)],
+)
+def test_torch_has_fewer_threads_beside_others_if_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds_of_step: dict[int, float], is_fixed: bool, expected: int
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with torch_threads(16):
+        threads = considerate.Threads(is_fixed=is_fixed)
+
+        def numbers(steps: int) -> list[int]:
+            nonlocal now
+            used = []
+            for _ in range(steps):
+                threads.adapt()
+                used.append(torch.get_num_threads())
+                now += seconds_of_step[used[-1]]
+            return used
+
+        assert set(numbers(5)) == {16}
+        threads.free = 12.2
+        used = numbers(200)
+        assert set(used) == ({16} if is_fixed else {12, 16})
+        assert used.count(expected) > 170
+        threads.free = None
+        assert set(numbers(5)) == {16}
 
 
 def test_the_clock_tells_who_uses_the_cores() -> None:

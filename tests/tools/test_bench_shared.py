@@ -13,7 +13,7 @@ def test_table_and_figures(tmp_path: Path) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
-    waits = ("as train.py", "spinning", "asleep")
+    waits = ("as train.py", "spinning")
     assert [row["name"] for row in report["results"]] == [f"{wait}, {number} busy" for wait in waits for number in (0, 1)]
     quiet = report["results"][2]["images_per_second"]["rounds"]
     for row in report["results"]:

@@ -19,12 +19,8 @@ from tools.throughput.process import run_measured
 from tools.throughput.report import RATE, Column, Report, Row, Table
 from tools.throughput.rounds import Turn, take_turns
 
-# How threads of OpenMP wait for each other: as in train.py, by OpenMP's default, and always asleep.
-WAITS = {
-    "as train.py": {"GOMP_SPINCOUNT": SHORT_SPIN},
-    "spinning": {"GOMP_SPINCOUNT": "300000"},
-    "asleep": {"GOMP_SPINCOUNT": "0"},
-}
+# How threads of OpenMP wait for each other: as in train.py, and by OpenMP's default.
+WAITS = {"as train.py": {"GOMP_SPINCOUNT": SHORT_SPIN}, "spinning": {"GOMP_SPINCOUNT": "300000"}}
 COLUMNS = (
     RATE,
     Column("ratio", "of the quiet rate", ".3f", interval=True, of="images_per_second"),
@@ -44,15 +40,16 @@ def shared(
 ) -> int:
     """Measure training steps in float32 on a CPU while other processes are busy.
 
-    Torch's threads sleep or spin while they wait for each other. In train.py, they sleep while others use the CPUs. Ratios are
-    to OpenMP's default without busy processes. A fair share is CPUs / (CPUs + busy processes).
+    While others use the CPUs, torch's threads sleep in train.py when they wait for each other, and there may be fewer of them.
+    OpenMP's default is that they spin. Ratios are to that default without busy processes. A fair share is CPUs / (CPUs + busy
+    processes).
 
     Args:
         busy: Numbers of busy processes.
         batch_size: Images per step.
         image_size: Image side, in pixels.
         torch_threads: Threads of torch; by default one per CPU.
-        seconds: Time of a turn, after two seconds in which train.py sees the others.
+        seconds: Time of a turn, after seven seconds in which train.py sees the others and adapts.
         rounds: Turns of each row.
         json: File for all figures.
     """

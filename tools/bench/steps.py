@@ -11,7 +11,7 @@ import time
 import torch
 
 from model.distributed import alone
-from tools.considerate import LOOK_SECONDS, considerate_threads
+from tools.considerate import LOOK_SECONDS, TRIAL_SECONDS, considerate_threads
 from tools.run.config import Config
 from tools.throughput.loops import make_trainer
 
@@ -23,12 +23,14 @@ def main() -> None:
     device = torch.device("cpu")
     run = make_trainer(config, alone(device), None, 1)
     run()
-    with considerate_threads(device):
-        settled = time.perf_counter() + 2 * LOOK_SECONDS
+    with considerate_threads(device, is_fixed=False) as adapt_threads:
+        settled = time.perf_counter() + 3 * LOOK_SECONDS + 2 * TRIAL_SECONDS
         while time.perf_counter() < settled:
+            adapt_threads()
             run()
         started, cpu = time.perf_counter(), time.process_time()
         for steps in itertools.count(1):  # noqa: B007  (used below)
+            adapt_threads()
             run()
             if (passed := time.perf_counter() - started) >= seconds:
                 break

@@ -53,7 +53,7 @@ class Config(StepConfig):
     max_nonfinite_steps: int = 25
     """End the run after this many consecutive steps with non-finite gradients. Such steps are skipped."""
     torch_threads: int | None = None
-    """CPU threads of torch. By default, torch and the loader share the cores; see docs/performance.md."""
+    """CPU threads of torch. By default, it shares the cores with the loader, and has fewer while other programs use them."""
     run_dir: Path | None = None
     """Folder for the output of the run. By default, runs/DATE-TIME-PROCESS."""
     resume: Literal["no", "auto"] = "no"
@@ -83,6 +83,11 @@ class Config(StepConfig):
         """Returns the settings with those chosen that are left open and depend on the number of steps."""
         config = super().choose(steps_per_epoch)
         return config if self.log_every else replace(config, log_every=min(20, max(1, steps_per_epoch // 5)))
+
+    @property
+    def has_fixed_threads(self) -> bool:
+        """Whether the number of torch's threads must not change during the run."""
+        return self.deterministic or self.torch_threads is not None
 
     @property
     def largest_image_size(self) -> int:
