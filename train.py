@@ -39,7 +39,7 @@ from pipelines.loader import Loader
 from pipelines.meter import Meter
 from pipelines.mix import MixConfig, mix
 from tools.cli import run_command
-from tools.considerate import considerate_threads
+from tools.considerate import Threads, considerate_threads
 from tools.run.class_weights import read_class_weights
 from tools.run.config import Config
 from tools.run.cpu_precision import with_precision
@@ -111,9 +111,9 @@ def run(config: Config) -> int:
         log_start(job, shards, path, torch_threads, loader_threads)
         log_schedule(job, config)
         log = TrainingLog(job, meter, folder, every=config.log_every or 1, max_nonfinite_steps=config.max_nonfinite_steps)
-        adapt_threads = stack.enter_context(considerate_threads(world.device, world.size, is_fixed=config.has_fixed_threads))
+        threads = stack.enter_context(considerate_threads(world.device, world.size, is_fixed=config.has_fixed_threads))
         with profiled(config.profile, path, world) as profiler_step:
-            train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step, adapt_threads))
+            train(Run(job, train_loader, valid_loader, meter, folder, saver, log, config.mix, profiler_step, threads))
         if saver.must_stop:
             return EXIT_CODE
         num_bad = train_loader.num_bad_samples + valid_loader.num_bad_samples
@@ -141,7 +141,7 @@ class Run:
     log: TrainingLog
     mix: MixConfig
     profiler_step: Callable[[], None]
-    adapt_threads: Callable[[], None]
+    threads: Threads
 
 
 def train(run: Run) -> None:
@@ -171,7 +171,7 @@ def train_epoch(run: Run, progress: "tqdm[None]") -> None:
     for batch in run.meter.batches(run.train_loader):
         if job.step == end:  # the remaining batches are too few for a step
             continue
-        run.adapt_threads()
+        run.threads.adapt()
         number = (job.step * job.config.accumulate_steps + job.micro_step) * job.world.size + job.world.rank
         image, target = mix(
             run.mix, batch["image"], batch["target"], num_classes=job.num_classes, step=number, seed=job.config.seed
@@ -256,6 +256,7 @@ def update(job: Job) -> None:
 def validate(run: Run) -> None:
     """Scores the raw and the averaged weights, and saves a checkpoint. In a single process, a signal interrupts the scoring."""
     job, saver, valid = run.job, run.saver, run.valid_loader
+    run.threads.settle()
     evaluation = evaluate(
         job.model,
         job.ema,

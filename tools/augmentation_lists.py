@@ -13,9 +13,10 @@ AUGMENTATION_LISTS = ConstructorRegistry()  # for `registry` of `tyro.cli`
 # One rule for the whole list: if each entry had its own, tyro would replace an entry's error message with another.
 @AUGMENTATION_LISTS.primitive_rule
 def _augmentation_list(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[Augmentation, ...]] | None:
-    kinds = {*get_args(info.type)} - {Ellipsis}  # tyro narrows them to those of the default
-    are_known = all(isinstance(kind, type) and issubclass(kind, Augmentation) for kind in kinds)
-    if info.type_origin is not tuple or not kinds or not are_known:
+    if info.type_origin is not tuple:
+        return None
+    kinds = {*get_args(info.type)} - {Ellipsis}  # tyro may narrow them to those of the default
+    if not kinds or not all(isinstance(kind, type) and issubclass(kind, Augmentation) for kind in kinds):
         return None
     return PrimitiveConstructorSpec(
         nargs="*",

@@ -1,11 +1,12 @@
 """What other programs take from the CPUs of a command, and how many threads torch uses then, and how they wait."""
 
 import contextlib
+import logging
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from pipelines.machine import busy_and_idle, cpu_seconds, num_cpus
 from pipelines.openmp import use_threads
 from tools.cli import SHORT_SPIN
+
+log = logging.getLogger("train")
 
 # Judgments. Others disturb if they use so many cores, or such a part of all, and leave so small a part idle.
 FEWEST_OTHERS, SMALLEST_PART, MOST_IDLE = 0.4, 0.05, 0.1
@@ -65,8 +68,8 @@ class Clock:
 class Threads:
     """How many threads torch uses in the thread that made this object: those set then, or fewer if that is faster.
 
-    Beside other programs, more threads get a larger share of the cores, but all wait for the one that lacks a core.
-    What counts more depends on the cores, the others and the size of a step, so both are tried by turns.
+    Beside other programs, more threads get a larger share of the cores, but all wait for the one that lacks a core. What counts
+    more depends on the cores, the others and the size of a step, so both are tried by turns.
 
     Args:
         is_fixed: Whether the number has to stay.
@@ -74,51 +77,77 @@ class Threads:
 
     def __init__(self, *, is_fixed: bool) -> None:
         self.free: float | None = None  # cores that others leave; None if there are no others
-        self._most, self._is_fixed = torch.get_num_threads(), is_fixed
-        self._fewer, self._last = 1, time.monotonic()
+        self.is_trying = False
+        self._most = self._best = self._number = torch.get_num_threads()
+        self._is_fixed = is_fixed or self._most == 1
+        self._is_said = False
+        self._last: float | None = None
         self._numbers: Generator[int, float, None] | None = None
 
     def adapt(self) -> None:
-        """Sets the number for the next step. Only the thread that made this object calls it, after each step."""
-        passed, self._last = time.monotonic() - self._last, time.monotonic()
-        free = self.free  # which another thread may set
-        if free is None or self._is_fixed or self._most == 1:
-            number, self._numbers = self._most, None
-        else:
-            self._fewer = max(1, min(self._most - 1, round(free)))
-            if self._numbers is None:
-                self._numbers = self._tried_by_turns()
-                number = next(self._numbers)
-            else:
-                number = self._numbers.send(passed)
-        if number != torch.get_num_threads():
-            torch.set_num_threads(number)
+        """Sets the number for the next step. Only the thread that made this object calls it, before each step."""
+        before, self._last = self._last, time.monotonic()
+        if self.free is None or self._is_fixed:
+            self.restore()
+            return
+        if self._numbers is None:
+            self._numbers = self._tried_by_turns()
+            self._number = next(self._numbers)
+        elif before is not None:
+            self._number = self._numbers.send(self._last - before)
+        torch.set_num_threads(self._number)
+
+    def settle(self) -> None:
+        """Sets the better number for work of another kind, which is not compared."""
+        self._last = None
+        if self.free is None:
+            self.restore()
+        elif self._numbers is not None:
+            torch.set_num_threads(self._best)
+
+    def restore(self) -> None:
+        """Sets the first number again."""
+        if self._numbers is not None:
+            self._numbers, self.is_trying, self._best = None, False, self._most
+            torch.set_num_threads(self._most)
 
     def _tried_by_turns(self) -> Generator[int, float, None]:
         """Yields the number for each step, and is sent the seconds that the step took."""
         while True:
-            step_seconds, trial_seconds = dict[int, float](), 0.0
-            for number in (self._most, self._fewer):
-                yield number  # the first step prepares kernels for this number
-                trial = [(yield number)]
-                while sum(trial) < TRIAL_SECONDS or len(trial) < TRIAL_STEPS:
-                    trial.append((yield number))
-                step_seconds[number] = statistics.median(trial)
-                trial_seconds += sum(trial)
-            best = min(step_seconds, key=step_seconds.__getitem__)
-            end = time.monotonic() + TRIALS_APART * trial_seconds
+            self.is_trying = True
+            seconds_of_most, cost = yield from _trial(self._most)
+            fewer = max(1, min(self._most - 1, int(self.free or 0)))  # beside all threads, others may get less than they would
+            seconds_of_fewer, cost_of_fewer = yield from _trial(fewer)
+            self._best = fewer if seconds_of_fewer < seconds_of_most else self._most
+            self.is_trying = False
+            if self._best < self._most and not self._is_said:
+                self._is_said = True
+                log.info(
+                    "beside other programs, torch is faster with %d of its %d threads; --torch-threads %d would keep all",
+                    *(fewer, self._most, self._most),
+                )
+            end = time.monotonic() + TRIALS_APART * (cost + cost_of_fewer)
             while time.monotonic() < end:
-                yield best
+                yield self._best
+
+
+def _trial(number: int) -> Generator[int, float, tuple[float, float]]:
+    """Yields a number of threads for some steps, and returns the seconds of a step and of all."""
+    yield number  # the first step prepares kernels for this number
+    trial = [(yield number)]
+    while sum(trial) < TRIAL_SECONDS or len(trial) < TRIAL_STEPS:
+        trial.append((yield number))
+    return statistics.median(trial), sum(trial)
 
 
 @contextlib.contextmanager
-def considerate_threads(device: torch.device, num_processes: int = 1, *, is_fixed: bool = True) -> Iterator[Callable[[], None]]:
+def considerate_threads(device: torch.device, num_processes: int = 1, *, is_fixed: bool = True) -> Iterator[Threads]:
     """Context in which torch is considerate of other programs that want the cores.
 
     Its threads on a CPU sleep instead of spinning then: a thread that spins keeps a core from the thread that it waits for. But
-    sleeping costs a third of the rate of small steps if nobody else is there (docs/performance.md). It also has fewer
-    threads if that is faster. Settings of the user for OpenMP come first. Nothing is done in runs of several processes, which
-    would take each other for others, nor under a CPU quota, of which /proc knows nothing.
+    small steps are a third slower if threads sleep while nobody else is there. It also has fewer threads if that is faster
+    (docs/performance.md). Settings of the user for OpenMP come first. Nothing is done in runs of several processes, which would
+    take each other for others, nor under a CPU quota, of which /proc knows nothing.
 
     Args:
         device: Device that the command computes on.
@@ -126,22 +155,23 @@ def considerate_threads(device: torch.device, num_processes: int = 1, *, is_fixe
         is_fixed: Whether the number of threads has to stay, because results depend on it in their last bits.
 
     Yields:
-        A function to call after each step, which sets the number of threads for the next one.
+        What sets the number of threads between two steps.
     """
     is_chosen = os.environ.get("GOMP_SPINCOUNT") == SHORT_SPIN and "OMP_WAIT_POLICY" not in os.environ
     is_limited = num_cpus() < len(os.sched_getaffinity(0))
     threads = Threads(is_fixed=is_fixed)
     if device.type != "cpu" or num_processes > 1 or is_limited or not is_chosen:
-        yield threads.adapt
+        yield threads
         return
     end = threading.Event()
     watch = threading.Thread(target=_watch, args=(Clock(), threads, end), name="watch other programs", daemon=True)
     watch.start()
     try:
-        yield threads.adapt
+        yield threads
     finally:
         end.set()
         watch.join()
+        threads.restore()
 
 
 def _watch(clock: Clock, threads: Threads, end: threading.Event) -> None:

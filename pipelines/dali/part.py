@@ -183,7 +183,7 @@ def _finish_all(
         is_first = True  # the first batch is there sooner if it has the CPUs to itself
         while _feed(graph, work, under_way, only_one=is_first):
             outputs = graph.outputs()
-            # Then the graph decodes while this thread finishes.
+            # More work lets the graph decode while this thread finishes.
             if not _feed(graph, work, under_way, only_one=is_first):
                 break
             under_way[0][1].set_result(finish(outputs, under_way[0][0]))

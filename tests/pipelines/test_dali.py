@@ -21,9 +21,11 @@ from PIL import Image
 from pipelines.augment import AUGMENTATIONS, RandomResizedCrop
 from pipelines.build import LoaderSpec, build_loader
 from pipelines.config import DataConfig
+from pipelines.dali.cpu_finish import Finish
 from pipelines.dali.cpu_resize import CenterCropResize, WholeResize
 from pipelines.dali.image_pipeline import ImagePipeline
 from pipelines.dali.operators import resample_center
+from pipelines.dali.part import Graph
 from pipelines.loader import MEAN, STD, Loader, resize_shorter_for
 from pipelines.pillow import resized_center_crop
 from tests.conftest import write_image
@@ -184,6 +186,22 @@ def test_a_pipeline_that_an_error_stopped_ends_without_the_garbage_collector() -
         gc.enable()
 
 
+def test_the_first_batch_has_the_cores_to_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = list[str]()
+    feed, finish = Graph.feed, Finish.__call__
+    monkeypatch.setattr(Graph, "feed", lambda *arguments: (feed(*arguments), done.append("decoding"))[0])
+    monkeypatch.setattr(Finish, "__call__", lambda *arguments: (finish(*arguments), done.append("finished"))[0])
+    write_image(tmp_path / "1.png", 1)
+    spec = LoaderSpec(split="train", batch_size=4, image_size=32, device=CPU, num_threads=1)
+    with contextlib.closing(ImagePipeline(DataConfig(), spec)) as pipeline:
+        for place in (0, 4, 8):
+            pipeline.feed([np.fromfile(tmp_path / "1.png", np.uint8)] * 4, 0, place)
+        for _ in range(3):
+            assert len(pipeline.images()) == 4
+    assert done[:2] == ["decoding", "finished"]
+    assert sorted(done) == ["decoding"] * 3 + ["finished"] * 3
+
+
 def test_a_stopped_pipeline_refuses_more() -> None:
     spec = LoaderSpec(split="valid", batch_size=4, image_size=32, device=CPU, num_threads=1)
     with contextlib.closing(ImagePipeline(DataConfig(), spec)) as pipeline:
@@ -293,6 +311,21 @@ def test_libraries_that_are_not_needed_are_not_missed() -> None:
     script = "import pipelines.dali.graph, nvidia.dali.backend; nvidia.dali.backend.check_cuda_runtime()"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loader_imports_no_more_than_it_needs(shards: Path) -> None:
+    """A second decoder is for samples that have to be judged, and tyro for command lines."""
+    script = f"""
+import sys, torch
+from pipelines.build import LoaderSpec, build_loader
+from pipelines.config import DataConfig
+spec = LoaderSpec(split="train", batch_size=8, image_size=32, device=torch.device("cpu"), num_threads=1)
+with build_loader(DataConfig(train={str(shards)!r}), spec) as loader:
+    assert len(list(loader)) > 0
+print(sorted({{"tyro", "nvidia.nvimgcodec", "webdataset", "tensorboard"}} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_progressive_sizes(shards: Path) -> None:

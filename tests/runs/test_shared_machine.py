@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from model.distributed import alone
 from pipelines.machine import cpu_seconds
 from tools import cli, considerate
 from tools.run import sharing
+from tools.run.cli import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +90,12 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def uses(threads: considerate.Threads, number: int) -> bool:
+    """Whether torch uses so many threads in the next step."""
+    threads.adapt()
+    return torch.get_num_threads() == number
+
+
 def names() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
@@ -123,21 +131,21 @@ def test_threads_sleep_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(considerate.Clock, "lap", lap)
     monkeypatch.setattr(considerate, "num_cpus", lambda: len(os.sched_getaffinity(0)))
-    with torch_threads(2), considerate.considerate_threads(torch.device("cpu"), is_fixed=False) as adapt:
+    with torch_threads(2), considerate.considerate_threads(torch.device("cpu"), is_fixed=False) as threads:
         before = count()
-        adapt()
+        threads.adapt()
         assert torch.get_num_threads() == 2
         usage = (1.0, 1.0, 2.0, 0.0)
         wait_until(lambda: count() >= before + 2)
         wait_for_laps(2)
-        wait_until(lambda: (adapt(), torch.get_num_threads())[1] == 1)
+        wait_until(lambda: uses(threads, 1))
         usage = (1.0, 1.0, 1.35, 0.5)  # less than before, and not yet gone
         wait_for_laps(3)
         assert "hold threads of OpenMP" in names()
         usage = (1.0, 1.0, 1.0, 1.0)
         wait_until(lambda: "hold threads of OpenMP" not in names() and count() <= before)
         wait_for_laps(2)
-        adapt()
+        threads.adapt()
         assert torch.get_num_threads() == 2
         usage = (1.0, 1.0, 2.0, 0.0)
         wait_until(lambda: "hold threads of OpenMP" in names())
@@ -178,34 +186,93 @@ def test_what_disturbs(run: float, others: float, idle: float, expected: bool) -
     assert considerate.Cores(run, others, idle).is_shared == expected
 
 
+class Steps:
+    """Steps of a run that take as long as `seconds_of` says for a number of threads, by a clock of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: considerate.Threads, seconds_of: dict[int, float]) -> None:
+        self.now, self._threads, self._seconds_of = 0.0, threads, seconds_of
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def take(self, number: int) -> list[int]:
+        """Takes some steps; returns the number of threads of each."""
+        used = []
+        for _ in range(number):
+            self._threads.adapt()
+            used.append(torch.get_num_threads())
+            self.now += self._seconds_of[used[-1]]
+        return used
+
+
 @pytest.mark.parametrize(
-    ("seconds_of_step", "is_fixed", "expected"),
+    ("seconds_of", "is_fixed", "expected"),
     [({16: 1.0, 12: 0.8}, False, 12), ({16: 1.0, 12: 1.2}, False, 16), ({16: 1.0, 12: 0.8}, True, 16)],
 )
 def test_torch_has_fewer_threads_beside_others_if_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch, seconds_of_step: dict[int, float], is_fixed: bool, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds_of: dict[int, float],
+    is_fixed: bool,
+    expected: int,
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    with torch_threads(16):
+    with torch_threads(16), caplog.at_level(logging.INFO):
         threads = considerate.Threads(is_fixed=is_fixed)
-
-        def numbers(steps: int) -> list[int]:
-            nonlocal now
-            used = []
-            for _ in range(steps):
-                threads.adapt()
-                used.append(torch.get_num_threads())
-                now += seconds_of_step[used[-1]]
-            return used
-
-        assert set(numbers(5)) == {16}
-        threads.free = 12.2
-        used = numbers(200)
+        steps = Steps(monkeypatch, threads, seconds_of)
+        assert set(steps.take(5)) == {16}
+        threads.free = 12.6
+        used = steps.take(200)
         assert set(used) == ({16} if is_fixed else {12, 16})
         assert used.count(expected) > 170
         threads.free = None
-        assert set(numbers(5)) == {16}
+        assert set(steps.take(5)) == {16}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["beside other programs, torch is faster with 12 of its 16 threads; --torch-threads 16 would keep all"] * (
+        expected == 12
+    )
+
+
+def test_work_between_steps_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has all threads until a smaller number has proved to be better."""
+    with torch_threads(2):
+        threads = considerate.Threads(is_fixed=False)
+        steps = Steps(monkeypatch, threads, {1: 0.8, 2: 1.0})
+        threads.free = 1.0
+        for _ in range(30):
+            assert steps.take(1) == [2]
+            threads.settle()
+            steps.now += 1000
+        assert steps.take(60).count(1) > 50
+        threads.settle()
+        assert torch.get_num_threads() == 1
+        threads.free = None
+        threads.settle()
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_fixed"),
+    [((), False), (("--torch-threads", "1"), True), (("--deterministic",), True), (("--compile", "default"), True)],
+)
+def test_which_runs_keep_their_threads(flags: tuple[str, ...], is_fixed: bool) -> None:
+    assert parse(["--data.train", "x", "--data.valid", "y", *flags]).has_fixed_threads == is_fixed
+
+
+def test_training_adapts_its_threads(monkeypatch: pytest.MonkeyPatch, shards: Path, tmp_path: Path) -> None:
+    calls = list[str]()
+
+    class Threads(considerate.Threads):
+        def adapt(self) -> None:
+            calls.append("step")
+
+        def settle(self) -> None:
+            calls.append("validation")
+
+    monkeypatch.setattr(considerate, "Threads", Threads)
+    words = ["--data.train", shards, "--data.valid", shards, "--run-dir", tmp_path / "run", "--device", "cpu", "--epochs", 2]
+    words += ["--batch-size", 4, "--image-size", 32, "--torch-threads", 1, "--data.threads", 1, "--model.no-aux-logits"]
+    train.main([*map(str, words)])
+    steps = calls.index("validation")
+    assert steps > 0
+    assert calls == [*["step"] * steps, "validation"] * 2
 
 
 def test_the_clock_tells_who_uses_the_cores() -> None:

@@ -1,13 +1,11 @@
 """`python -m tools.bench.shared` measures training steps while other processes use the CPUs."""
 
-import contextlib
 import functools
 import itertools
 import json as json_module
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.machine import num_cpus
@@ -49,7 +47,7 @@ def shared(
         batch_size: Images per step.
         image_size: Image side, in pixels.
         torch_threads: Threads of torch; by default one per CPU.
-        seconds: Time of a turn, after seven seconds in which train.py sees the others and adapts.
+        seconds: Time of a turn, after train.py has seen the others and tried numbers of threads.
         rounds: Turns of each row.
         json: File for all figures.
     """
@@ -77,21 +75,9 @@ def shared(
 
 def _turn(task: str, wait: str, number: int) -> Turn:
     """Measures the steps in a process of their own, beside busy processes."""
-    with _busy(number), tempfile.TemporaryDirectory() as logs:
-        said = run_measured([sys.executable, "-m", "tools.bench.steps", task], Path(logs), WAITS[wait]).said
+    with tempfile.TemporaryDirectory() as logs:
+        said = run_measured([sys.executable, "-m", "tools.bench.steps", task, str(number)], Path(logs), WAITS[wait]).said
     return {name: said[name] for name in ("images_per_second", "cpu_milliseconds")}
-
-
-@contextlib.contextmanager
-def _busy(number: int) -> Iterator[None]:
-    """Context with processes that compute all the time."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,7 +53,7 @@ class Config(StepConfig):
     max_nonfinite_steps: int = 25
     """End the run after this many consecutive steps with non-finite gradients. Such steps are skipped."""
     torch_threads: int | None = None
-    """CPU threads of torch. By default, it shares the cores with the loader, and has fewer while other programs use them."""
+    """CPU threads of torch. By default, torch and the loader share the cores, and torch may use fewer beside other programs."""
     run_dir: Path | None = None
     """Folder for the output of the run. By default, runs/DATE-TIME-PROCESS."""
     resume: Literal["no", "auto"] = "no"
@@ -86,8 +86,8 @@ class Config(StepConfig):
 
     @property
     def has_fixed_threads(self) -> bool:
-        """Whether the number of torch's threads must not change during the run."""
-        return self.deterministic or self.torch_threads is not None
+        """Whether the number of torch's threads must not change during the run. Compiled code is for one number."""
+        return self.deterministic or self.torch_threads is not None or self.compile != "no"
 
     @property
     def largest_image_size(self) -> int:
