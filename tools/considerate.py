@@ -176,17 +176,20 @@ def considerate_threads(device: torch.device, num_processes: int = 1, *, is_fixe
 
 def _watch(clock: Clock, threads: Threads, end: threading.Event) -> None:
     """Looks for others that use the cores."""
+    is_sleeping = False
     with contextlib.ExitStack() as sleeping:
-        is_sleeping = False
-        while not end.wait(LOOK_SECONDS):
-            cores = Cores.used(*clock.lap())
-            if not is_sleeping and cores.is_shared:
-                sleeping.enter_context(_threads_sleep())
-                is_sleeping = True
-            elif is_sleeping and cores.disturbance < GONE:
-                sleeping.close()
-                is_sleeping = False
-            threads.free = sum(cores) - cores.others if is_sleeping else None
+        try:
+            while not end.wait(LOOK_SECONDS):
+                cores = Cores.used(*clock.lap())
+                if not is_sleeping and cores.is_shared:
+                    sleeping.enter_context(_threads_sleep())
+                    is_sleeping = True
+                elif is_sleeping and cores.disturbance < GONE:
+                    sleeping.close()
+                    is_sleeping = False
+                threads.free = sum(cores) - cores.others if is_sleeping else None
+        finally:
+            threads.free = None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from tools.augmentation_lists import AUGMENTATION_LISTS
 from tools.cli import run_command
 from tools.parse import parse
 from tools.throughput.options import Compare, Loader, Model, Options, Train
@@ -23,4 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read(words: list[str]) -> Options:
-    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="throughput", description=DESCRIPTION, args=words)
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="throughput", description=DESCRIPTION, args=words, registry=AUGMENTATION_LISTS
+    )
